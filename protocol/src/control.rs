@@ -1,0 +1,491 @@
+//! Control sockets: one JSON object a line, request then reply, over a unix stream socket (mode 0600, root's).
+//!
+//! ```text
+//! → {"cmd":"status"}
+//! ← {"ok":{...}}
+//! → {"cmd":"promote","generation":3,"from":{"kind":"cold-boot"}}
+//! ← {"error":"the machine already runs as generation 4"}
+//! ```
+//! Any number of connections; requests on one connection are answered in order. A line is at most [`MAX_LINE`] bytes.
+//! Every reply is either `{"ok": …}` or `{"error": "sentence"}`.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Epoch, Generation};
+
+/// Longest line either side accepts, in bytes.
+pub const MAX_LINE: usize = 1 << 20;
+
+/// A request to `understudy-vmm`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "cmd", rename_all = "kebab-case")]
+pub enum VmmRequest {
+    /// Reply: [`VmmStatus`].
+    Status,
+    /// Stop the vCPUs; guest time stops too. Reply: `null`.
+    Pause,
+    /// Continue after `Pause`. Reply: `null`.
+    Resume,
+    /// Press the ACPI power button. Reply: `null`, at once; the guest decides what follows.
+    PowerButton,
+    /// End the machine and the process at once, without asking the guest. Reply: `null`, then the socket closes.
+    Quit,
+    /// Make a prepared standby the running machine. Reply: `null` once the vCPUs run. Outputs wait (gate `Hold`) except
+    /// those that the image's own checkpoint already contained.
+    Promote {
+        /// The generation under which it runs from now on.
+        generation: Generation,
+        /// What it runs from.
+        from: PromoteFrom,
+    },
+    /// Write a whole machine (device state file; RAM stays in the RAM file or is written too) to `dir`. Reply: `null`.
+    Save {
+        /// Directory to create the files in.
+        dir: String,
+    },
+
+    /// Begin a replication session on *this* connection. At most one exists; a second attach is refused while the first
+    /// lives. When the connection closes, whatever the reason: gate → `Hold`, dirty log off, a running cut is
+    /// aborted and the guest resumed (unless it was the final one and had been committed). Reply: [`Attached`].
+    Attach,
+    /// (session) Start the dirty log: from the reply on, every write to RAM by guest or VMM is recorded. Reply: `null`.
+    DirtyLogStart,
+    /// (session) Fetch and clear the dirty log without pausing: a bitmap of one bit a RAM page (little endian, bit 0 of
+    /// byte 0 is page 0) at the arena's start. Reply: [`Harvested`].
+    Harvest,
+    /// (session) Cut. Reply: [`Captured`]; while `more` is true the vCPUs stay stopped and the rest follows on
+    /// [`VmmRequest::CutContinue`].
+    Cut {
+        /// The epoch that ends here.
+        epoch: Epoch,
+        /// Switch the gate to `Hold` inside the pause: the first complete checkpoint arms protection.
+        arm: bool,
+        /// Leave the vCPUs stopped afterwards: the last checkpoint of a planned hand-over.
+        last: bool,
+    },
+    /// (session) The arena's content was taken; fill it again. Reply: [`Captured`].
+    CutContinue,
+    /// (session) The standby holds the checkpoint of `epoch`, verified: open the gate for what it covers. Reply: `null`.
+    Committed {
+        /// The epoch that was committed.
+        epoch: Epoch,
+    },
+    /// (session) The veto against the standby is durable: outputs need not wait any more (gate `Open`). Reply: `null`.
+    GateOpen,
+}
+
+/// What a promoted machine runs from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum PromoteFrom {
+    /// Power on.
+    ColdBoot,
+    /// RAM is in the RAM file already; devices and vCPUs are loaded from `state_file`.
+    Image {
+        /// Device state as the VMM captured it.
+        state_file: String,
+        /// The committed epoch it belongs to.
+        epoch: Epoch,
+    },
+}
+
+/// Where outputs wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Gate {
+    /// Outputs leave when their checkpoint is committed.
+    Hold,
+    /// Outputs leave at once: the machine is durably recorded as unprotected (or was never to be protected).
+    Open,
+}
+
+/// Life of the machine in this VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmState {
+    /// Built over the image's RAM; vCPUs never started.
+    Standby,
+    /// vCPUs run.
+    Running,
+    /// vCPUs stopped on request.
+    Paused,
+    /// The last checkpoint was handed over; the machine may not run here again.
+    HandedOver,
+    /// The guest shut itself down (ACPI S5).
+    ShutDown,
+    /// A board or peer showed a newer generation; the machine stopped itself.
+    Fenced,
+}
+
+/// Reply to [`VmmRequest::Status`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmmStatus {
+    /// Machine name.
+    pub machine: String,
+    /// Life of the machine.
+    pub state: VmmState,
+    /// Its generation (0 on a standby).
+    pub generation: Generation,
+    /// Output gate.
+    pub gate: Gate,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest RAM in bytes.
+    pub ram_bytes: u64,
+    /// VM time: nanoseconds that the machine has run, over all its hosts.
+    pub vm_time_ns: u64,
+    /// Last cut and last committed epoch of the current replication session.
+    pub last_cut: Epoch,
+    /// See `last_cut`.
+    pub last_committed: Epoch,
+    /// Whether a replication session is attached.
+    pub replicated: bool,
+    /// KVM flavour in use, e.g. `kvm_amd`, `kvm_intel`, `kvm_pvm`.
+    pub kvm_backend: String,
+    /// Guest resets seen.
+    pub resets: u64,
+    /// One line per serial port: name, board address, link state, bytes each way, bytes held by the gate.
+    pub serial: Vec<SerialStatus>,
+    /// The most recent pauses for a cut, newest last, in microseconds, at most 512.
+    pub recent_pauses_us: Vec<u32>,
+}
+
+/// One serial port in [`VmmStatus`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialStatus {
+    /// `com1` … `com4`.
+    pub port: String,
+    /// What is behind it: `board ADDRESS/DEVICE`, `file PATH`, `none`.
+    pub backend: String,
+    /// `connected`, `connecting`, `fenced`, `local`.
+    pub link: String,
+    /// Bytes that the guest has sent since it was first booted.
+    pub tx_bytes: u64,
+    /// Of these, acknowledged by the board.
+    pub tx_acked: u64,
+    /// Bytes not yet released by the gate.
+    pub tx_held: u64,
+    /// Bytes delivered into the guest's UART since it was first booted.
+    pub rx_bytes: u64,
+}
+
+/// Reply to [`VmmRequest::Attach`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The machine's generation.
+    pub generation: Generation,
+    /// Size of the RAM file in bytes, a multiple of 4096.
+    pub ram_bytes: u64,
+    /// Size of the arena file in bytes.
+    pub arena_bytes: u64,
+}
+
+/// Reply to [`VmmRequest::Harvest`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Harvested {
+    /// Bits set in the bitmap.
+    pub dirty_pages: u64,
+    /// Bytes of bitmap at the arena's start.
+    pub bitmap_bytes: u64,
+}
+
+/// Reply to [`VmmRequest::Cut`] and [`VmmRequest::CutContinue`]: what the arena holds now. All offsets are bytes from the
+/// arena's start. A page index is the page's offset in the RAM file divided by 4096.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Captured {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// Number of pages in this piece.
+    pub pages: u64,
+    /// Offset of `pages` little-endian u64 page indices.
+    pub indices_offset: u64,
+    /// Offset of `pages` × 4096 bytes, in the order of the indices.
+    pub pages_offset: u64,
+    /// Offset of the device state; only in the last piece.
+    pub state_offset: u64,
+    /// Length of the device state in bytes; 0 while `more`.
+    pub state_len: u64,
+    /// More pieces follow; the vCPUs are stopped until the last.
+    pub more: bool,
+    /// How long the vCPUs were stopped, from the request to the resume, in microseconds (last piece only).
+    pub pause_us: u64,
+    /// VM time at the cut, ns.
+    pub vm_time_ns: u64,
+}
+
+/// A request to `understudy-replicator`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "cmd", rename_all = "kebab-case")]
+pub enum ReplicatorRequest {
+    /// Reply: [`ReplicatorStatus`].
+    Status,
+    /// Become the sender: attach to the local VMM, protect it. Reply: `null`, at once; progress is in the status.
+    Promote,
+    /// Become a receiver again. Reply: `null`.
+    Demote,
+    /// (sender) Take and commit the last checkpoint; the VMM stays stopped. Reply: [`HandedOver`]. On any error the
+    /// machine runs on here.
+    HandOver,
+    /// (receiver) Stop receiving, make the image whole at its newest committed epoch, and never receive under a
+    /// generation below `generation` again. Idempotent. Reply: [`TakenOver`].
+    TakeOver {
+        /// The generation of the machine that will run from the image.
+        generation: Generation,
+    },
+    /// End the process. Reply: `null`, then the socket closes.
+    Quit,
+}
+
+/// Reply to [`ReplicatorRequest::HandOver`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOver {
+    /// The last epoch, committed on the standby.
+    pub epoch: Epoch,
+}
+
+/// Reply to [`ReplicatorRequest::TakeOver`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakenOver {
+    /// The newest committed epoch, or `None` when there is no image to run from.
+    pub image: Option<TakenImage>,
+}
+
+/// A whole image, ready to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakenImage {
+    /// The committed epoch.
+    pub epoch: Epoch,
+    /// The generation of the machine that made it.
+    pub generation: Generation,
+    /// File with the device state.
+    pub state_file: String,
+}
+
+/// What the replicator does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Sends (Promoted).
+    Sender,
+    /// Receives (Unpromoted).
+    Receiver,
+}
+
+/// State of a standby's replica, in DRBD's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplicaState {
+    /// No usable image.
+    Inconsistent,
+    /// The first copy is under way.
+    Syncing,
+    /// Holds the newest committed epoch.
+    UpToDate,
+    /// Whole, but the primary has gone on without it: never to be promoted.
+    Outdated,
+}
+
+/// State of a source, in S1's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SourceState {
+    /// Initial copy.
+    Startup,
+    /// Runs; changes flow; countdown to the next cut.
+    Migrating,
+    /// At a cut.
+    Separating,
+    /// Source lost.
+    Collapsed,
+    /// Resumed here from the last complete checkpoint; or runs unprotected.
+    Running,
+}
+
+/// Reply to [`ReplicatorRequest::Status`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReplicatorStatus {
+    /// Machine name.
+    pub machine: String,
+    /// Sender or receiver.
+    pub role: Role,
+    /// The replica that this process writes to: its own image as receiver, the peer's as sender.
+    pub replica: ReplicaState,
+    /// Source's state; on a receiver `Collapsed` while no sender is connected.
+    pub source: SourceState,
+    /// Whether the other side is connected.
+    pub connected: bool,
+    /// Address of the other side, if any.
+    pub peer: Option<String>,
+    /// Generation of the image or of the running machine.
+    pub generation: Generation,
+    /// Newest committed epoch.
+    pub committed: Epoch,
+    /// Newest cut (sender) or newest epoch begun (receiver).
+    pub current: Epoch,
+    /// Time since the last commit, ms.
+    pub lag_ms: u64,
+    /// (sender) whether a durable veto against the peer stands.
+    pub vetoed: bool,
+    /// (sender) protected: gate held, peer `UpToDate`, no veto.
+    pub protected: bool,
+    /// Progress of the first copy, 0.0 to 1.0.
+    pub sync_progress: f64,
+    /// Duration of the last complete first copy, ms; 0 if none.
+    pub last_sync_ms: u64,
+    /// Payload bytes sent (received) since the process started, before and after encoding.
+    pub raw_bytes: u64,
+    /// See `raw_bytes`.
+    pub wire_bytes: u64,
+    /// Epochs committed since the process started.
+    pub epochs: u64,
+    /// Times that protection was lost since the process started.
+    pub losses: u64,
+    /// Pause percentiles over the newest 512 epochs, µs.
+    pub pause_p50_us: u64,
+    /// See `pause_p50_us`.
+    pub pause_p99_us: u64,
+    /// See `pause_p50_us`.
+    pub pause_max_us: u64,
+    /// The last thing worth telling a person, e.g. why the peer was refused.
+    pub note: String,
+}
+
+/// A reply as it stands on the line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply<T> {
+    /// Done; what was asked for.
+    Ok(T),
+    /// Not done; a sentence that says why and what to do.
+    Error(String),
+}
+
+/// Why a control call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Nothing answers on the socket.
+    #[error("cannot talk to {socket}: {source}")]
+    Io {
+        /// The socket's path.
+        socket: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The other side answered with something else than the protocol.
+    #[error("{socket} answered something that is not a reply: {why}")]
+    Garbled {
+        /// The socket's path.
+        socket: String,
+        /// What was wrong.
+        why: String,
+    },
+    /// The other side said no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A connection to a control socket.
+#[derive(Debug)]
+pub struct ControlClient {
+    socket: String,
+    reader: BufReader<UnixStream>,
+}
+
+impl ControlClient {
+    /// Connect; every later call takes at most `timeout` for writing and for reading.
+    pub fn connect(socket: impl AsRef<Path>, timeout: Duration) -> Result<Self, ControlError> {
+        let name = socket.as_ref().display().to_string();
+        let io_error = |source| ControlError::Io { socket: name.clone(), source };
+        let stream = UnixStream::connect(socket.as_ref()).map_err(io_error)?;
+        stream.set_read_timeout(Some(timeout)).map_err(io_error)?;
+        stream.set_write_timeout(Some(timeout)).map_err(io_error)?;
+        Ok(Self { reader: BufReader::new(stream), socket: name })
+    }
+
+    /// Change the timeout of later calls.
+    pub fn set_timeout(&mut self, timeout: Duration) -> Result<(), ControlError> {
+        let io_error = |source| ControlError::Io { socket: self.socket.clone(), source };
+        self.reader.get_ref().set_read_timeout(Some(timeout)).map_err(io_error)?;
+        self.reader.get_ref().set_write_timeout(Some(timeout)).map_err(io_error)
+    }
+
+    /// A handle whose `shutdown` ends a call that waits in another thread.
+    pub fn stream(&self) -> &UnixStream {
+        self.reader.get_ref()
+    }
+
+    /// Send one request and wait for its reply.
+    pub fn call<Q: Serialize, R: DeserializeOwned>(&mut self, request: &Q) -> Result<R, ControlError> {
+        let line = encode_line(request);
+        let io_error = |source| ControlError::Io { socket: self.socket.clone(), source };
+        self.reader.get_mut().write_all(&line).map_err(io_error)?;
+        let reply = read_line(&mut self.reader).map_err(io_error)?;
+        let Some(reply) = reply else {
+            return Err(io_error(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection")));
+        };
+        let garbled = |why: String| ControlError::Garbled { socket: self.socket.clone(), why };
+        match serde_json::from_slice::<Reply<R>>(&reply).map_err(|e| garbled(e.to_string()))? {
+            Reply::Ok(value) => Ok(value),
+            Reply::Error(why) => Err(ControlError::Refused(why)),
+        }
+    }
+}
+
+/// Connect, call once, close.
+pub fn call_once<Q: Serialize, R: DeserializeOwned>(
+    socket: impl AsRef<Path>,
+    request: &Q,
+    timeout: Duration,
+) -> Result<R, ControlError> {
+    ControlClient::connect(socket, timeout)?.call(request)
+}
+
+/// One message as a line, newline included. (Types that serde_json cannot write are a bug of ours; they become an error
+/// reply rather than a panic.)
+pub fn encode_line<T: Serialize>(message: &T) -> Vec<u8> {
+    let mut line =
+        serde_json::to_vec(message).unwrap_or_else(|e| format!("{{\"error\":\"unwritable message: {e}\"}}").into_bytes());
+    line.push(b'\n');
+    line
+}
+
+/// Read one line of at most [`MAX_LINE`] bytes, without its newline; `None` at end of stream.
+pub fn read_line(reader: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    let n = reader.by_ref().take(MAX_LINE as u64 + 1).read_until(b'\n', &mut line)?;
+    if n == 0 {
+        return Ok(None);
+    }
+    if line.last() != Some(&b'\n') {
+        let kind = if n > MAX_LINE { io::ErrorKind::InvalidData } else { io::ErrorKind::UnexpectedEof };
+        return Err(io::Error::new(kind, format!("a control line ended after {n} bytes without a newline")));
+    }
+    line.pop();
+    Ok(Some(line))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_lines_are_what_is_written() {
+        let line = String::from_utf8(encode_line(&VmmRequest::Status)).unwrap();
+        assert_eq!(line, "{\"cmd\":\"status\"}\n");
+        let promote = VmmRequest::Promote { generation: Generation(3), from: PromoteFrom::ColdBoot };
+        let line = String::from_utf8(encode_line(&promote)).unwrap();
+        assert_eq!(line, "{\"cmd\":\"promote\",\"generation\":3,\"from\":{\"kind\":\"cold-boot\"}}\n");
+        assert_eq!(encode_line(&Reply::<()>::Ok(())), b"{\"ok\":null}\n");
+        assert_eq!(encode_line(&Reply::<()>::Error("no".into())), b"{\"error\":\"no\"}\n");
+    }
+
+    #[test]
+    fn an_endless_line_is_refused() {
+        let mut endless = BufReader::new(io::repeat(b'x'));
+        assert!(read_line(&mut endless).is_err());
+    }
+}
