@@ -447,8 +447,8 @@ pub fn call_once<Q: Serialize, R: DeserializeOwned>(
 /// One message as a line, newline included. (Types that serde_json cannot write are a bug of ours; they become an error
 /// reply rather than a panic.)
 pub fn encode_line<T: Serialize>(message: &T) -> Vec<u8> {
-    let mut line =
-        serde_json::to_vec(message).unwrap_or_else(|e| format!("{{\"error\":\"unwritable message: {e}\"}}").into_bytes());
+    let mut line = serde_json::to_vec(message)
+        .unwrap_or_else(|e| format!("{{\"error\":\"unwritable message: {e}\"}}").into_bytes());
     line.push(b'\n');
     line
 }

@@ -82,7 +82,10 @@ impl Layout {
 /// a directory, a resource id and an attribute name.)
 pub fn valid_machine_name(name: &str) -> bool {
     let ok = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    !name.is_empty() && name.len() <= 63 && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(ok)
+    !name.is_empty()
+        && name.len() <= 63
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.chars().all(ok)
 }
 
 #[cfg(test)]
