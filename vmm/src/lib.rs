@@ -1,1 +1,2 @@
-//! (in the making)
+//! One machine on KVM.
+pub mod devices;
