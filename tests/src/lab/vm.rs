@@ -1,0 +1,269 @@
+//! The lab VM: QEMU in software emulation with nested AMD-V, for hosts whose own KVM cannot run Linux.
+//!
+//! One VM per name (`UNDERSTUDY_VM`, default `main`), its files in `target/lab/vm-NAME`. It has no network but a
+//! forwarded port on 127.0.0.1, sees the lab root as a read-only disk, this build's executables as a read-only share and
+//! `out` as a writable one, and forgets everything else when it goes down.
+
+use std::fs;
+use std::io::{self, BufReader, IsTerminal, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+use understudy_protocol::control::encode_line;
+
+use super::channel::{AGENT_PORT, ExecRequest, Kind, read_frame, write_frame};
+use super::{host, initramfs, places, root};
+
+/// How long the VM may take until its agent answers. (10 to 20 s on an idle machine.)
+const BOOT_BOUND: Duration = Duration::from_secs(240);
+
+/// A lab VM that is up.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Vm {
+    pid: i32,
+    port: u16,
+    token: String,
+    /// The writable directory shared with the VM (`/lab/out` inside).
+    pub out: PathBuf,
+}
+
+/// Size of the VM.
+#[derive(Debug, Clone, clap::Args)]
+pub struct VmSize {
+    /// Memory of the lab VM in MiB; nodes' /dev/shm and guests' RAM come out of it.
+    #[arg(long, default_value_t = 6144)]
+    pub memory: u32,
+    /// Virtual CPUs of the lab VM.
+    #[arg(long, default_value_t = 2)]
+    pub cpus: u32,
+}
+
+impl Default for VmSize {
+    fn default() -> Self {
+        Self { memory: 6144, cpus: 2 }
+    }
+}
+
+fn vm_dir() -> Result<PathBuf> {
+    let name = std::env::var("UNDERSTUDY_VM").unwrap_or_else(|_| "main".into());
+    if !understudy_protocol::layout::valid_machine_name(&name) {
+        bail!("UNDERSTUDY_VM is \"{name}\": use letters, digits, - and _");
+    }
+    Ok(places::lab_dir()?.join(format!("vm-{name}")))
+}
+
+impl Vm {
+    /// The VM that is up, if any.
+    pub fn running() -> Result<Option<Self>> {
+        let file = vm_dir()?.join("vm.json");
+        let Ok(text) = fs::read(&file) else { return Ok(None) };
+        let vm: Self = serde_json::from_slice(&text).with_context(|| format!("reading {}", file.display()))?;
+        Ok(vm.is_alive().then_some(vm))
+    }
+
+    /// The VM that is up, or a new one.
+    pub fn ensure(size: &VmSize) -> Result<Self> {
+        match Self::running()? {
+            Some(vm) => Ok(vm),
+            None => Self::up(size),
+        }
+    }
+
+    fn up(size: &VmSize) -> Result<Self> {
+        host::need_root("The lab VM")?;
+        host::need_tools(&[("qemu-system-x86_64", "qemu-system-x86")])?;
+        let image = root::ensure_image()?;
+        let lab_root = places::root_dir()?;
+        let dir = vm_dir()?;
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        let out = dir.join("out");
+        fs::create_dir_all(&out)?;
+        let started = Instant::now();
+        let init = initramfs::build(&lab_root, &std::env::current_exe().context("finding this executable")?)?;
+        let init_path = dir.join("initramfs");
+        fs::write(&init_path, init).with_context(|| format!("writing {}", init_path.display()))?;
+        let token = random_token()?;
+        let port = free_port()?;
+        let console = dir.join("console.log");
+        let pid_file = dir.join("qemu.pid");
+        let _ = fs::remove_file(&pid_file);
+        let bin = places::bin_dir()?;
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-name", "understudy-lab", "-machine", "pc,graphics=off", "-nodefaults", "-no-user-config"]);
+        command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,+svm,+npt"]);
+        command.args(["-smp", &size.cpus.to_string(), "-m", &format!("{}M", size.memory)]);
+        command.args(["-display", "none", "-no-reboot", "-daemonize", "-pidfile"]).arg(&pid_file);
+        command.arg("-kernel").arg(lab_root.join("boot/vmlinuz")).arg("-initrd").arg(&init_path);
+        command.args([
+            "-append",
+            &format!(
+                "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 random.trust_cpu=on \
+                 net.ifnames=0 lab.token={token}"
+            ),
+        ]);
+        command.arg("-serial").arg(format!("file:{}", console.display()));
+        command.arg("-drive").arg(format!("if=virtio,format=raw,readonly=on,file={}", image.display()));
+        command.args(["-device", "virtio-rng-pci", "-device", "virtio-net-pci,netdev=host,romfile="]);
+        command.args([
+            "-netdev",
+            &format!("user,id=host,restrict=on,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{AGENT_PORT}"),
+        ]);
+        command
+            .arg("-virtfs")
+            .arg(format!("local,path={},mount_tag=bin,security_model=none,readonly=on,multidevs=remap", bin.display()));
+        command
+            .arg("-virtfs")
+            .arg(format!("local,path={},mount_tag=out,security_model=none,multidevs=remap", out.display()));
+        eprintln!("lab: starting the lab VM");
+        host::run_quiet(&mut command).context("starting the lab VM")?;
+        let pid = fs::read_to_string(&pid_file)
+            .ok()
+            .and_then(|t| t.trim().parse().ok())
+            .context("QEMU wrote no process id")?;
+        let vm = Self { pid, port, token, out };
+        let record = serde_json::to_vec(&vm).context("writing down the lab VM")?;
+        fs::write(dir.join("vm.json"), record).context("writing down the lab VM")?;
+        while !vm.answers() {
+            let failed = !vm.is_alive();
+            if failed || started.elapsed() > BOOT_BOUND {
+                let why = if failed { "ended while starting" } else { "does not answer" };
+                let _ = vm.down();
+                bail!("the lab VM {why}; the end of {}:\n{}", console.display(), root::tail(&console, 20));
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+        eprintln!("lab: the lab VM is up after {:.1} s", started.elapsed().as_secs_f32());
+        Ok(vm)
+    }
+
+    fn is_alive(&self) -> bool {
+        // The pid may have been given to another process since: look at what it is.
+        fs::read(format!("/proc/{}/cmdline", self.pid))
+            .is_ok_and(|c| c.windows(self.token.len()).any(|w| w == self.token.as_bytes()))
+    }
+
+    fn answers(&self) -> bool {
+        let request = self.request(&[]);
+        self.exec_with(request, io::empty(), &mut io::sink(), &mut io::sink(), Some(Duration::from_secs(3)))
+            .is_ok_and(|code| code == 0)
+    }
+
+    /// End the VM at once; it has nothing to save.
+    pub fn down(&self) -> Result<()> {
+        if !self.is_alive() {
+            return Ok(());
+        }
+        kill(Pid::from_raw(self.pid), Signal::SIGKILL).context("ending the lab VM")?;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.is_alive() {
+            if Instant::now() > deadline {
+                bail!("the lab VM (process {}) does not end", self.pid);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn request(&self, argv: &[String]) -> ExecRequest {
+        let env = std::env::vars()
+            .filter(|(k, _)| k == "TERM" || k.starts_with("RUST_") || k.starts_with("UNDERSTUDY_TEST"))
+            .collect();
+        ExecRequest { token: self.token.clone(), argv: argv.to_vec(), env, cwd: None }
+    }
+
+    /// Run a command in the VM with this process's standard input and outputs; its exit code.
+    pub fn exec(&self, argv: &[String]) -> Result<i32> {
+        // A terminal's input would be swallowed by commands that never read; scripts and pipes pass it on.
+        let interactive = io::stdin().is_terminal();
+        let input: Box<dyn Read + Send> = if interactive { Box::new(io::empty()) } else { Box::new(io::stdin()) };
+        self.exec_with(self.request(argv), input, &mut io::stdout(), &mut io::stderr(), None)
+    }
+
+    /// Run a command in the VM without input; its exit code and everything it wrote (both outputs).
+    pub fn output(&self, argv: &[&str]) -> Result<(i32, String)> {
+        let argv: Vec<String> = argv.iter().map(ToString::to_string).collect();
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let code = self.exec_with(self.request(&argv), io::empty(), &mut out, &mut err, None)?;
+        out.extend_from_slice(&err);
+        Ok((code, String::from_utf8_lossy(&out).into_owned()))
+    }
+
+    fn exec_with(
+        &self,
+        request: ExecRequest,
+        mut input: impl Read + Send + 'static,
+        stdout: &mut dyn Write,
+        stderr: &mut dyn Write,
+        silence: Option<Duration>,
+    ) -> Result<i32> {
+        let connect = || -> io::Result<TcpStream> {
+            let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port))?;
+            stream.set_nodelay(true)?;
+            stream.set_read_timeout(silence)?;
+            Ok(stream)
+        };
+        let mut stream = connect().context("connecting to the lab VM (is it up? `understudy-lab vm up`)")?;
+        stream.write_all(&encode_line(&request)).context("asking the lab VM")?;
+        let mut to_vm = stream.try_clone().context("sharing the connection to the lab VM")?;
+        thread::spawn(move || {
+            let mut buffer = vec![0; 32 * 1024];
+            while let Ok(n @ 1..) = input.read(&mut buffer) {
+                if write_frame(&mut to_vm, Kind::Stdin, &buffer[..n]).is_err() {
+                    return;
+                }
+            }
+            let _ = write_frame(&mut to_vm, Kind::Stdin, &[]);
+        });
+        let mut from_vm = BufReader::new(stream);
+        loop {
+            match read_frame(&mut from_vm).context("listening to the lab VM")? {
+                Some((Kind::Stdout, data)) => {
+                    stdout.write_all(&data)?;
+                    stdout.flush()?;
+                }
+                Some((Kind::Stderr, data)) => {
+                    stderr.write_all(&data)?;
+                    stderr.flush()?;
+                }
+                Some((Kind::Exit, data)) => {
+                    let code: [u8; 4] = data.as_slice().try_into().context("the lab VM sent no whole exit code")?;
+                    return Ok(i32::from_le_bytes(code));
+                }
+                Some((Kind::Stdin, _)) => bail!("the lab VM sent a frame that only the host sends"),
+                None => bail!("the lab VM hung up before the command's end (did it go down?)"),
+            }
+        }
+    }
+}
+
+fn free_port() -> Result<u16> {
+    // Another process may take it in between; QEMU then says so and the user starts again.
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("looking for a free port")?;
+    Ok(listener.local_addr().context("looking for a free port")?.port())
+}
+
+/// 128 random bits in hexadecimal.
+pub fn random_token() -> Result<String> {
+    let mut bytes = [0u8; 16];
+    fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).context("reading /dev/urandom")?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// Run `command` with standard input closed and both outputs inherited; its exit code.
+pub fn here(argv: &[String]) -> Result<i32> {
+    let Some(program) = argv.first() else { bail!("no command given") };
+    let status = Command::new(program).args(&argv[1..]).stdin(Stdio::inherit()).status();
+    Ok(status.with_context(|| format!("running {program}"))?.code().unwrap_or(128))
+}
+
+/// The console log of the VM, for error messages.
+pub fn console_log() -> Result<PathBuf> {
+    Ok(Path::new(&vm_dir()?).join("console.log"))
+}
