@@ -41,7 +41,7 @@
 //! | device | made by | beyond [`PioDevice`] and [`Snapshot`] |
 //! |---|---|---|
 //! | UART | `Uart16550::new()` | `take_output() -> Vec<u8>`, `set_output_room(bytes, now)`, `rx_room(now) -> usize`, `set_input_waiting(bytes)`, `receive(&[u8], now) -> usize`, `tx_total()`, `rx_total()`, `reset(now)` |
-//! | RTC | `Rtc::new(base_unix_seconds, ram_bytes)` | |
+//! | RTC | `Rtc::new(base_unix_seconds, ram_below_4g, ram_above_4g)` (bytes) | |
 //! | i8042, port 92 | `I8042::new()`, `Port92::new()` | |
 //! | ACPI PM | `AcpiPm::new()` | `press_power_button()`, `smi_read`, `smi_write` |
 //! | PCI | `PciBus::new()`, `add(slot, Box<dyn PciFunction>)` | `io_read(offset, data, ctx)`, `io_write(…) -> Action`, `mmio_read(addr, data, ctx) -> bool`, `mmio_write(…) -> bool`, `intx_levels() -> [bool; 8]` (GSI 16 …), `take_msi() -> Vec<MsiMessage>`, `get::<T>(slot)`, `get_mut::<T>(slot)`, `assign_bars(window)`, `save() -> Vec<Payload>`, `restore(&mut Payloads)` |
@@ -49,7 +49,13 @@
 //! | virtio-console | `VirtioPci::new(Console::new())` | `take_output() -> Vec<u8>`, `set_output_room(bytes, ctx)`, `input_room() -> usize`, `receive(&[u8], ctx) -> usize` |
 #![forbid(unsafe_code)]
 
+pub mod acpi_pm;
+pub mod i8042;
+pub mod rtc;
 pub mod saved;
+#[cfg(test)]
+mod testing;
+pub mod uart16550;
 
 pub use saved::{Payload, Payloads, RestoreError, Snapshot};
 

@@ -28,7 +28,9 @@ pub trait Snapshot {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RestoreError {
     /// A needed payload is not there.
-    #[error("the saved machine has no state for {kind} \"{name}\": it was saved from a machine of another configuration")]
+    #[error(
+        "the saved machine has no state for {kind} \"{name}\": it was saved from a machine of another configuration"
+    )]
     Missing {
         /// Device kind.
         kind: String,
@@ -52,7 +54,9 @@ pub enum RestoreError {
         name: String,
     },
     /// Saved by a newer (or a forgotten) version of this program.
-    #[error("the state of {kind} has version {found}, this program knows version {known}: use the program that saved it or a newer one")]
+    #[error(
+        "the state of {kind} has version {found}, this program knows version {known}: use the program that saved it or a newer one"
+    )]
     Version {
         /// Device kind.
         kind: &'static str,

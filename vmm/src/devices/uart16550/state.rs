@@ -1,0 +1,76 @@
+//! Saved state of a UART.
+
+use serde::{Deserialize, Serialize};
+
+use super::{FIFO, OUTPUT_MAX, Snapshot, Uart16550, fcr, ier, lsr, mcr, msr};
+use crate::devices::{RestoreError, VmTime};
+
+/// Version 1. Field by field the device's own; see there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct V1 {
+    pub divisor: u16,
+    pub ier: u8,
+    pub fcr: u8,
+    pub lcr: u8,
+    pub mcr: u8,
+    pub scratch: u8,
+    pub lsr_latched: u8,
+    pub msr_deltas: u8,
+    pub thre_interrupt: bool,
+    pub thre_interrupt_at: Option<VmTime>,
+    pub rx_timeout: bool,
+    pub modem_inputs: u8,
+    pub rx: Vec<u8>,
+    pub tx: Vec<u8>,
+    pub shift: Option<u8>,
+    pub shift_done: VmTime,
+    pub stalled: bool,
+    pub rx_activity: VmTime,
+    pub rx_line: VmTime,
+    pub output: Vec<u8>,
+    pub tx_total: u64,
+    pub rx_total: u64,
+}
+
+impl V1 {
+    /// Whether a UART can have had this state.
+    pub(super) fn validate(&self) -> Result<(), RestoreError> {
+        let masked = [
+            ("interrupt enable", self.ier, ier::ALL),
+            ("FIFO control", self.fcr, fcr::KEPT),
+            ("modem control", self.mcr, mcr::ALL),
+            ("line status", self.lsr_latched, lsr::LATCHED),
+            ("modem status", self.msr_deltas, msr::DELTAS),
+            ("modem inputs", self.modem_inputs, !msr::DELTAS),
+        ];
+        for (register, value, allowed) in masked {
+            if value & !allowed != 0 {
+                return Err(RestoreError::invalid(Uart16550::KIND, format!("{register} is {value:#04x}")));
+            }
+        }
+        let depth = if self.fcr & fcr::ENABLE != 0 { FIFO } else { 1 };
+        for (fifo, len, limit) in [
+            ("receive", self.rx.len(), depth),
+            ("transmit", self.tx.len(), depth),
+            ("output", self.output.len(), OUTPUT_MAX),
+        ] {
+            if len > limit {
+                return Err(RestoreError::invalid(
+                    Uart16550::KIND,
+                    format!("{len} bytes in the {fifo} buffer of {limit}"),
+                ));
+            }
+        }
+        if self.shift.is_none() && (self.stalled || !self.tx.is_empty()) {
+            return Err(RestoreError::invalid(
+                Uart16550::KIND,
+                "the shift register is empty although bytes wait for it",
+            ));
+        }
+        if (self.output.len() as u64) > self.tx_total {
+            return Err(RestoreError::invalid(Uart16550::KIND, "more bytes wait than were ever sent"));
+        }
+        Ok(())
+    }
+}
