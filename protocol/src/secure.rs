@@ -214,7 +214,7 @@ impl SecureStream {
         let confirm = shake.receive_message()?;
         let wrong = shake.wrong_key();
         let mut this = shake.finish(noise)?;
-        if this.reader.state.read_message(0, &confirm, &mut message).map_or(true, |n| n != 0) {
+        if this.reader.state.read_message(0, &confirm, &mut message) != Ok(0) {
             return Err(wrong);
         }
         this.reader.nonce = 1;
