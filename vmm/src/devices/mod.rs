@@ -44,13 +44,14 @@
 //! | RTC | `Rtc::new(base_unix_seconds, ram_below_4g, ram_above_4g)` (bytes) | |
 //! | i8042, port 92 | `I8042::new()`, `Port92::new()` | |
 //! | ACPI PM | `AcpiPm::new()` | `press_power_button()`, `smi_read`, `smi_write` |
-//! | PCI | `PciBus::new()`, `add(slot, Box<dyn PciFunction>)` | `io_read(offset, data, ctx)`, `io_write(…) -> Action`, `mmio_read(addr, data, ctx) -> bool`, `mmio_write(…) -> bool`, `intx_levels() -> [bool; 8]` (GSI 16 …), `take_msi() -> Vec<MsiMessage>`, `get::<T>(slot)`, `get_mut::<T>(slot)`, `assign_bars(window)`, `save() -> Vec<Payload>`, `restore(&mut Payloads)` |
+//! | PCI | `PciBus::new()`, `add(slot, Box<dyn PciFunction>)` | `io_read(offset, data, ctx)`, `io_write(…) -> Action`, `mmio_read(addr, data, ctx) -> bool`, `mmio_write(…) -> bool`, `intx_levels() -> [bool; 8]` (GSI 16 …), `take_msi() -> Vec<MsiMessage>`, `get::<T>(slot)`, `get_mut::<T>(slot)`, `assign_bars(window)` (direct boot: at first and after each reset), `deadline()`, `tick(ctx)`, `reset()`, `save_payloads() -> Vec<Payload>`, `restore_payloads(&mut Payloads)` |
 //! | virtio-rng | `VirtioPci::new(Rng::new())` | through `bus.get_mut::<VirtioPci<Rng>>(slot)`: `want_entropy(ctx) -> usize`, `fill(&[u8], ctx)` |
 //! | virtio-console | `VirtioPci::new(Console::new())` | `take_output() -> Vec<u8>`, `set_output_room(bytes, ctx)`, `input_room() -> usize`, `receive(&[u8], ctx) -> usize` |
 #![forbid(unsafe_code)]
 
 pub mod acpi_pm;
 pub mod i8042;
+pub mod pci;
 pub mod rtc;
 pub mod saved;
 #[cfg(test)]
