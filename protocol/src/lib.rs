@@ -6,10 +6,12 @@
 //! | [`layout`]  | vmm ↔ replicator on one node | files in the machine's run and shared-memory directories |
 //! | [`secure`]  | replicator ↔ replicator, vmm ↔ board | TCP, authenticated and encrypted with the cluster's [`key`] |
 //! | [`frame`]   | the same, inside | records with type, epoch, generation and CRC-32 |
+//! | [`board`]   | vmm ↔ board service | those records: sessions of a line of bytes |
 //! | [`ids`]     | everybody | types that keep an epoch from being taken for a generation |
 //!
 //! Nothing here knows Pacemaker, KVM or a device: it is the one crate that both sides of every boundary depend on.
 
+pub mod board;
 pub mod control;
 pub mod frame;
 pub mod ids;
