@@ -6,8 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use understudy_tests::lab::bmc::FenceMode;
 use understudy_tests::lab::vm::{self, Vm, VmSize};
-use understudy_tests::lab::{host, root, vm_init};
+use understudy_tests::lab::{Lab, LabOptions, Plane, bmc, fence, host, node, root, vm_init};
 
 #[derive(Parser)]
 #[command(name = "understudy-lab", about = "Real Pacemaker clusters on one host", version)]
@@ -26,9 +27,53 @@ enum Cmd {
     },
     /// Say where the lab runs on this machine, and why
     Where,
+    /// Bring the cluster lab up: nodes n1 and n2, board b1, three network planes, fencing
+    Up {
+        #[command(flatten)]
+        options: LabOptions,
+        #[command(flatten)]
+        vm: VmSize,
+    },
+    /// Take the cluster lab down (and the lab VM with it)
+    Down,
+    /// Power, cables and freezes of the nodes, and what Pacemaker thinks
+    Status,
+    /// What happened so far, as JSON lines
+    Events,
+    /// Run a command in a node (n1, n2, b1), or at the network's outer end (lab)
+    Exec {
+        node: String,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        argv: Vec<String>,
+    },
+    /// Cut a node's power: every process of it dies at once and unheard
+    PowerCut { node: String },
+    /// Press a node's power button: its services stop in order
+    Shutdown { node: String },
+    /// Switch a node on
+    Boot { node: String },
+    /// Stop every process of a node
+    Freeze { node: String },
+    /// Let a frozen node go on
+    Thaw { node: String },
+    /// Pull a node's cable of one plane
+    Cut { node: String, plane: Plane },
+    /// Plug in all cables of a node, or of all nodes
+    Heal { node: Option<String> },
+    /// Choose what fencing does: cut the power, or only pull the cables
+    FenceMode { mode: FenceMode },
     /// The lab VM: where the host's KVM cannot run Linux, everything runs in it
     #[command(subcommand)]
     Vm(VmCmd),
+    /// The lab's daemon
+    #[command(hide = true)]
+    Bmc,
+    /// A node's keeper
+    #[command(hide = true)]
+    NodeStart { node: String },
+    /// A node's first process
+    #[command(hide = true)]
+    NodeInit { node: String },
     /// First process of the lab VM
     #[command(hide = true)]
     VmInit { stage: Option<String> },
@@ -61,13 +106,20 @@ enum VmCmd {
 }
 
 fn main() -> ExitCode {
-    if std::process::id() == 1 && std::env::args_os().next().is_some_and(|a| a == "/init") {
+    let mut arguments = std::env::args();
+    let name = arguments.next().unwrap_or_default();
+    if std::process::id() == 1 && name == "/init" {
         vm_init::main();
     }
-    match run(Cli::parse().command) {
+    let result = if name.rsplit('/').next() == Some("fence_lab") {
+        fence::run(&arguments.collect::<Vec<_>>(), &mut std::io::stdin().lock())
+    } else {
+        run(Cli::parse().command)
+    };
+    match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(255)),
         Err(e) => {
-            eprintln!("understudy-lab: {e:#}");
+            eprintln!("{}: {e:#}", name.rsplit('/').next().unwrap_or("understudy-lab"));
             ExitCode::FAILURE
         }
     }
@@ -78,11 +130,88 @@ fn run(command: Cmd) -> Result<i32> {
         Cmd::Root { image } => {
             let path = if image { root::ensure_image()? } else { root::ensure()? };
             println!("{}", path.display());
+            Ok(0)
         }
-        Cmd::Where => println!("{}", host::choose()?.1),
-        Cmd::Vm(command) => return vm_command(command),
+        Cmd::Where => {
+            println!("{}", host::choose()?.1);
+            Ok(0)
+        }
+        Cmd::Vm(command) => vm_command(command),
         Cmd::VmInit { .. } => vm_init::second(),
-        Cmd::VmAgent { token } => vm_init::agent(&token)?,
+        Cmd::VmAgent { token } => vm_init::agent(&token).map(|()| 0),
+        Cmd::Bmc => bmc::serve().map(|()| 0),
+        Cmd::NodeStart { node } => node::start(&node).map(|()| 0),
+        Cmd::NodeInit { node } => node::init(&node).map(|()| 0),
+        command => match host::choose()? {
+            (host::Where::Here, _) => lab_command(command),
+            (host::Where::Vm, why) => in_vm(&command, &why),
+        },
+    }
+}
+
+/// Pass the whole command line on to this same program inside the lab VM.
+fn in_vm(command: &Cmd, why: &str) -> Result<i32> {
+    let vm = match (command, Vm::running()?) {
+        (_, Some(vm)) => vm,
+        (Cmd::Up { vm, .. }, None) => {
+            eprintln!("lab: {why}");
+            Vm::ensure(vm)?
+        }
+        (Cmd::Down, None) => return Ok(0),
+        (_, None) => anyhow::bail!("the lab is not up: `understudy-lab up` brings it up"),
+    };
+    let argv: Vec<String> =
+        std::iter::once("/lab/bin/understudy-lab".to_string()).chain(std::env::args().skip(1)).collect();
+    let code = vm.exec(&argv)?;
+    if matches!(command, Cmd::Down) {
+        vm.down()?;
+    }
+    Ok(code)
+}
+
+fn lab_command(command: Cmd) -> Result<i32> {
+    match command {
+        Cmd::Up { options, .. } => {
+            let started = std::time::Instant::now();
+            Lab::up(&options)?;
+            eprintln!("lab: n1 and n2 are online, b1 is on, after {:.1} s", started.elapsed().as_secs_f32());
+        }
+        Cmd::Down => Lab::down()?,
+        Cmd::Status => {
+            let lab = Lab::running()?;
+            let status = lab.status()?;
+            println!("fencing: {:?}", status.fence_mode);
+            for (name, node) in &status.nodes {
+                let power = if node.on { "on" } else { "off" };
+                let frozen = if node.frozen { ", frozen" } else { "" };
+                let cut: String = node.cut.iter().map(|p| format!(", {} cut", p.name())).collect();
+                println!("{name}: {power}{frozen}{cut}, boots {}", node.boots);
+            }
+            for node in ["n1", "n2"] {
+                if status.nodes.get(node).is_some_and(|n| n.on && !n.frozen) {
+                    print!("\n{}", lab.run(node, &["crm_mon", "-1", "--inactive"])?);
+                    break;
+                }
+            }
+        }
+        Cmd::Events => {
+            for event in Lab::running()?.events()? {
+                println!("{}", serde_json::to_string(&event)?);
+            }
+        }
+        Cmd::Exec { node, argv } => {
+            let status = Lab::running()?.command(&node, &argv[0])?.args(&argv[1..]).status()?;
+            return Ok(status.code().unwrap_or(128));
+        }
+        Cmd::PowerCut { node } => Lab::running()?.power_cut(&node)?,
+        Cmd::Shutdown { node } => Lab::running()?.shutdown(&node)?,
+        Cmd::Boot { node } => Lab::running()?.boot(&node)?,
+        Cmd::Freeze { node } => Lab::running()?.freeze(&node)?,
+        Cmd::Thaw { node } => Lab::running()?.thaw(&node)?,
+        Cmd::Cut { node, plane } => Lab::running()?.cut(&node, plane)?,
+        Cmd::Heal { node } => Lab::running()?.heal(node.as_deref())?,
+        Cmd::FenceMode { mode } => Lab::running()?.fence_mode(mode)?,
+        _ => anyhow::bail!("this command does not belong to the cluster lab"),
     }
     Ok(0)
 }

@@ -1,10 +1,20 @@
 //! The lab's parts; see the crate's documentation for the picture.
 
+pub mod bmc;
 pub mod channel;
+pub mod cluster;
+pub mod fence;
 pub mod host;
 pub mod initramfs;
+pub mod net;
+pub mod node;
 pub mod places;
 pub mod root;
 pub mod vm;
 pub mod vm_agent;
 pub mod vm_init;
+pub mod wait;
+
+pub use cluster::{Lab, LabOptions};
+pub use net::Plane;
+pub use wait::{wait_for, wait_until};

@@ -1,0 +1,172 @@
+//! Who is in the lab and how they are wired: three nodes, three planes.
+//!
+//! ```text
+//!             storage 10.77.1.0/24   management 10.77.2.0/24   business 10.77.3.0/24
+//! n1  .1      replication            corosync link 0           boards, corosync link 1
+//! n2  .2      replication            corosync link 0           boards, corosync link 1
+//! b1  .10                            pacemaker_remote          serial sessions
+//! lab .254    (the outer end, where test programs may sit)
+//! ```
+//! Each plane is a bridge in a network namespace of the lab's own, each node a veth to every bridge. The host's network is
+//! never touched.
+
+use std::net::Ipv4Addr;
+use std::process::Command;
+
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::host::run_quiet;
+
+/// A network plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Plane {
+    /// Replication between the nodes.
+    Storage,
+    /// Corosync link 0, pacemaker_remote.
+    Management,
+    /// Boards; corosync link 1.
+    Business,
+}
+
+impl Plane {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Storage, Self::Management, Self::Business];
+
+    /// Its name: also the interface's name inside nodes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Storage => "storage",
+            Self::Management => "management",
+            Self::Business => "business",
+        }
+    }
+
+    /// The address of host number `host` on it.
+    pub fn address(self, host: u8) -> Ipv4Addr {
+        let third = match self {
+            Self::Storage => 1,
+            Self::Management => 2,
+            Self::Business => 3,
+        };
+        Ipv4Addr::new(10, 77, third, host)
+    }
+
+    fn bridge(self) -> String {
+        format!("br-{}", self.name())
+    }
+}
+
+/// What a node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// corosync and pacemakerd.
+    Cluster,
+    /// An interface board: pacemaker-remoted.
+    Board,
+}
+
+/// One node of the lab.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Node {
+    /// Its host name and its name in Pacemaker.
+    pub name: &'static str,
+    /// Last byte of its addresses.
+    pub host: u8,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// All nodes.
+pub const NODES: [Node; 3] = [
+    Node { name: "n1", host: 1, kind: Kind::Cluster },
+    Node { name: "n2", host: 2, kind: Kind::Cluster },
+    Node { name: "b1", host: 10, kind: Kind::Board },
+];
+
+/// The node of that name.
+pub fn node(name: &str) -> Result<Node> {
+    match NODES.into_iter().find(|n| n.name == name) {
+        Some(node) => Ok(node),
+        None => bail!("there is no node \"{name}\"; the lab has n1, n2 (cluster) and b1 (board)"),
+    }
+}
+
+/// Last byte of the lab's own addresses.
+const OUTSIDE: u8 = 254;
+
+/// Make the bridges in the current network namespace.
+pub fn make_planes() -> Result<()> {
+    ip("link set lo up")?;
+    for plane in Plane::ALL {
+        let bridge = plane.bridge();
+        ip(&format!("link add {bridge} type bridge forward_delay 0 stp_state 0"))?;
+        ip(&format!("addr add {}/24 dev {bridge}", plane.address(OUTSIDE)))?;
+        ip(&format!("link set {bridge} up"))?;
+    }
+    Ok(())
+}
+
+/// Plug `node`, whose network namespace is that of process `pid`, into all planes; those in `cut` stay unplugged.
+pub fn plug(node: Node, pid: u32, cut: &[Plane]) -> Result<()> {
+    for plane in Plane::ALL {
+        let port = port(node, plane);
+        // The last life's port vanishes with its namespace, a moment after the node's death.
+        let _ = ip(&format!("link del {port}"));
+        ip(&format!("link add {port} type veth peer name {} netns {pid}", plane.name()))?;
+        ip(&format!("link set {port} master {}", plane.bridge()))?;
+        if !cut.contains(&plane) {
+            ip(&format!("link set {port} up"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Pull or plug one cable of a node. Both ends see the carrier go and come.
+pub fn set_link(node: Node, plane: Plane, up: bool) -> Result<()> {
+    ip(&format!("link set {} {}", port(node, plane), if up { "up" } else { "down" }))
+}
+
+/// Pull all cables of a node with one call, so that nothing that its processes do while they die is seen outside.
+pub fn unplug_all(node: Node) -> Result<()> {
+    let batch: String = Plane::ALL.iter().map(|p| format!("link set {} down\n", port(node, *p))).collect();
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), batch)?;
+    run_quiet(Command::new("ip").args(["-force", "-batch"]).arg(file.path()))?;
+    Ok(())
+}
+
+/// Inside a node: names and addresses of its interfaces.
+pub fn configure_inside(node: Node) -> Result<()> {
+    ip("link set lo up")?;
+    for plane in Plane::ALL {
+        ip(&format!("addr add {}/24 dev {}", plane.address(node.host), plane.name()))?;
+        ip(&format!("link set {} up", plane.name()))?;
+    }
+    Ok(())
+}
+
+fn port(node: Node, plane: Plane) -> String {
+    format!("{}-{}", node.name, plane.name())
+}
+
+fn ip(arguments: &str) -> Result<()> {
+    run_quiet(Command::new("ip").args(arguments.split(' '))).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interface_names_fit_into_the_kernels_fifteen_bytes() {
+        for plane in Plane::ALL {
+            assert!(plane.bridge().len() <= 15);
+            for node in NODES {
+                assert!(port(node, plane).len() <= 15);
+            }
+        }
+    }
+}
