@@ -11,3 +11,4 @@
 pub mod field_device;
 pub mod initramfs;
 pub mod lab;
+pub mod scenario;

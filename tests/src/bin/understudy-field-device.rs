@@ -1,4 +1,4 @@
-//! `field-device`: the device at the far end of a board's serial line. See `understudy_tests::field_device`.
+//! `understudy-field-device`: the device at the far end of a board's serial line. See `understudy_tests::field_device`.
 //!
 //! Exit status: 0 when nothing broke the rule, 1 when something did, 2 when it could not run.
 #![forbid(unsafe_code)]
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
             if verdict.ok { ExitCode::SUCCESS } else { ExitCode::from(1) }
         }
         Err(why) => {
-            eprintln!("field-device: {why:#}");
+            eprintln!("understudy-field-device: {why:#}");
             ExitCode::from(2)
         }
     }
@@ -78,7 +78,7 @@ fn print(verdict: &Verdict, json: bool) {
     if json {
         match serde_json::to_string_pretty(verdict) {
             Ok(text) => println!("{text}"),
-            Err(why) => eprintln!("field-device: {why}"),
+            Err(why) => eprintln!("understudy-field-device: {why}"),
         }
         return;
     }
