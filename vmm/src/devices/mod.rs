@@ -57,6 +57,7 @@ pub mod saved;
 #[cfg(test)]
 mod testing;
 pub mod uart16550;
+pub mod virtio;
 
 pub use saved::{Payload, Payloads, RestoreError, Snapshot};
 
