@@ -11,4 +11,5 @@
 pub mod field_device;
 pub mod initramfs;
 pub mod lab;
+pub mod lab_tests;
 pub mod scenario;

@@ -1,0 +1,126 @@
+//! `understudy-lab-tests`: the lab tier. Runs where the nodes run (`understudy-lab vm run -- understudy-lab-tests`).
+//!
+//! One cluster, one protected guest, one device at its serial line; every test does something bad to them, waits until
+//! protection is back, and then asks the device: a single byte lost, doubled or out of place anywhere fails the test that
+//! did it. Prints `ok` or `FAILED` a test and `N passed, N failed` at the end.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Parser;
+use understudy_tests::lab::Lab;
+use understudy_tests::lab_tests::{agents, bad_days, tools};
+use understudy_tests::scenario::World;
+
+#[derive(Parser)]
+struct Arguments {
+    /// The policy file
+    #[arg(long, default_value = "tests/demo/policy.toml")]
+    policy: PathBuf,
+    /// Only tests whose name contains this
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Leave the lab up at the end
+    #[arg(long)]
+    keep: bool,
+}
+
+struct Tally {
+    only: String,
+    passed: usize,
+    failed: Vec<String>,
+}
+
+impl Tally {
+    fn wants(&self, name: &str) -> bool {
+        name.contains(&self.only)
+    }
+
+    fn run(&mut self, name: &str, body: impl FnOnce() -> Result<()>) -> bool {
+        let start = Instant::now();
+        let result = body();
+        let seconds = start.elapsed().as_secs();
+        match result {
+            Ok(()) => {
+                println!("ok      {name} ({seconds} s)");
+                self.passed += 1;
+                true
+            }
+            Err(why) => {
+                println!("FAILED  {name} ({seconds} s)\n        {why:#}");
+                self.failed.push(name.into());
+                false
+            }
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let mut tally = Tally { only: arguments.only.clone(), passed: 0, failed: Vec::new() };
+    play(&arguments, &mut tally);
+    if !arguments.keep {
+        if let Err(why) = Lab::down() {
+            eprintln!("understudy-lab-tests: {why:#}");
+        }
+    }
+    for name in &tally.failed {
+        println!("failed: {name}");
+    }
+    println!("{} passed, {} failed", tally.passed, tally.failed.len());
+    if tally.failed.is_empty() && tally.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn play(arguments: &Arguments, tally: &mut Tally) {
+    let mut started = None;
+    let policy = &arguments.policy;
+    if !tally.run("a policy file of one page configures a cluster", || {
+        started = Some(World::up(policy, |_| {})?);
+        Ok(())
+    }) {
+        return;
+    }
+    let Some(mut world) = started else { return };
+    for (name, test) in tools::TESTS.iter().chain(agents::TESTS) {
+        if tally.wants(name) {
+            tally.run(name, || test(&world));
+        }
+    }
+    let mut healthy = tally
+        .run("the machine comes up without its standby, and is protected when the standby comes", || {
+            bad_days::start_without_standby(&mut world)
+        });
+    for (name, test) in bad_days::TESTS {
+        if !tally.wants(name) {
+            continue;
+        }
+        if !healthy {
+            println!("FAILED  {name}\n        not tried: the machine was not whole after the test before");
+            tally.failed.push((*name).into());
+            continue;
+        }
+        let before = world.verdict().map_or(0, |v| v.violations);
+        let mut whole = false;
+        tally.run(name, || {
+            test(&world)?;
+            bad_days::whole(&world, before)?;
+            whole = true;
+            Ok(())
+        });
+        if !whole {
+            println!("{}", world.describe());
+            healthy = bad_days::whole(&world, before).is_ok();
+        }
+    }
+    if healthy {
+        tally.run("in the end the device's books and the guest's agree to the last line", || {
+            bad_days::books_agree(&mut world)
+        });
+    }
+    if !arguments.keep {
+        tally.run("everything goes down without a trace", || world.down());
+    }
+}

@@ -1,0 +1,12 @@
+//! The lab tier's tests, by subject. `understudy-lab-tests` runs them; each takes a lab that is whole and leaves one.
+
+pub mod agents;
+pub mod bad_days;
+pub mod tools;
+
+use anyhow::Result;
+
+use crate::scenario::World;
+
+/// A test: its name is the sentence that it proves.
+pub type Test = (&'static str, fn(&World) -> Result<()>);
