@@ -11,11 +11,15 @@
 //!  getrandom ─────fill()──────────────────────►        ──take_msi()─────► KVM_SIGNAL_MSI
 //! ```
 //!
-//! **After every call into a device** (access, tick, receive, fill, set_output_room, restore) the owner
-//! 1. drains its outputs (`take_output`, [`pci::PciBus::take_msi`]), hands in what it asks for (`want_entropy`, `rx_room`),
-//! 2. compares its interrupt line's level with the last one told to KVM and tells KVM about a change. Within one call a
-//!    line may rise and fall, never fall and rise, so that no edge is lost by looking only afterwards,
+//! **After every guest access and every tick** the owner
+//! 1. compares the level of each interrupt line with the last one told to KVM and tells KVM about a change,
+//! 2. drains outputs (`take_output`, [`pci::PciBus::take_msi`]) and hands in what is asked for (`want_entropy`, `rx_room`,
+//!    `set_output_room`); these are calls too, so the lines are compared once more,
 //! 3. arms its timer for the earliest [`PioDevice::deadline`].
+//!
+//! Within one call a line may rise and fall again, never fall and rise: that is why it is enough to look after each call, and why the look
+//! between 1 and 2 must not be left out. An edge-triggered line (UART, RTC) that fell in the access and rises with the input that is
+//! handed in afterwards has made an edge, and a guest that serves one cause an interrupt waits for it for ever.
 //!
 //! What must hold: any access of any width at any offset with any data is answered (unclaimed bits read as ones) and never
 //! panics; work per call is bounded; the state after [`Snapshot::save`] and [`Snapshot::restore`] into a device that was built with

@@ -108,7 +108,7 @@ impl Rtc {
 
     /// One byte of the time as the guest has chosen to see it.
     fn encode(&self, value: u8) -> u8 {
-        if self.reg(REG_B) & B_BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.reg(REG_B) & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, byte: u8) -> u8 {

@@ -180,10 +180,10 @@ impl ConfigSpace {
         if self.command() & COMMAND_MEMORY == 0 {
             return None;
         }
-        self.memory_bars().into_iter().find_map(|(bar, size)| {
-            let base = u64::from(self.bar_base(bar));
-            let offset = addr.checked_sub(base)?;
-            (base != 0 && offset < size).then_some((bar, offset))
+        self.bar_sizes.iter().enumerate().find_map(|(bar, size)| {
+            let base = self.bar_base(bar);
+            let offset = addr.checked_sub(u64::from(base))?;
+            (base != 0 && offset < u64::from(*size)).then_some((bar, offset))
         })
     }
 
