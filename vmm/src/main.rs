@@ -1,1 +1,263 @@
-fn main(){}
+//! `understudy-vmm`: run one machine, and talk to one that runs.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Parser, Subcommand};
+use understudy_protocol::control::{PromoteFrom, VmmRequest, VmmStatus, call_once};
+use understudy_protocol::ids::{Epoch, Generation};
+use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
+use understudy_vmm::backend::BackendConfig;
+use understudy_vmm::boot::LinuxBoot;
+use understudy_vmm::machine::{BootSource, MachineConfig};
+use understudy_vmm::run::{self, RunConfig};
+use understudy_vmm::save;
+
+/// Run one machine on KVM, and talk to one that runs.
+///
+/// A machine is named; everything else finds it by its name. `run` stays in the foreground and writes what it has to say to standard
+/// error. Without --standby the machine boots at once and its outputs leave at once; with --standby it is built, its vCPUs never
+/// start, and it waits to be promoted (by the cluster's agent, or by `promote` and `restore`).
+#[derive(Parser)]
+#[command(name = "understudy-vmm", version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  understudy-vmm run --machine demo --memory 512 --vcpus 2 --kernel /boot/vmlinuz-6.12 --initrd initrd.img \\
+                     --cmdline 'console=ttyS0' --serial0 file:/tmp/console
+  understudy-vmm status --machine demo
+  understudy-vmm power-button --machine demo
+
+Exit codes of run: 0 ended as asked; 1 could not start; 2 wrong usage; 3 fenced, a newer generation runs elsewhere;
+  4 KVM could not run the machine any further; 5 the machine has a VMM on this node already.";
+
+#[derive(Args, Clone)]
+struct Which {
+    /// The machine's name: letters, digits, - and _.
+    #[arg(long, value_name = "NAME")]
+    machine: String,
+    /// Parent of the machine's run directory (socket, pid file, logs).
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_ROOT)]
+    run_root: PathBuf,
+    /// Parent of the machine's shared-memory directory (RAM, arena); a tmpfs.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_SHM_ROOT)]
+    shm_root: PathBuf,
+}
+
+impl Which {
+    fn layout(&self) -> Result<Layout> {
+        ensure!(
+            valid_machine_name(&self.machine),
+            "\"{}\" is no machine name: use up to 63 letters, digits, - and _, starting with a letter or digit",
+            self.machine
+        );
+        Ok(Layout::new(&self.run_root, &self.shm_root, &self.machine))
+    }
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a machine (or stand by to run it) until it ends.
+    Run(Box<Run>),
+    /// Show a machine's state.
+    Status {
+        #[command(flatten)]
+        which: Which,
+        /// As JSON, one line.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop a machine's vCPUs and clocks.
+    Pause(Which),
+    /// Let a paused machine go on.
+    Resume(Which),
+    /// Press the ACPI power button: the guest is asked to shut down.
+    PowerButton(Which),
+    /// Make a standby the running machine by booting it.
+    Promote {
+        #[command(flatten)]
+        which: Which,
+        /// Generation under which it runs; boards refuse lower ones than they have seen.
+        #[arg(long, default_value_t = 1)]
+        generation: u64,
+        /// Run from the RAM in place and this device state instead of booting.
+        #[arg(long, value_name = "FILE")]
+        state: Option<PathBuf>,
+    },
+    /// Write a machine's RAM and state to a directory; it is paused meanwhile.
+    Save {
+        #[command(flatten)]
+        which: Which,
+        /// Directory, created if missing.
+        #[arg(long)]
+        dir: PathBuf,
+    },
+    /// Let a standby continue from a directory that `save` wrote.
+    Restore {
+        #[command(flatten)]
+        which: Which,
+        /// The directory.
+        #[arg(long)]
+        dir: PathBuf,
+        /// Generation under which it runs.
+        #[arg(long, default_value_t = 1)]
+        generation: u64,
+    },
+    /// End a machine at once, without asking the guest.
+    Quit(Which),
+}
+
+#[derive(Args)]
+struct Run {
+    #[command(flatten)]
+    which: Which,
+    /// Guest RAM in MiB.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(16..))]
+    memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
+    vcpus: u32,
+    /// Linux kernel (bzImage).
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, default_value = "console=ttyS0")]
+    cmdline: String,
+    /// COM1: board:HOST:PORT/DEVICE,key=FILE | file:PATH | pty | none.
+    #[arg(long, value_name = "BACKEND", default_value = "none")]
+    serial0: BackendConfig,
+    /// COM2, as --serial0. Without it there is no COM2.
+    #[arg(long, value_name = "BACKEND")]
+    serial1: Option<BackendConfig>,
+    /// Virtio console: file:PATH.
+    #[arg(long, value_name = "BACKEND")]
+    console: Option<BackendConfig>,
+    /// Build the machine and wait for a promotion.
+    #[arg(long)]
+    standby: bool,
+    /// Size of the capture arena in MiB [default: a quarter of RAM, at least 64].
+    #[arg(long, value_name = "MIB")]
+    arena: Option<u64>,
+}
+
+fn main() -> ExitCode {
+    let code = match dispatch(Cli::parse().command) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            if e.downcast_ref::<run::RunsAlready>().is_some() { run::EXIT_RUNS_ALREADY } else { run::EXIT_CANNOT_START }
+        }
+    };
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+fn dispatch(command: Command) -> Result<i32> {
+    // Saving writes all of RAM; everything else is quick.
+    const QUICK: Duration = Duration::from_secs(10);
+    const SLOW: Duration = Duration::from_secs(600);
+    match command {
+        Command::Run(run) => return start(*run),
+        Command::Status { which, json } => {
+            let status: VmmStatus = call_once(which.layout()?.vmm_socket(), &VmmRequest::Status, QUICK)?;
+            if json {
+                println!("{}", serde_json::to_string(&status).context("cannot write the status")?);
+            } else {
+                print!("{}", readable(&status));
+            }
+        }
+        Command::Pause(which) => ask(&which, &VmmRequest::Pause, QUICK)?,
+        Command::Resume(which) => ask(&which, &VmmRequest::Resume, QUICK)?,
+        Command::PowerButton(which) => ask(&which, &VmmRequest::PowerButton, QUICK)?,
+        Command::Quit(which) => ask(&which, &VmmRequest::Quit, QUICK)?,
+        Command::Promote { which, generation, state } => {
+            let from = match state {
+                None => PromoteFrom::ColdBoot,
+                Some(file) => PromoteFrom::Image { state_file: absolute(&file)?, epoch: Epoch::ZERO },
+            };
+            ask(&which, &VmmRequest::Promote { generation: Generation(generation), from }, QUICK)?;
+        }
+        Command::Save { which, dir } => ask(&which, &VmmRequest::Save { dir: absolute(&dir)? }, SLOW)?,
+        Command::Restore { which, dir, generation } => {
+            let layout = which.layout()?;
+            let status: VmmStatus = call_once(layout.vmm_socket(), &VmmRequest::Status, QUICK)?;
+            ensure!(
+                status.state == understudy_protocol::control::VmmState::Standby,
+                "only a standby can be restored into; start one with: understudy-vmm run --standby …"
+            );
+            save::restore_ram(&dir, &layout.ram())?;
+            let from = PromoteFrom::Image { state_file: absolute(&dir.join(save::STATE))?, epoch: Epoch::ZERO };
+            ask(&which, &VmmRequest::Promote { generation: Generation(generation), from }, SLOW)?;
+        }
+    }
+    Ok(0)
+}
+
+/// The VMM has a working directory of its own.
+fn absolute(path: &Path) -> Result<String> {
+    let path = std::path::absolute(path).with_context(|| format!("cannot make {} absolute", path.display()))?;
+    path.to_str().map(str::to_owned).with_context(|| format!("{} is not valid UTF-8", path.display()))
+}
+
+fn ask(which: &Which, request: &VmmRequest, timeout: Duration) -> Result<()> {
+    Ok(call_once(which.layout()?.vmm_socket(), request, timeout)?)
+}
+
+fn start(run: Run) -> Result<i32> {
+    let layout = run.which.layout()?;
+    let boot = LinuxBoot::read(&run.kernel, run.initrd.as_deref(), &run.cmdline)?;
+    let mut serial = vec![run.serial0];
+    serial.extend(run.serial1);
+    let machine = MachineConfig {
+        name: run.which.machine.clone(),
+        memory_mib: run.memory,
+        vcpus: run.vcpus,
+        boot: BootSource::Linux(boot),
+        serial,
+        console: run.console,
+        ram_file: layout.ram(),
+    };
+    run::run(RunConfig { machine, layout, arena_mib: run.arena, standby: run.standby })
+}
+
+fn readable(s: &VmmStatus) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::new();
+    let ms = |ns: u64| ns as f64 / 1e6;
+    // Writing to a String cannot fail.
+    let _ = writeln!(out, "{}: {:?}, generation {}, gate {:?}", s.machine, s.state, s.generation, s.gate);
+    let _ = writeln!(
+        out,
+        "  {} vCPUs, {} MiB RAM, {}, ran {:.3} s, {} resets",
+        s.vcpus,
+        s.ram_bytes >> 20,
+        s.kvm_backend,
+        ms(s.vm_time_ns) / 1e3,
+        s.resets
+    );
+    if s.replicated {
+        let _ = writeln!(out, "  replicated: cut {}, committed {}", s.last_cut, s.last_committed);
+    }
+    if !s.recent_pauses_us.is_empty() {
+        let mut p = s.recent_pauses_us.clone();
+        p.sort_unstable();
+        let at = |q: usize| p[(p.len() - 1) * q / 100];
+        let _ = writeln!(out, "  pauses: p50 {} µs, p99 {} µs, max {} µs ({} newest)", at(50), at(99), at(100), p.len());
+    }
+    for p in &s.serial {
+        let _ = writeln!(
+            out,
+            "  {}: {} ({}), out {} (acknowledged {}, held {}), in {}",
+            p.port, p.backend, p.link, p.tx_bytes, p.tx_acked, p.tx_held, p.rx_bytes
+        );
+    }
+    out
+}

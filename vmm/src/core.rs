@@ -1,0 +1,175 @@
+//! What a machine's threads share: KVM's machine, RAM, the devices behind their lock; and the timer thread.
+//!
+//! The device lock is held for the length of one access, and by a cut while it captures. Nobody waits for anything else while
+//! holding it.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use kvm_ioctls::VmFd;
+use understudy_protocol::ids::Generation;
+
+use crate::devices::{Action, VmTime};
+use crate::hardware::{Asked, Env, Hardware, SerialPort};
+use crate::memory::Ram;
+use crate::vcpus::Exits;
+
+/// Something that whoever owns the machine has to act upon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest switched itself off.
+    PowerOff,
+    /// A board belongs to a newer generation.
+    Fenced(Generation),
+    /// KVM cannot run the machine any further.
+    Broken(String),
+    /// Somebody asked for the end over the control socket.
+    Quit,
+}
+
+/// See the module.
+pub struct Core {
+    /// The machine's name.
+    pub machine: String,
+    /// The machine in KVM.
+    pub vm: VmFd,
+    /// Guest RAM.
+    pub ram: Ram,
+    hardware: Mutex<Hardware>,
+    /// Something happened that may concern the timer: an earlier deadline, thaw, end.
+    timer: Condvar,
+    events: Mutex<Sender<Event>>,
+}
+
+impl Core {
+    /// Put the parts together.
+    pub fn new(machine: String, vm: VmFd, ram: Ram, hardware: Hardware, events: Sender<Event>) -> Self {
+        Self {
+            machine,
+            vm,
+            ram,
+            hardware: Mutex::new(hardware),
+            timer: Condvar::new(),
+            events: Mutex::new(events),
+        }
+    }
+
+    /// The devices, frozen or not.
+    pub fn hardware(&self) -> MutexGuard<'_, Hardware> {
+        self.hardware.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What surrounds the devices.
+    pub fn env(&self) -> Env<'_> {
+        Env { vm: &self.vm, ram: &self.ram.mem }
+    }
+
+    /// Do something with a serial port's stream and input queue.
+    pub fn with_port<R>(&self, port: usize, f: impl FnOnce(&mut SerialPort) -> R) -> R {
+        // The pump was started for an existing port.
+        f(&mut self.hardware().serial[port])
+    }
+
+    /// Something outside has changed; let the devices see it (unless they are frozen: then the thaw does).
+    pub fn settle(&self) {
+        let mut hardware = self.hardware();
+        if !hardware.frozen {
+            hardware.settle(self.env());
+            self.timer.notify_all();
+        }
+    }
+
+    /// Devices work again.
+    pub fn thaw(&self, hardware: &mut Hardware) {
+        hardware.frozen = false;
+        hardware.settle(self.env());
+        self.timer.notify_all();
+    }
+
+    /// Leave an event for the machine's owner.
+    pub fn tell(&self, event: Event) {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = events.send(event);
+    }
+
+    /// Start the thread that ticks the devices at their deadlines. It ends with the core.
+    pub fn start_timer(self: &Arc<Self>) -> Result<()> {
+        let weak = Arc::downgrade(self);
+        std::thread::Builder::new()
+            .name("timer".into())
+            .stack_size(256 * 1024)
+            .spawn(move || {
+                while let Some(core) = weak.upgrade() {
+                    core.timer_round();
+                }
+            })
+            .context("cannot start the timer thread")?;
+        Ok(())
+    }
+
+    /// Tick what is due, then wait for the next deadline or news (at most a while, to notice the end).
+    fn timer_round(&self) {
+        const AT_MOST: Duration = Duration::from_millis(200);
+        let mut hardware = self.hardware();
+        let mut wait = AT_MOST;
+        if !hardware.frozen && hardware.stopwatch.runs() {
+            let due = |h: &Hardware| h.deadline().is_some_and(|d: VmTime| d <= h.stopwatch.now());
+            if due(&hardware) {
+                hardware.tick(self.env());
+            }
+            if let Some(at) = hardware.deadline().and_then(|d| hardware.stopwatch.instant_of(d)) {
+                wait = wait.min(at.saturating_duration_since(Instant::now()));
+            }
+            hardware.armed = Some(hardware.stopwatch.now().plus(wait.as_nanos() as u64));
+        } else {
+            hardware.armed = None;
+        }
+        if wait > Duration::ZERO {
+            let _ = self.timer.wait_timeout(hardware, wait);
+        }
+    }
+
+    /// After a guest access: wake the timer if a device wants to be ticked before it wakes by itself.
+    fn arm(&self, hardware: &mut Hardware) {
+        if let Some(deadline) = hardware.deadline()
+            && hardware.armed.is_some_and(|armed| deadline < armed)
+        {
+            hardware.armed = Some(deadline);
+            self.timer.notify_all();
+        }
+    }
+}
+
+impl Exits for Core {
+    fn io(&self, port: u16, write: bool, data: &mut [u8]) -> Action {
+        let mut hardware = self.hardware();
+        let action = hardware.io(port, write, data, self.env());
+        self.arm(&mut hardware);
+        action
+    }
+
+    fn mmio(&self, addr: u64, write: bool, data: &mut [u8]) -> Action {
+        let mut hardware = self.hardware();
+        let action = hardware.mmio(addr, write, data, self.env());
+        self.arm(&mut hardware);
+        action
+    }
+
+    fn asks(&self, what: Action) {
+        let (asked, event) = match what {
+            Action::None => return,
+            Action::Reset => (Asked::Reset, Event::Reset),
+            Action::PowerOff => (Asked::PowerOff, Event::PowerOff),
+        };
+        self.hardware().asked.get_or_insert(asked);
+        self.tell(event);
+    }
+
+    fn broken(&self, vcpu: usize, why: String) {
+        self.tell(Event::Broken(format!("vCPU {vcpu}: {why}")));
+    }
+}

@@ -1,0 +1,474 @@
+//! All devices of a machine behind one lock: dispatch of guest accesses, interrupt lines, outputs to the gate, inputs from the boards.
+//!
+//! vCPU threads enter by [`Hardware::io`] and [`Hardware::mmio`], the timer thread by [`Hardware::tick`], ports' pumps by
+//! [`SerialPort::queue_input`] and the stream. After every entry [`Hardware::settle`] moves what came out of the devices to where it belongs.
+//!
+//! What must hold: while [`Hardware::frozen`] is set, no device is touched (the machine is being captured, or stands still); so
+//! neither guest RAM nor any state that a checkpoint contains changes.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::Sender;
+
+use anyhow::{Context, Result};
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use understudy_protocol::control::Gate;
+use understudy_protocol::ids::Epoch;
+
+use crate::clock::Stopwatch;
+use crate::devices::acpi_pm::AcpiPm;
+use crate::devices::i8042::{I8042, Port92};
+use crate::devices::pci::PciBus;
+use crate::devices::rtc::Rtc;
+use crate::devices::uart16550::Uart16550;
+use crate::devices::{
+    self, Action, COM_IRQS, COM_PORTS, Ctx, GuestRam, I8042_PORT, PCI_CONFIG_PORT, PM_PORT, PORT92, Payload, Payloads,
+    PioDevice, RTC_IRQ, RTC_PORT, SCI_IRQ, SMI_CMD_PORT, VmTime,
+};
+use crate::gate::{self, Stream};
+use crate::memory::Ram;
+use crate::pump::PumpMsg;
+
+/// Interrupt lines of the I/O APIC.
+const LINES: usize = 24;
+/// Input bytes that a port keeps for its guest; more than a board sends without an acknowledgement.
+pub const INPUT_CAPACITY: usize = 4 << 20;
+
+/// What the guest asked for and has not been given yet. Part of a checkpoint: the takeover may come in between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Asked {
+    /// Reset.
+    Reset,
+    /// Power off.
+    PowerOff,
+}
+
+/// A serial port: device, stream with its gate, input that waits for the guest.
+pub struct SerialPort {
+    /// `com1` ….
+    pub name: String,
+    /// The device.
+    pub uart: Uart16550,
+    /// Its output and positions.
+    pub stream: Stream,
+    /// Input that the guest's UART has not taken: pieces with the offset of their first byte.
+    input: VecDeque<(u64, VecDeque<u8>)>,
+    input_bytes: usize,
+    /// Where the next input piece is expected.
+    input_end: u64,
+    /// Told when there is something to send.
+    pub pump: Option<Sender<PumpMsg>>,
+    told: (u64, u64),
+}
+
+impl SerialPort {
+    fn new(index: usize) -> Self {
+        Self {
+            name: format!("com{}", index + 1),
+            uart: Uart16550::new(),
+            stream: Stream::new(),
+            input: VecDeque::new(),
+            input_bytes: 0,
+            input_end: 0,
+            pump: None,
+            told: (0, 0),
+        }
+    }
+
+    /// Input arrived. What is known already is skipped; a gap is a loss that the board has reported, and is counted over.
+    /// False when the port keeps too much already (the other end does not keep to its window).
+    pub fn queue_input(&mut self, offset: u64, bytes: &[u8]) -> bool {
+        let end = offset.saturating_add(bytes.len() as u64);
+        if end <= self.input_end {
+            return true;
+        }
+        if self.input_bytes + bytes.len() > INPUT_CAPACITY {
+            return false;
+        }
+        let known = usize::try_from(self.input_end.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let fresh = bytes.get(known..).unwrap_or_default();
+        self.input_bytes += fresh.len();
+        self.input.push_back((offset.max(self.input_end), fresh.iter().copied().collect()));
+        self.input_end = end;
+        true
+    }
+
+    /// The streams' positions have been set (start, restore): input continues there.
+    fn begin(&mut self) {
+        self.input.clear();
+        self.input_bytes = 0;
+        self.input_end = self.stream.rx_delivered();
+        self.told = (0, 0);
+    }
+
+    fn settle(&mut self, now: VmTime) {
+        loop {
+            self.uart.set_output_room(self.stream.room(), now);
+            let out = self.uart.take_output();
+            if out.is_empty() {
+                break;
+            }
+            self.stream.write(&out);
+        }
+        while let Some((offset, piece)) = self.input.front_mut() {
+            let room = self.uart.rx_room(now);
+            if room == 0 {
+                break;
+            }
+            let (head, _) = piece.as_slices();
+            let taken = self.uart.receive(&head[..head.len().min(room)], now);
+            piece.drain(..taken);
+            *offset += taken as u64;
+            self.input_bytes -= taken;
+            self.stream.delivered(*offset);
+            if piece.is_empty() {
+                self.input.pop_front();
+            } else if taken == 0 {
+                break;
+            }
+        }
+        self.uart.set_input_waiting(self.input_bytes);
+        self.tell_pump();
+    }
+
+    /// Wake the pump if there is something new for it.
+    pub fn tell_pump(&mut self) {
+        let news = (self.stream.limit(), self.stream.rx_covered());
+        if news != self.told
+            && let Some(pump) = &self.pump
+        {
+            self.told = news;
+            let _ = pump.send(PumpMsg::Work);
+        }
+    }
+}
+
+/// What surrounds the devices.
+#[derive(Clone, Copy)]
+pub struct Env<'a> {
+    /// The machine in KVM.
+    pub vm: &'a VmFd,
+    /// Its RAM.
+    pub ram: &'a GuestRam,
+}
+
+/// What a machine consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HardwareConfig {
+    /// Number of serial ports, 0 to 4.
+    pub serial_ports: usize,
+}
+
+/// The devices. See the module.
+pub struct Hardware {
+    /// VM time.
+    pub stopwatch: Stopwatch,
+    /// Serial ports, COM1 first.
+    pub serial: Vec<SerialPort>,
+    /// What the guest asked for.
+    pub asked: Option<Asked>,
+    /// No device may be touched.
+    pub frozen: bool,
+    /// When the timer thread wakes by itself; `None` while it stands still.
+    pub armed: Option<VmTime>,
+    /// The gate of all outputs.
+    gate: Gate,
+    rtc: Rtc,
+    i8042: I8042,
+    port92: Port92,
+    pm: AcpiPm,
+    pci: PciBus,
+    lines: [bool; LINES],
+}
+
+/// Saved state of what is not a device.
+pub mod state {
+    use super::*;
+
+    /// Streams and open wishes.
+    #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+    pub struct V1 {
+        /// One a serial port.
+        pub serial: Vec<gate::state::V1>,
+        /// See [`Asked`].
+        pub asked: Option<Asked>,
+    }
+}
+/// Kind of [`state::V1`].
+const KIND: &str = "streams";
+const VERSION: u32 = 1;
+
+impl Hardware {
+    /// Devices after power on, frozen.
+    pub fn new(config: HardwareConfig, ram: &Ram) -> Result<Self> {
+        let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let low = ram.low_end();
+        let mut pci = PciBus::new();
+        crate::plug::plug(&mut pci)?;
+        Ok(Self {
+            stopwatch: Stopwatch::default(),
+            serial: (0..config.serial_ports.min(COM_PORTS.len())).map(SerialPort::new).collect(),
+            asked: None,
+            frozen: true,
+            armed: None,
+            gate: Gate::Hold,
+            rtc: Rtc::new(since_1970.as_secs(), low, ram.bytes() - low),
+            i8042: I8042::new(),
+            port92: Port92::new(),
+            pm: AcpiPm::new(),
+            pci,
+            lines: [false; LINES],
+        })
+    }
+
+    /// The guest accesses a port.
+    pub fn io(&mut self, port: u16, write: bool, data: &mut [u8], env: Env) -> Action {
+        let now = self.stopwatch.now();
+        let ctx = Ctx { now, ram: env.ram };
+        let mut access = |device: &mut dyn PioDevice, base: u16| {
+            if write {
+                device.write(port - base, data, now)
+            } else {
+                device.read(port - base, data, now);
+                Action::None
+            }
+        };
+        let com = |port: u16| COM_PORTS.iter().position(|base| (*base..*base + 8).contains(&port));
+        let action = match port {
+            p if com(p).is_some_and(|i| i < self.serial.len()) => {
+                let i = com(p).unwrap_or(0);
+                match self.serial.get_mut(i) {
+                    Some(s) => access(&mut s.uart, COM_PORTS[i]),
+                    None => Action::None,
+                }
+            }
+            RTC_PORT | 0x71 => access(&mut self.rtc, RTC_PORT),
+            I8042_PORT | 0x64 => access(&mut self.i8042, I8042_PORT),
+            PORT92 => access(&mut self.port92, PORT92),
+            p if (PM_PORT..PM_PORT + 16).contains(&p) => access(&mut self.pm, PM_PORT),
+            p if (SMI_CMD_PORT..SMI_CMD_PORT + 2).contains(&p) => {
+                if write {
+                    self.pm.smi_write(port - SMI_CMD_PORT, data);
+                } else {
+                    self.pm.smi_read(port - SMI_CMD_PORT, data);
+                }
+                Action::None
+            }
+            p if (PCI_CONFIG_PORT..PCI_CONFIG_PORT + 8).contains(&p) => {
+                if write {
+                    self.pci.io_write(port - PCI_CONFIG_PORT, data, &ctx)
+                } else {
+                    self.pci.io_read(port - PCI_CONFIG_PORT, data, &ctx);
+                    Action::None
+                }
+            }
+            _ => {
+                if !write {
+                    data.fill(0xff);
+                }
+                Action::None
+            }
+        };
+        self.settle(env);
+        action
+    }
+
+    /// The guest accesses memory that is not RAM.
+    pub fn mmio(&mut self, addr: u64, write: bool, data: &mut [u8], env: Env) -> Action {
+        let ctx = Ctx { now: self.stopwatch.now(), ram: env.ram };
+        if write {
+            self.pci.mmio_write(addr, data, &ctx);
+        } else {
+            self.pci.mmio_read(addr, data, &ctx);
+        }
+        self.settle(env);
+        Action::None
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, env: Env) {
+        let now = self.stopwatch.now();
+        for s in &mut self.serial {
+            s.uart.tick(now);
+        }
+        self.rtc.tick(now);
+        self.pm.tick(now);
+        self.pci.tick(&Ctx { now, ram: env.ram });
+        self.settle(env);
+    }
+
+    /// When [`Hardware::tick`] is wanted.
+    pub fn deadline(&self) -> Option<VmTime> {
+        let serial = self.serial.iter().filter_map(|s| s.uart.deadline());
+        serial.chain(self.rtc.deadline()).chain(self.pm.deadline()).chain(self.pci.deadline()).min()
+    }
+
+    /// The power button.
+    pub fn press_power_button(&mut self, env: Env) {
+        self.pm.press_power_button();
+        self.settle(env);
+    }
+
+    /// Move what came out of the devices: bytes to the streams, input to the UARTs, levels and messages to KVM.
+    pub fn settle(&mut self, env: Env) {
+        let ctx = Ctx { now: self.stopwatch.now(), ram: env.ram };
+        for s in &mut self.serial {
+            s.settle(ctx.now);
+        }
+        crate::plug::settle(&mut self.pci, &ctx);
+        for (line, level) in self.levels().into_iter().enumerate() {
+            if level != self.lines[line] {
+                self.lines[line] = level;
+                tell_line(env.vm, line, level);
+            }
+        }
+        for msi in self.pci.take_msi() {
+            let message = kvm_msi {
+                address_lo: msi.address as u32,
+                address_hi: (msi.address >> 32) as u32,
+                data: msi.data,
+                ..Default::default()
+            };
+            // A message that nobody accepts (the guest masked its LAPIC) is lost on hardware too.
+            let _ = env.vm.signal_msi(message);
+        }
+    }
+
+    fn levels(&self) -> [bool; LINES] {
+        let mut levels = [false; LINES];
+        for (s, irq) in self.serial.iter().zip(COM_IRQS) {
+            levels[irq as usize] |= s.uart.irq_level();
+        }
+        levels[RTC_IRQ as usize] |= self.rtc.irq_level();
+        levels[SCI_IRQ as usize] |= self.pm.irq_level();
+        for (level, pci) in levels[devices::pci::INTX_GSI_BASE as usize..].iter_mut().zip(self.pci.intx_levels()) {
+            *level |= pci;
+        }
+        levels
+    }
+
+    /// Before a cold boot: empty streams, VM time 0, devices as after power on.
+    pub fn cold(&mut self) {
+        self.stopwatch.set(VmTime(0));
+        for s in &mut self.serial {
+            s.stream = Stream::new();
+            s.begin();
+        }
+        self.reset();
+    }
+
+    /// The machine was reset: devices as after power on; the streams go on.
+    pub fn reset(&mut self) {
+        let now = self.stopwatch.now();
+        for s in &mut self.serial {
+            s.uart.reset(now);
+        }
+        self.rtc.reset(now);
+        self.i8042 = I8042::new();
+        self.port92 = Port92::new();
+        self.pm = AcpiPm::new();
+        self.pci.reset();
+        self.asked = None;
+        self.lines = [false; LINES];
+    }
+
+    /// A direct kernel boot follows: what firmware would have set up.
+    pub fn as_firmware_leaves_it(&mut self) -> Result<()> {
+        let window = crate::acpi::PCI_WINDOW;
+        self.pci
+            .assign_bars(u64::from(window.start)..u64::from(window.end))
+            .context("the PCI devices do not fit into their memory window")
+    }
+
+    /// Everything, for a checkpoint. The devices are frozen.
+    pub fn save(&self) -> Result<Vec<Payload>> {
+        // `stopwatch` goes with the clock; `gate` belongs to the session; `lines` follow from the devices; `pci` has its own payloads.
+        let Self { stopwatch: _, serial, asked, frozen: _, armed: _, gate: _, rtc, i8042, port92, pm, pci, lines: _ } = self;
+        let streams = state::V1 { serial: serial.iter().map(|s| s.stream.save()).collect(), asked: *asked };
+        let mut payloads = vec![crate::container::payload(KIND, "all", VERSION, &streams)?];
+        payloads.extend(serial.iter().map(|s| Payload::of(&s.uart, &s.name)));
+        payloads.push(Payload::of(rtc, "rtc"));
+        payloads.push(Payload::of(i8042, "i8042"));
+        payloads.push(Payload::of(port92, "port92"));
+        payloads.push(Payload::of(pm, "pm"));
+        payloads.extend(pci.save_payloads());
+        Ok(payloads)
+    }
+
+    /// Become what was saved; frozen. The interrupt controllers are restored apart (KVM's state has them).
+    pub fn restore(&mut self, from: &mut Payloads) -> Result<()> {
+        let saved: state::V1 = crate::container::take(from, KIND, "all", VERSION)?;
+        anyhow::ensure!(
+            saved.serial.len() == self.serial.len(),
+            "the saved machine has {} serial ports, this one has {}: give both the same --serial options",
+            saved.serial.len(),
+            self.serial.len()
+        );
+        for (s, stream) in self.serial.iter_mut().zip(saved.serial) {
+            s.stream = Stream::restore(stream).with_context(|| format!("serial port {}", s.name))?;
+            from.restore(&mut s.uart, &s.name)?;
+            s.begin();
+        }
+        self.asked = saved.asked;
+        from.restore(&mut self.rtc, "rtc")?;
+        from.restore(&mut self.i8042, "i8042")?;
+        from.restore(&mut self.port92, "port92")?;
+        from.restore(&mut self.pm, "pm")?;
+        self.pci.restore_payloads(from)?;
+        Ok(())
+    }
+
+    /// KVM's interrupt controllers were loaded: tell it again which lines are high. (It keeps a line's level apart from the
+    /// controllers' registers and does not save it; a line that was high makes no new edge, because the registers remember it.)
+    pub fn assert_lines(&mut self, vm: &VmFd) {
+        self.lines = self.levels();
+        for (line, level) in self.lines.iter().enumerate() {
+            if *level {
+                tell_line(vm, line, true);
+            }
+        }
+    }
+
+    /// The gate of all outputs.
+    pub fn gate(&self) -> Gate {
+        self.gate
+    }
+
+    /// Close or open it.
+    pub fn set_gate(&mut self, gate: Gate) {
+        self.gate = gate;
+        for s in &mut self.serial {
+            match gate {
+                Gate::Hold => s.stream.hold(),
+                Gate::Open => s.stream.open(),
+            }
+            s.tell_pump();
+        }
+    }
+
+    /// A cut: what was written until now is covered by the checkpoint of `epoch`.
+    pub fn seal(&mut self, epoch: Epoch) {
+        self.serial.iter_mut().for_each(|s| s.stream.seal(epoch));
+    }
+
+    /// That checkpoint is committed.
+    pub fn commit(&mut self, epoch: Epoch) {
+        for s in &mut self.serial {
+            s.stream.commit(epoch);
+            s.tell_pump();
+        }
+    }
+
+    /// The session is gone: its cuts will never be committed.
+    pub fn unseal(&mut self) {
+        self.serial.iter_mut().for_each(|s| s.stream.unseal());
+    }
+}
+
+fn tell_line(vm: &VmFd, line: usize, level: bool) {
+    // Cannot fail with an in-kernel irqchip and a line below 24; there is nothing that the guest or we could do.
+    if let Err(e) = vm.set_irq_line(line as u32, level) {
+        eprintln!("warning: KVM refuses interrupt line {line}: {e}");
+    }
+}

@@ -1,0 +1,202 @@
+//! The process of one machine: its files, its control socket, and the supervisor that acts on what the machine and people ask for.
+//!
+//! Files (see [`Layout`]): a lock that a second `run` meets, the pid file and the socket (removed at a clean end; a pid file without a
+//! process means a crash), the RAM and the arena (left behind: they outlive the process on purpose).
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use understudy_protocol::control::{Gate, PromoteFrom};
+use understudy_protocol::ids::Generation;
+use understudy_protocol::layout::Layout;
+
+use crate::control;
+use crate::core::Event;
+use crate::machine::{Machine, MachineConfig};
+use crate::memory::Arena;
+
+/// Exit code: the machine could not be built or started.
+pub const EXIT_CANNOT_START: i32 = 1;
+/// Exit code: a newer generation runs elsewhere.
+pub const EXIT_FENCED: i32 = 3;
+/// Exit code: KVM could not run the machine any further.
+pub const EXIT_BROKEN: i32 = 4;
+/// Exit code: this machine runs already on this node.
+pub const EXIT_RUNS_ALREADY: i32 = 5;
+
+/// What `run` is given.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// The machine.
+    pub machine: MachineConfig,
+    /// Its files.
+    pub layout: Layout,
+    /// Arena size in MiB; `None`: a quarter of RAM, at least 64.
+    pub arena_mib: Option<u64>,
+    /// Wait for a promotion instead of booting.
+    pub standby: bool,
+}
+
+/// This machine has a process on this node already.
+#[derive(Debug, thiserror::Error)]
+#[error("machine {machine} has a VMM on this node already ({lock} is locked); end it with: understudy-vmm quit --machine {machine}")]
+pub struct RunsAlready {
+    machine: String,
+    lock: String,
+}
+
+/// Removes what must not outlive a clean end.
+struct Cleanup {
+    files: Vec<PathBuf>,
+    keep: bool,
+}
+impl Drop for Cleanup {
+    fn drop(&mut self) {
+        if !self.keep {
+            for file in &self.files {
+                let _ = fs::remove_file(file);
+            }
+        }
+    }
+}
+
+/// Run a machine until its end; the result is the process's exit code.
+pub fn run(config: RunConfig) -> Result<i32> {
+    let layout = &config.layout;
+    for dir in [layout.run_dir(), layout.shm_dir()] {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .with_context(|| format!("cannot create the directory {}", dir.display()))?;
+    }
+    let _lock = lock(layout, &config.machine.name)?;
+    let (events, inbox) = channel();
+    on_signals(events.clone())?;
+    let mib = config.arena_mib.unwrap_or((config.machine.memory_mib / 4).max(64));
+    let arena = Arena::open(&layout.arena(), mib.saturating_mul(1 << 20))?;
+    let machine = Arc::new(Machine::build(config.machine.clone(), events)?);
+
+    let mut cleanup = Cleanup { files: vec![layout.vmm_pid(), layout.vmm_socket()], keep: false };
+    write_pid(&layout.vmm_pid())?;
+    if !config.standby {
+        machine.promote(Generation(1), &PromoteFrom::ColdBoot, Gate::Open)?;
+    }
+    control::serve(layout.vmm_socket(), machine.clone(), Arc::new(Mutex::new(arena)))?;
+    eprintln!(
+        "machine {}: {} vCPUs, {} MiB, {}",
+        config.machine.name,
+        config.machine.vcpus,
+        config.machine.memory_mib,
+        if config.standby { "standing by" } else { "running" }
+    );
+    let code = supervise(&machine, &inbox, config.standby);
+    if code == EXIT_BROKEN {
+        // For whoever monitors it: this was no clean end.
+        cleanup.keep = true;
+    }
+    machine.halt();
+    Ok(code)
+}
+
+/// Act on events until one of them ends the process.
+fn supervise(machine: &Machine, inbox: &Receiver<Event>, standby: bool) -> i32 {
+    while let Ok(event) = inbox.recv() {
+        match event {
+            Event::Reset => {
+                eprintln!("the guest resets the machine");
+                if let Err(e) = machine.reset() {
+                    eprintln!("error: {e:#}");
+                    return EXIT_BROKEN;
+                }
+            }
+            Event::PowerOff => {
+                eprintln!("the guest has switched the machine off");
+                if let Err(e) = machine.shut_down() {
+                    eprintln!("error: {e:#}");
+                    return EXIT_BROKEN;
+                }
+                if !standby {
+                    drain(machine);
+                    return 0;
+                }
+            }
+            Event::Fenced(newer) => {
+                machine.fence();
+                eprintln!("error: generation {newer} of this machine runs elsewhere; this one has been stopped");
+                return EXIT_FENCED;
+            }
+            Event::Broken(why) => {
+                eprintln!("error: the machine cannot run any further: {why}");
+                return EXIT_BROKEN;
+            }
+            Event::Quit => return 0,
+        }
+    }
+    0
+}
+
+/// Give the last output a little time to arrive.
+fn drain(machine: &Machine) {
+    let until = Instant::now() + Duration::from_secs(2);
+    while !machine.drained() && Instant::now() < until {
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+}
+
+fn lock(layout: &Layout, machine: &str) -> Result<Flock<File>> {
+    let path = layout.run_dir().join("vmm.lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot create the lock {}", path.display()))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+            Err(RunsAlready { machine: machine.into(), lock: path.display().to_string() }.into())
+        }
+        Err((_, e)) => bail!("cannot lock {}: {e}", path.display()),
+    }
+}
+
+fn write_pid(path: &Path) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let temporary = path.with_extension("pid.new");
+        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o644).open(&temporary)?;
+        writeln!(file, "{}", std::process::id())?;
+        fs::rename(&temporary, path)
+    };
+    write().with_context(|| format!("cannot write the pid file {}", path.display()))
+}
+
+/// SIGTERM, SIGINT and SIGHUP end the process cleanly.
+fn on_signals(events: Sender<Event>) -> Result<()> {
+    use nix::sys::signal::{SigSet, Signal};
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    // Blocked in all threads that are started from here on; one waits for them.
+    set.thread_block().context("cannot block signals")?;
+    std::thread::Builder::new()
+        .name("signals".into())
+        .stack_size(128 * 1024)
+        .spawn(move || {
+            while let Ok(signal) = set.wait() {
+                eprintln!("{signal}: the machine ends");
+                let _ = events.send(Event::Quit);
+            }
+        })
+        .context("cannot start the signal thread")?;
+    Ok(())
+}

@@ -1,0 +1,294 @@
+//! The vCPU threads: one a vCPU, running guest code or parked.
+//!
+//! ```text
+//!            run_all                      exit: port, MMIO → Exits, on this thread
+//!  parked ────────────► running ──┐
+//!    ▲  ▲                  │      └─ stop flag + kick, or the guest asked for reset/power-off
+//!    │  └── task ──┐       ▼
+//!    │   (state    │   complete pending I/O (KVM_RUN with immediate_exit), report parked
+//!    └─────────────┴───────┘
+//! ```
+//! Stopping signals *all* vCPUs and then waits for *all*: the cost is that of the slowest, not the sum. Everything that touches a
+//! vCPU's state runs as a task on its own thread, while it is parked.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use kvm_bindings::{
+    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
+use kvm_ioctls::VcpuFd;
+
+use crate::devices::Action;
+use crate::sys::{self, Exit, Kick};
+
+/// What happens on the vCPUs' threads when a guest leaves guest mode. Called by several threads at once.
+pub trait Exits: Send + Sync + 'static {
+    /// Port I/O: `data` is one access, written or to be filled.
+    fn io(&self, port: u16, write: bool, data: &mut [u8]) -> Action;
+    /// Memory-mapped I/O.
+    fn mmio(&self, addr: u64, write: bool, data: &mut [u8]) -> Action;
+    /// The guest asks for a reset or power-off; the vCPU is parked from now on.
+    fn asks(&self, what: Action);
+    /// KVM cannot go on with this vCPU; it is parked from now on.
+    fn broken(&self, vcpu: usize, why: String);
+}
+
+type Task = Box<dyn FnOnce(&mut VcpuFd) + Send>;
+
+enum Order {
+    Run,
+    Task(Task),
+    End,
+}
+
+#[derive(Default)]
+struct Shared {
+    stop: AtomicBool,
+    running: Mutex<usize>,
+    all_parked: Condvar,
+}
+
+struct Handle {
+    kick: Arc<Kick>,
+    orders: Sender<Order>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// All vCPUs of a machine.
+pub struct Vcpus {
+    shared: Arc<Shared>,
+    handles: Vec<Handle>,
+}
+
+/// A vCPU thread that panics must not leave `Kick`s behind that point into its unmapped `kvm_run`.
+struct AbortOnPanic;
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+impl Vcpus {
+    /// Start the threads; the vCPUs are parked.
+    pub fn start(fds: Vec<VcpuFd>, exits: &Arc<impl Exits>) -> Result<Self> {
+        sys::install_kick_handler().context("cannot install the vCPU signal's handler")?;
+        let shared = Arc::new(Shared::default());
+        let mut handles = Vec::new();
+        for (id, mut fd) in fds.into_iter().enumerate() {
+            let kick = Arc::new(Kick::new(&mut fd));
+            let (orders, inbox) = channel();
+            let mut worker =
+                Worker { id, fd, kick: kick.clone(), shared: shared.clone(), exits: exits.clone(), inbox };
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{id}"))
+                .stack_size(256 * 1024)
+                .spawn(move || {
+                    let _guard = AbortOnPanic;
+                    worker.main();
+                })
+                .with_context(|| format!("cannot start the thread of vCPU {id}"))?;
+            handles.push(Handle { kick, orders, thread: Some(thread) });
+        }
+        Ok(Self { shared, handles })
+    }
+
+    /// Number of vCPUs.
+    pub fn len(&self) -> usize {
+        self.handles.len()
+    }
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.handles.is_empty()
+    }
+
+    fn order(&self, id: usize, order: Order) -> Result<()> {
+        let Some(handle) = self.handles.get(id) else { bail!("there is no vCPU {id}") };
+        handle.orders.send(order).map_err(|_| anyhow::anyhow!("the thread of vCPU {id} has ended"))
+    }
+
+    /// Let all parked vCPUs run.
+    pub fn run_all(&self) -> Result<()> {
+        self.shared.stop.store(false, Ordering::SeqCst);
+        *self.shared.running.lock().unwrap_or_else(PoisonError::into_inner) = self.handles.len();
+        (0..self.handles.len()).try_for_each(|id| self.order(id, Order::Run))
+    }
+
+    /// Stop all vCPUs; returns when every one is parked with its pending I/O completed. Harmless when they are parked already.
+    pub fn stop_all(&self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        let mut running = self.shared.running.lock().unwrap_or_else(PoisonError::into_inner);
+        while *running > 0 {
+            for handle in &self.handles {
+                handle.kick.kick();
+            }
+            // A kick cannot be lost (see Kick); the bound only guards against a thread that has not told its id yet.
+            running = self
+                .shared
+                .all_parked
+                .wait_timeout_while(running, Duration::from_millis(20), |n| *n > 0)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Run `f(vcpu index, fd)` on every vCPU's thread, in parallel; they are parked. Results in vCPU order.
+    pub fn on_all<R: Send + 'static>(
+        &self,
+        f: impl Fn(usize, &mut VcpuFd) -> Result<R> + Send + Sync + 'static,
+    ) -> Result<Vec<R>> {
+        let f = Arc::new(f);
+        let (reply, replies) = channel();
+        for id in 0..self.handles.len() {
+            let (f, reply) = (f.clone(), reply.clone());
+            let task: Task = Box::new(move |fd| {
+                let _ = reply.send((id, f(id, fd)));
+            });
+            self.order(id, Order::Task(task))?;
+        }
+        drop(reply);
+        let mut results: Vec<Option<R>> = self.handles.iter().map(|_| None).collect();
+        for (id, result) in replies {
+            results[id] = Some(result.with_context(|| format!("vCPU {id}"))?);
+        }
+        results.into_iter().collect::<Option<Vec<R>>>().context("the thread of a vCPU has ended")
+    }
+
+    /// As [`Vcpus::on_all`], for the first vCPU alone.
+    pub fn on_first<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut VcpuFd) -> Result<R> + Send + 'static,
+    ) -> Result<R> {
+        let (reply, replies) = channel();
+        let task: Task = Box::new(move |fd| {
+            let _ = reply.send(f(fd));
+        });
+        self.order(0, Order::Task(task))?;
+        replies.recv().context("the thread of vCPU 0 has ended")?
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.stop_all();
+        for handle in &mut self.handles {
+            let _ = handle.orders.send(Order::End);
+            if let Some(thread) = handle.thread.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+struct Worker<E> {
+    id: usize,
+    fd: VcpuFd,
+    kick: Arc<Kick>,
+    shared: Arc<Shared>,
+    exits: Arc<E>,
+    inbox: Receiver<Order>,
+}
+
+impl<E: Exits> Worker<E> {
+    fn main(&mut self) {
+        self.kick.this_is_the_thread();
+        while let Ok(order) = self.inbox.recv() {
+            match order {
+                Order::Run => {
+                    self.run();
+                    self.complete();
+                    let mut running = self.shared.running.lock().unwrap_or_else(PoisonError::into_inner);
+                    *running = running.saturating_sub(1);
+                    if *running == 0 {
+                        self.shared.all_parked.notify_all();
+                    }
+                }
+                Order::Task(task) => task(&mut self.fd),
+                Order::End => return,
+            }
+        }
+    }
+
+    /// Guest code until something stops it.
+    fn run(&mut self) {
+        // In this order: a stop that comes after the clear is seen by the load, one that came before has set the flag.
+        self.kick.clear();
+        while !self.shared.stop.load(Ordering::SeqCst) {
+            match self.fd.run().map(|_| ()) {
+                Ok(()) => {
+                    if !self.exit() {
+                        return;
+                    }
+                }
+                Err(e) if [libc::EINTR, libc::EAGAIN].contains(&e.errno()) => {}
+                Err(e) => {
+                    self.exits.broken(self.id, format!("KVM_RUN failed: {e}"));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Let KVM finish the I/O whose data it has been given: afterwards the registers are those between two instructions.
+    fn complete(&mut self) {
+        self.kick.set();
+        // Only a long string or misaligned access needs more than one round; the bound is for a KVM that ignores the flag.
+        for _ in 0..4096 {
+            match self.fd.run().map(|_| ()) {
+                Ok(()) => {
+                    self.exit();
+                }
+                Err(e) if e.errno() == libc::EAGAIN => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    /// Handle one exit; false when this vCPU must not go on.
+    fn exit(&mut self) -> bool {
+        let action = match sys::exit(&mut self.fd) {
+            Exit::Io { port, size, write, data } => {
+                let mut action = Action::None;
+                for access in data.chunks_mut(size) {
+                    let asked = self.exits.io(port, write, access);
+                    if asked != Action::None {
+                        action = asked;
+                    }
+                }
+                action
+            }
+            Exit::Mmio { addr, write, data } => self.exits.mmio(addr, write, data),
+            Exit::Other(KVM_EXIT_SHUTDOWN) => Action::Reset, // triple fault
+            Exit::Other(KVM_EXIT_SYSTEM_EVENT) => match sys::exit_detail(&mut self.fd) {
+                KVM_SYSTEM_EVENT_RESET => Action::Reset,
+                KVM_SYSTEM_EVENT_SHUTDOWN => Action::PowerOff,
+                _ => Action::None,
+            },
+            Exit::Other(KVM_EXIT_HLT | KVM_EXIT_IRQ_WINDOW_OPEN) => Action::None,
+            Exit::Other(reason) => {
+                let why = match reason {
+                    KVM_EXIT_INTERNAL_ERROR => {
+                        format!("KVM internal error, sub-code {}", sys::exit_detail(&mut self.fd))
+                    }
+                    KVM_EXIT_FAIL_ENTRY => "the CPU refused to enter the guest".to_owned(),
+                    other => format!("unexpected KVM exit {other}"),
+                };
+                let at = self.fd.get_regs().map(|r| r.rip).unwrap_or(0);
+                self.exits.broken(self.id, format!("{why}, at rip {at:#x}"));
+                return false;
+            }
+        };
+        if action == Action::None {
+            return true;
+        }
+        self.exits.asks(action);
+        false
+    }
+}
