@@ -1,0 +1,168 @@
+//! `understudy-ocf hook …`: what the replicator asks of the cluster. It knows no cluster; this does.
+//!
+//! Exit codes: 0 done and proven; 1 not (yet), ask again; 2 this node has been superseded, stop the machine.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Subcommand, ValueEnum};
+use ocf::{Deadline, Environment};
+use understudy_protocol::control::{ReplicaState, VmmRequest, VmmStatus};
+use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
+
+use crate::cluster::Cluster;
+use crate::machine_runs;
+use crate::pacemaker::Pacemaker;
+use crate::rules::Fitness;
+use crate::service::ask;
+use crate::veto::{self, Subject, VetoError};
+
+/// A hook ends within this time, whatever the cluster does.
+const LIMIT: Duration = Duration::from_secs(8);
+
+/// Options of all hooks.
+#[derive(Debug, Args)]
+pub struct Hook {
+    /// The vmm primitive; looked for in the cluster's configuration if not given
+    #[arg(long, global = true)]
+    vmm_resource: Option<String>,
+    /// Parent of the run directories
+    #[arg(long, global = true, default_value = DEFAULT_RUN_ROOT)]
+    run_root: String,
+    /// What to do
+    #[command(subcommand)]
+    call: Call,
+}
+
+#[derive(Debug, Subcommand)]
+enum Call {
+    /// Forbid the Promoted role everywhere but here, and prove that PEER knows or is down
+    Veto {
+        /// The machine
+        #[arg(long)]
+        machine: String,
+        /// Node that must not be promoted
+        #[arg(long)]
+        peer: String,
+    },
+    /// Lift the veto
+    ClearVeto {
+        /// The machine
+        #[arg(long)]
+        machine: String,
+        /// Even if another node imposed it (for a person who knows that that node is gone for good)
+        #[arg(long)]
+        force: bool,
+    },
+    /// Tell the cluster how good this node's replica is
+    ReplicaState {
+        /// The machine
+        #[arg(long)]
+        machine: String,
+        /// State of the replica
+        #[arg(long, value_enum, ignore_case = true)]
+        state: Standing,
+    },
+}
+
+/// What the replicator says of the replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Standing {
+    /// No usable image
+    Inconsistent,
+    /// Being filled
+    Syncing,
+    /// The newest committed epoch
+    #[value(name = "uptodate", alias = "up-to-date")]
+    UpToDate,
+    /// Whole, and the machine has gone on without it
+    Outdated,
+    /// Whole and perhaps the newest; the primary is not connected
+    Disconnected,
+}
+
+impl Standing {
+    fn replica(self) -> (ReplicaState, bool) {
+        match self {
+            Self::Inconsistent => (ReplicaState::Inconsistent, true),
+            Self::Syncing => (ReplicaState::Syncing, true),
+            Self::UpToDate => (ReplicaState::UpToDate, true),
+            Self::Outdated => (ReplicaState::Outdated, true),
+            Self::Disconnected => (ReplicaState::UpToDate, false),
+        }
+    }
+}
+
+/// Carry out a hook; what went wrong is said on stderr.
+pub fn run(hook: &Hook, environment: &Environment) -> ExitCode {
+    let cluster = Pacemaker::new(environment);
+    match carry_out(hook, &cluster, Deadline::after(LIMIT)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(if matches!(error, VetoError::Superseded { .. }) { 2 } else { 1 })
+        }
+    }
+}
+
+fn carry_out(hook: &Hook, cluster: &dyn Cluster, deadline: Deadline) -> Result<(), VetoError> {
+    let resource = hook.vmm_resource.as_deref();
+    match &hook.call {
+        Call::Veto { machine, peer } => veto::impose(cluster, &Subject { machine, resource }, peer, deadline),
+        Call::ClearVeto { machine, force } => veto::lift(cluster, machine, *force, deadline),
+        Call::ReplicaState { machine, state } => {
+            let resource = match resource {
+                Some(resource) => resource.to_owned(),
+                None => cluster.cib(deadline)?.vmm_of(machine).ok_or_else(|| VetoError::NoClone(machine.clone()))?,
+            };
+            let fitness = Fitness { runs_here: runs_here(&hook.run_root, machine), replica: Some(state.replica()) };
+            cluster.set_score(&resource, fitness.score(), deadline)?;
+            Ok(())
+        }
+    }
+}
+
+fn runs_here(run_root: &str, machine: &str) -> bool {
+    if !valid_machine_name(machine) {
+        return false;
+    }
+    let layout = Layout::new(run_root, DEFAULT_SHM_ROOT, machine);
+    ask::<_, VmmStatus>(&layout.vmm_socket(), &VmmRequest::Status, Duration::from_secs(1))
+        .is_ok_and(|status| machine_runs(status.state))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        hook: Hook,
+    }
+
+    #[test]
+    fn the_resource_may_stand_before_or_after_what_the_replicator_appends() {
+        for line in [
+            "hook --vmm-resource vm veto --machine m1 --peer n2",
+            "hook veto --machine m1 --peer n2 --vmm-resource vm",
+            "hook --vmm-resource vm replica-state --machine m1 --state uptodate",
+            "hook replica-state --machine m1 --state Outdated --vmm-resource vm",
+            "hook clear-veto --machine m1 --vmm-resource vm",
+        ] {
+            let parsed = Line::try_parse_from(line.split(' ')).unwrap();
+            assert_eq!(parsed.hook.vmm_resource.as_deref(), Some("vm"), "{line}");
+        }
+    }
+
+    #[test]
+    fn every_word_of_the_replicator_has_its_tier() {
+        let score = |word: &str| {
+            let standing = Standing::from_str(word, true).unwrap();
+            Fitness { runs_here: false, replica: Some(standing.replica()) }.score()
+        };
+        let words = ["inconsistent", "syncing", "uptodate", "outdated", "disconnected", "UpToDate"];
+        assert_eq!(words.map(score), [Some(5), Some(5), Some(10_000), None, Some(1000), Some(10_000)]);
+    }
+}

@@ -1,0 +1,395 @@
+//! `ocf:understudy:replicator`: sends checkpoints (Promoted) or receives them (Unpromoted).
+//!
+//! It depends on the vmm, never the other way round: whatever fails here is restarted alone, and the guest does not notice.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ocf::action::{Action, ActionSpec, Role};
+use ocf::parameter::{Declaration, Param, Parameters};
+use ocf::{Agent, CheckLevel, Context, Description, ExitCode, Failure, Status};
+use understudy_protocol::control::{ControlError, ReplicatorRequest, ReplicatorStatus, Role as Doing};
+use understudy_protocol::layout::Layout;
+
+use crate::binaries;
+use crate::cluster::Cluster;
+use crate::pacemaker::Pacemaker;
+use crate::paths::{self, NAME, RUN_ROOT, SHM_ROOT, absolute};
+use crate::process::{Identity, remove, write_durably};
+use crate::service::{Observed, Service, ask};
+
+const PROGRAM: &str = "understudy-replicator";
+/// Where the sender is follows from where the machine runs (colocation), so all instances are equally good.
+const SCORE: i32 = 10;
+
+/// Nodes.
+pub static PEERS: Param<String> = Param::text("peers").required().check(peers).short("Address of every node").long(
+    "One NODE=HOST:PORT for each node that may hold the machine, separated by blanks, e.g. \"n1=10.77.1.1:7790 \
+         n2=10.77.1.2:7790\". The addresses should be in the storage network; this node listens on its own.",
+);
+/// Key.
+pub static KEY: Param<String> = Param::text("key")
+    .default("/etc/understudy/key")
+    .check(absolute)
+    .short("Key file")
+    .long("File with the key that the nodes know each other by and encrypt with. The same on every node, readable by root only.");
+/// Epoch length.
+pub static INTERVAL_MS: Param<u64> = Param::integer("interval_ms", 1, 60_000)
+    .default("25")
+    .short("Checkpoint interval (ms)")
+    .long("Time from checkpoint to checkpoint. Outputs of the machine wait for about this long; shorter costs more.");
+/// Silence.
+pub static PEER_TIMEOUT_MS: Param<u64> = Param::integer("peer_timeout_ms", 50, 600_000)
+    .default("1000")
+    .short("Peer timeout (ms)")
+    .long(
+        "Silence after which the standby counts as lost. Then the machine's outputs wait until the standby's promotion is vetoed \
+         in the cluster, and it goes on unprotected.",
+    );
+/// Whose score.
+pub static VMM_RESOURCE: Param<String> = Param::text("vmm_resource").short("The vmm's primitive").long(
+    "Name of the primitive of type ocf:understudy:vmm that runs the machine: its promotion scores are kept by this resource. Not \
+     set: found in the configuration by the machine's name.",
+);
+/// Without a cluster.
+pub static HOOK: Param<String> = Param::text("hook").short("Hook").long(
+    "Command that is called for what only the cluster can do (veto, clear-veto, replica-state); none for no command. Not set: \
+     this agent's own, which is what everybody wants.",
+);
+
+/// The agent.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Replicator;
+
+fn peers(value: &str) -> Result<(), String> {
+    let wrong = |entry: &str| format!("has \"{entry}\", which is not NODE=HOST:PORT");
+    if value.split_whitespace().next().is_none() {
+        return Err("names no node".into());
+    }
+    for entry in value.split_whitespace() {
+        let (node, address) = entry.split_once('=').ok_or_else(|| wrong(entry))?;
+        let (host, port) = address.rsplit_once(':').ok_or_else(|| wrong(entry))?;
+        if node.is_empty() || host.is_empty() || !port.parse::<u16>().is_ok_and(|p| p > 0) {
+            return Err(wrong(entry));
+        }
+    }
+    Ok(())
+}
+
+fn declarations() -> Vec<&'static Declaration> {
+    vec![
+        NAME.declaration(),
+        PEERS.declaration(),
+        KEY.declaration(),
+        INTERVAL_MS.declaration(),
+        PEER_TIMEOUT_MS.declaration(),
+        VMM_RESOURCE.declaration(),
+        HOOK.declaration(),
+        RUN_ROOT.declaration(),
+        SHM_ROOT.declaration(),
+    ]
+}
+
+/// Arguments of `understudy-replicator` on `node`.
+fn command_line(p: &Parameters, node: &str, own_hook: Option<String>) -> ocf::Result<Vec<String>> {
+    let mut line: Vec<String> = vec!["run".into()];
+    let mut option = |name: &str, value: String| line.extend([format!("--{name}"), value]);
+    option("name", p.get(&NAME)?);
+    option("node", node.to_owned());
+    let peers = p.get(&PEERS)?;
+    if !peers.split_whitespace().any(|e| e.split_once('=').is_some_and(|(n, _)| n == node)) {
+        return Err(Failure::arguments(format!("parameter peers has no address for this node ({node})")));
+    }
+    for (name, address) in peers.split_whitespace().filter_map(|e| e.split_once('=')) {
+        if name == node {
+            option("listen", address.to_owned());
+        } else {
+            option("peer", format!("{name}={address}"));
+        }
+    }
+    option("key", p.get(&KEY)?);
+    option("interval-ms", p.get(&INTERVAL_MS)?.to_string());
+    option("peer-timeout-ms", p.get(&PEER_TIMEOUT_MS)?.to_string());
+    option("run-root", p.get(&RUN_ROOT)?);
+    option("shm-root", p.get(&SHM_ROOT)?);
+    let hook = match p.find(&HOOK)? {
+        Some(hook) if hook == "none" => None,
+        Some(hook) => Some(hook),
+        None => own_hook,
+    };
+    if let Some(hook) = hook {
+        option("hook", hook);
+    }
+    Ok(line)
+}
+
+struct Instance<'a> {
+    context: &'a Context,
+    name: String,
+    layout: Layout,
+    service: Service,
+}
+
+impl<'a> Instance<'a> {
+    fn new(context: &'a Context) -> ocf::Result<Self> {
+        let (name, layout) = paths::layout(&context.parameters)?;
+        let identity = Identity {
+            pid_file: layout.replicator_pid(),
+            socket: layout.replicator_socket(),
+            program: PROGRAM,
+            word: name.clone(),
+        };
+        let service = Service { identity, log: layout.replicator_log() };
+        Ok(Self { context, name, layout, service })
+    }
+
+    fn status(&self, patience: Duration) -> Result<ReplicatorStatus, ControlError> {
+        ask(&self.layout.replicator_socket(), &ReplicatorRequest::Status, patience)
+    }
+
+    fn observe(&self, limit: Duration) -> Observed<ReplicatorStatus> {
+        self.service.observe(|patience| self.status(patience), self.context.deadline.within(limit))
+    }
+
+    /// "This one was promoted", kept until demote or stop.
+    fn mark(&self) -> PathBuf {
+        self.layout.run_dir().join("replicator.promoted")
+    }
+
+    fn unmark(&self) {
+        if let Err(e) = remove(&self.mark()) {
+            self.context.log.warning(format!("cannot remove the mark of the promoted role: {e}"));
+        }
+    }
+
+    fn end(&self) -> ocf::Result {
+        self.service.end(self.context, |patience| {
+            ask::<_, ()>(&self.layout.replicator_socket(), &ReplicatorRequest::Quit, patience)
+        })
+    }
+
+    fn set_score(&self, score: Option<i32>) {
+        let environment = &self.context.environment;
+        let deadline = self.context.deadline.within(Duration::from_secs(2));
+        if let Err(e) = Pacemaker::new(environment).set_score(environment.resource(), score, deadline) {
+            self.context.log.debug(format!("the promotion score stays as it was: {e}"));
+        }
+    }
+
+    fn launch(&self) -> ocf::Result {
+        let environment = &self.context.environment;
+        let program = binaries::locate(environment, PROGRAM)?;
+        let arguments = command_line(&self.context.parameters, &environment.node(), self.own_hook()?)?;
+        self.service.launch(self.context, &program, &arguments, |patience| self.status(patience).map(drop))
+    }
+
+    /// The hook of this very executable. Only where there is a cluster to ask: under `ocf-tester` a veto could never be had.
+    fn own_hook(&self) -> ocf::Result<Option<String>> {
+        if !self.context.environment.under_pacemaker() {
+            return Ok(None);
+        }
+        let me = std::env::current_exe()
+            .map_err(|e| Failure::generic(format!("cannot tell where understudy-ocf is: {e}")))?;
+        let run_root = self.context.parameters.get(&RUN_ROOT)?;
+        let mut hook = format!("{} hook --run-root {run_root}", me.display());
+        if let Some(resource) = self.context.parameters.find(&VMM_RESOURCE)? {
+            hook += &format!(" --vmm-resource {resource}");
+        }
+        Ok(Some(hook))
+    }
+
+    fn silent(&self, pid: i32, why: &str) -> Failure {
+        let code = if self.mark().exists() { ExitCode::FailedPromoted } else { ExitCode::Generic };
+        Failure::new(code, format!("the replicator of {} (process {pid}) lives and does not answer: {why}", self.name))
+    }
+
+    /// Ask for a change of role of a running replicator.
+    fn change(&self, request: &ReplicatorRequest) -> ocf::Result {
+        let doing = if *request == ReplicatorRequest::Promote { "promoted" } else { "demoted" };
+        let patience = self.context.deadline.remaining().max(Duration::from_millis(500));
+        ask::<_, ()>(&self.layout.replicator_socket(), request, patience)
+            .map_err(|e| Failure::generic(format!("the replicator of {} could not be {doing}: {e}", self.name)))
+    }
+}
+
+const LONG: &str = "\
+Keeps a standby's image of a virtual machine up to date: the promoted instance sends checkpoints of the machine that \
+ocf:understudy:vmm runs on its node, the others receive them. It also keeps the promotion score of the vmm: a node that holds no \
+or an outdated image is not promoted.
+
+Configure it as a clone with promotable=true promoted-max=1 clone-node-max=1 interleave=true, its Promoted role colocated with \
+that of the vmm and ordered after it (promote vmm, then promote replicator; demote vmm, then demote replicator). Never the other way round: this \
+resource may fail and be restarted while the machine runs on.";
+
+impl Agent for Replicator {
+    fn description(&self) -> Description {
+        Description {
+            name: "replicator",
+            version: env!("CARGO_PKG_VERSION"),
+            short: "Replicates a virtual machine to its standby",
+            long: LONG,
+            parameters: declarations(),
+            actions: vec![
+                ActionSpec::new(Action::Start, "20s"),
+                ActionSpec::new(Action::Stop, "20s"),
+                ActionSpec::new(Action::Monitor, "20s").every("10s").in_role(Role::Promoted),
+                ActionSpec::new(Action::Monitor, "20s").every("11s").in_role(Role::Unpromoted),
+                ActionSpec::new(Action::Promote, "20s"),
+                ActionSpec::new(Action::Demote, "20s"),
+                ActionSpec::new(Action::Notify, "10s"),
+            ],
+        }
+    }
+
+    fn validate(&self, context: &Context, level: CheckLevel) -> ocf::Result {
+        if level == CheckLevel::Parameters {
+            return Ok(());
+        }
+        binaries::locate(&context.environment, PROGRAM)?;
+        let key = context.parameters.get(&KEY)?;
+        std::fs::File::open(&key).map(drop).map_err(|e| {
+            Failure::arguments(format!(
+                "parameter key: {key} cannot be read on this node: {e}; create it once and copy it to every node"
+            ))
+        })
+    }
+
+    fn start(&self, context: &Context) -> ocf::Result {
+        let instance = Instance::new(context)?;
+        match instance.observe(Duration::from_secs(5)) {
+            Observed::Answers(_) => context.log.info(format!("the replicator of {} runs already", instance.name)),
+            Observed::Silent(process, why) => {
+                context
+                    .log
+                    .warning(format!("replacing replicator process {}, which does not answer: {why}", process.pid()));
+                instance.end()?;
+                instance.launch()?;
+            }
+            Observed::Gone => {
+                instance.unmark();
+                instance.launch()?;
+            }
+        }
+        instance.set_score(Some(SCORE));
+        Ok(())
+    }
+
+    fn stop(&self, context: &Context) -> ocf::Result {
+        let instance = match Instance::new(context) {
+            Ok(instance) => instance,
+            Err(failure) => {
+                context.log.warning(format!("nothing to stop: {failure}"));
+                return Ok(());
+            }
+        };
+        instance.end()?;
+        instance.unmark();
+        instance.set_score(None);
+        Ok(())
+    }
+
+    fn monitor(&self, context: &Context) -> ocf::Result<Status> {
+        let instance = Instance::new(context)?;
+        match instance.observe(context.deadline.remaining()) {
+            Observed::Answers(status) => {
+                Ok(if status.role == Doing::Sender { Status::RunningPromoted } else { Status::Running })
+            }
+            Observed::Silent(process, why) => Err(instance.silent(process.pid(), &why)),
+            Observed::Gone if instance.mark().exists() => Err(Failure::new(
+                ExitCode::FailedPromoted,
+                format!("the sending replicator of {} has crashed", instance.name),
+            )),
+            Observed::Gone if context.is_probe() => {
+                binaries::locate(&context.environment, PROGRAM)?;
+                Ok(Status::NotRunning)
+            }
+            Observed::Gone if instance.service.identity.recorded() => {
+                Err(Failure::generic(format!("the receiving replicator of {} has crashed", instance.name)))
+            }
+            Observed::Gone => Ok(Status::NotRunning),
+        }
+    }
+
+    fn promote(&self, context: &Context) -> ocf::Result {
+        let instance = Instance::new(context)?;
+        match instance.observe(Duration::from_secs(5)) {
+            Observed::Answers(status) if status.role == Doing::Sender => {}
+            Observed::Answers(_) => {
+                instance.change(&ReplicatorRequest::Promote)?;
+                context.log.info(format!("the replicator of {} sends", instance.name));
+            }
+            Observed::Silent(process, why) => return Err(instance.silent(process.pid(), &why)),
+            Observed::Gone => {
+                let reason = format!("the replicator of {} does not run here; it must be started first", instance.name);
+                return Err(Failure::new(ExitCode::NotRunning, reason));
+            }
+        }
+        let mark = instance.mark();
+        write_durably(&mark, "").map_err(|e| Failure::generic(format!("cannot write {}: {e}", mark.display())))
+    }
+
+    fn demote(&self, context: &Context) -> ocf::Result {
+        let instance = Instance::new(context)?;
+        match instance.observe(Duration::from_secs(5)) {
+            Observed::Answers(status) if status.role == Doing::Receiver => {}
+            Observed::Answers(_) => {
+                if let Err(failure) = instance.change(&ReplicatorRequest::Demote) {
+                    context.log.warning(format!("{failure}; it is started afresh"));
+                    instance.end()?;
+                    instance.launch()?;
+                }
+            }
+            Observed::Silent(process, why) => {
+                context.log.warning(format!(
+                    "replicator process {} does not answer ({why}); it is started afresh",
+                    process.pid()
+                ));
+                instance.end()?;
+                instance.launch()?;
+            }
+            Observed::Gone => {
+                context.log.info("the replicator has gone; it is started afresh, as a receiver");
+                instance.launch()?;
+            }
+        }
+        instance.unmark();
+        instance.set_score(Some(SCORE));
+        Ok(())
+    }
+
+    fn notify(&self, _context: &Context) -> ocf::Result {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ocf::Environment;
+
+    fn parameters(pairs: &[(&str, &str)]) -> Parameters {
+        Parameters::new(Environment::from_pairs(pairs.iter().map(|(k, v)| (format!("OCF_RESKEY_{k}"), *v))))
+    }
+
+    #[test]
+    fn a_node_listens_on_its_own_address_and_knows_the_others() {
+        let p = parameters(&[("name", "m1"), ("peers", "n1=10.0.0.1:7790 n2=10.0.0.2:7790")]);
+        let line = command_line(&p, "n2", Some("x hook".into())).unwrap().join(" ");
+        assert!(
+            line.contains("--listen 10.0.0.2:7790 ") || line.contains("--peer n1=10.0.0.1:7790 --listen 10.0.0.2:7790"),
+            "{line}"
+        );
+        assert!(line.contains("--peer n1=10.0.0.1:7790"), "{line}");
+        assert!(!line.contains("--peer n2"), "{line}");
+        assert!(line.ends_with("--hook x hook"), "{line}");
+        assert_eq!(command_line(&p, "n3", None).unwrap_err().code, ExitCode::Arguments);
+    }
+
+    #[test]
+    fn addresses_are_checked_before_anything_is_started() {
+        assert!(peers("n1=10.0.0.1:7790").is_ok());
+        for bad in ["", " ", "n1", "n1=10.0.0.1", "n1=:7790", "=h:1", "n1=h:0", "n1=h:x", "n1=h:1 n2"] {
+            assert!(peers(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Parameters of `ocf:understudy:vmm`, and the command line that they become.
+
+use ocf::parameter::{Declaration, Param, Parameters};
+use std::time::Duration;
+
+use crate::paths::{NAME, RUN_ROOT, SHM_ROOT, absolute};
+
+/// How the resource is configured.
+pub static MODE: Param<String> = Param::choice("mode", &["auto", "promotable", "primitive"])
+    .default("auto")
+    .short("Promotable clone or plain primitive")
+    .long(
+        "As a promotable clone, start prepares a standby and promote runs the machine. As a plain primitive, start runs it. \
+         auto looks at whether the resource is in a clone; say it outright only where no cluster tells (ocf-tester, by hand).",
+    );
+/// Guest memory.
+pub static MEMORY: Param<u64> = Param::integer("memory", 1, 1 << 22)
+    .default("512")
+    .short("Guest memory (MiB)")
+    .long("Memory of the guest in MiB. The same on every node, or a standby cannot hold the primary's image.");
+/// Processors.
+pub static VCPUS: Param<u64> = Param::integer("vcpus", 1, 32)
+    .default("1")
+    .short("Virtual CPUs")
+    .long("Number of the guest's CPUs. The same on every node.");
+/// Kernel.
+pub static KERNEL: Param<String> = Param::text("kernel")
+    .required()
+    .check(absolute)
+    .short("Kernel image")
+    .long("Linux kernel (bzImage) that the machine boots. Must be the same file content on every node.");
+/// Initial RAM disk.
+pub static INITRD: Param<String> = Param::text("initrd")
+    .check(absolute)
+    .short("Initial RAM disk")
+    .long("Initial RAM disk of the kernel, if it needs one. Must be the same file content on every node.");
+/// Kernel command line.
+pub static CMDLINE: Param<String> =
+    Param::text("cmdline").short("Kernel command line").long("Command line of the guest's kernel.");
+/// COM1.
+pub static SERIAL0: Param<String> = Param::text("serial0").short("COM1").long(
+    "What is behind the guest's first serial port: board:HOST:PORT/DEVICE,key=FILE for a line of an interface board, file:PATH, or \
+     none.",
+);
+/// COM2.
+pub static SERIAL1: Param<String> =
+    Param::text("serial1").short("COM2").long("What is behind the guest's second serial port; as serial0.");
+/// virtio console.
+pub static CONSOLE: Param<String> = Param::text("console")
+    .short("virtio console")
+    .long("What is behind the guest's virtio console: file:PATH or none.");
+/// Capture arena.
+pub static ARENA: Param<u64> = Param::integer("arena", 1, 1 << 20).short("Capture arena (MiB)").long(
+    "Size in MiB of the shared memory that a checkpoint is captured into. What does not fit makes the pause longer. Not set: \
+     chosen by the VMM.",
+);
+/// How the guest is shut down.
+pub static SHUTDOWN_MODE: Param<String> =
+    Param::choice("shutdown_mode", &["acpi", "off"]).default("acpi").reloadable().short("How the guest is shut down").long(
+        "What happens to the guest when the machine is stopped and nobody takes it over: acpi presses the power button and gives \
+         the guest until shortly before the operation's timeout (which has to suit the guest); off switches it off at once.",
+    );
+/// Degraded exit codes.
+pub static REPORT_DEGRADED: Param<bool> =
+    Param::boolean("report_degraded").default("false").reloadable().short("Report degraded states").long(
+        "Let monitor answer 190 or 191 (degraded) instead of 0 or 8 while the machine is paused, or has been unprotected for \
+         longer than unprotected_after. The cluster treats them as running and shows them; some tools do not know them.",
+    );
+/// When unprotected becomes degraded.
+pub static UNPROTECTED_AFTER: Param<Duration> =
+    Param::time("unprotected_after").default("60s").reloadable().short("Unprotected is degraded after").long(
+        "With report_degraded: how long the running machine may have been without a complete standby before that is reported.",
+    );
+
+/// All, in the order in which people should read them.
+pub fn declarations() -> Vec<&'static Declaration> {
+    vec![
+        NAME.declaration(),
+        MODE.declaration(),
+        MEMORY.declaration(),
+        VCPUS.declaration(),
+        KERNEL.declaration(),
+        INITRD.declaration(),
+        CMDLINE.declaration(),
+        SERIAL0.declaration(),
+        SERIAL1.declaration(),
+        CONSOLE.declaration(),
+        ARENA.declaration(),
+        SHUTDOWN_MODE.declaration(),
+        REPORT_DEGRADED.declaration(),
+        UNPROTECTED_AFTER.declaration(),
+        RUN_ROOT.declaration(),
+        SHM_ROOT.declaration(),
+    ]
+}
+
+/// Arguments of `understudy-vmm` for a standby or a machine that runs at once.
+pub fn command_line(p: &Parameters, standby: bool) -> ocf::Result<Vec<String>> {
+    let mut line: Vec<String> = vec!["run".into()];
+    let mut option = |name: &str, value: Option<String>| {
+        if let Some(value) = value {
+            line.push(format!("--{name}"));
+            line.push(value);
+        }
+    };
+    option("name", Some(p.get(&NAME)?));
+    option("memory", Some(p.get(&MEMORY)?.to_string()));
+    option("vcpus", Some(p.get(&VCPUS)?.to_string()));
+    option("kernel", Some(p.get(&KERNEL)?));
+    option("initrd", p.find(&INITRD)?);
+    option("cmdline", p.find(&CMDLINE)?);
+    option("serial0", p.find(&SERIAL0)?);
+    option("serial1", p.find(&SERIAL1)?);
+    option("console", p.find(&CONSOLE)?);
+    option("arena", p.find(&ARENA)?.map(|mib| mib.to_string()));
+    option("run-root", Some(p.get(&RUN_ROOT)?));
+    option("shm-root", Some(p.get(&SHM_ROOT)?));
+    if standby {
+        line.push("--standby".into());
+    }
+    Ok(line)
+}

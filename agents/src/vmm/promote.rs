@@ -1,0 +1,210 @@
+//! Promote: a new generation, stored; the image, if there is one; then the machine runs.
+//!
+//! ```text
+//! generation = highest seen + 1 ─► CIB (durable) ─► replicator: TakeOver ─► image? ─► VMM: Promote ─► score 10001
+//!                                                          └ no process: take-over --offline
+//! ```
+//! The generation is stored *before* anything runs: a machine that runs under a generation that nobody remembers could be followed by
+//! another one under the same.
+
+use std::time::Duration;
+
+use ocf::command;
+use ocf::{Deadline, Failure};
+use understudy_protocol::control::{
+    ControlError, PromoteFrom, ReplicatorRequest, TakenImage, TakenOver, VmmRequest, VmmState,
+};
+use understudy_protocol::ids::Generation;
+
+use super::machine::Machine;
+use crate::binaries;
+use crate::cluster::{Cib, ClusterError, ended_attribute, generation_attribute};
+use crate::process::Identity;
+use crate::rules::{self, Origin, SCORE_RUNS};
+use crate::service::{Observed, ask};
+
+/// The replicator's executable.
+const REPLICATOR: &str = "understudy-replicator";
+
+/// The whole action.
+pub fn promote(machine: &Machine<'_>) -> ocf::Result {
+    let context = machine.context;
+    match machine.observe(context.deadline.within(Duration::from_secs(5))) {
+        Observed::Answers(status) => match status.state {
+            VmmState::Standby => {}
+            VmmState::Running | VmmState::Paused => {
+                context.log.info(format!("{} already runs here, generation {}", machine.name, status.generation));
+                machine.mark_promoted(status.generation)?;
+                machine.set_score(Some(SCORE_RUNS));
+                return Ok(());
+            }
+            VmmState::HandedOver | VmmState::ShutDown | VmmState::Fenced => {
+                return Err(Failure::generic(format!(
+                    "the VMM of {} has been used up ({:?}); it must be stopped and started before it can be promoted",
+                    machine.name, status.state
+                )));
+            }
+        },
+        Observed::Silent(process, why) => {
+            return Err(Failure::generic(format!(
+                "the VMM of {} (process {}) does not answer: {why}",
+                machine.name,
+                process.pid()
+            )));
+        }
+        Observed::Gone => {
+            return Err(Failure::new(
+                ocf::ExitCode::NotRunning,
+                format!("the VMM of {} does not run here; it must be started before it can be promoted", machine.name),
+            ));
+        }
+    }
+
+    let cib = cluster_view(machine)?;
+    let generations = cib.as_ref().map(|c| c.generations(&generation_attribute(&machine.name))).unwrap_or_default();
+    let replica = machine.replicator(Duration::from_secs(2)).map(|r| r.generation);
+    let seen = generations.iter().map(|(_, g)| *g).chain(replica).chain([machine.noted_generation()]);
+    let highest = seen.max().unwrap_or_default();
+    let generation = rules::next_generation([highest]);
+    store(machine, cib.is_some(), generation)?;
+
+    let image = take_over(machine, generation)?;
+    let ended = cib.as_ref().and_then(|c| c.generations(&ended_attribute(&machine.name)).first().map(|(_, g)| *g));
+    let node = context.environment.node();
+    let mut others = cib.as_ref().map(|c| c.promotion_scores(context.environment.resource())).unwrap_or_default();
+    others.retain(|(other, _)| *other != node);
+    let from = match rules::origin(image, ended.unwrap_or_default(), highest, &others) {
+        Origin::Image(image) => {
+            context.log.info(format!(
+                "{} continues from epoch {} of generation {}",
+                machine.name, image.epoch, image.generation
+            ));
+            PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch }
+        }
+        Origin::ColdBoot => {
+            context.log.info(format!("{} boots: there is no image to continue from", machine.name));
+            PromoteFrom::ColdBoot
+        }
+        Origin::Refuse { holder } => {
+            machine.set_score(None);
+            return Err(Failure::generic(format!(
+                "node {holder} holds an image of {}; booting it here would lose that machine's memory. Promote it on {holder}, \
+                 or stop the resource there to give the image up",
+                machine.name
+            )));
+        }
+    };
+    run(machine, generation, from)
+}
+
+fn run(machine: &Machine<'_>, generation: Generation, from: PromoteFrom) -> ocf::Result {
+    machine.mark_promoted(generation)?;
+    let patience = machine.context.deadline.remaining().max(Duration::from_secs(1));
+    if let Err(error) = machine.tell::<()>(&VmmRequest::Promote { generation, from }, patience) {
+        if matches!(error, ControlError::Refused(_)) {
+            machine.unmark_promoted();
+        }
+        return Err(Failure::generic(format!("{} could not be made to run: {error}", machine.name)));
+    }
+    machine.context.log.info(format!("{} runs here as generation {generation}", machine.name));
+    machine.set_score(Some(SCORE_RUNS));
+    Ok(())
+}
+
+/// The CIB. Where Pacemaker runs us there must be one; by hand or under `ocf-tester` there may be none.
+fn cluster_view(machine: &Machine<'_>) -> ocf::Result<Option<Cib>> {
+    match machine.cluster.cib(machine.context.deadline.within(Duration::from_secs(5))) {
+        Ok(cib) => Ok(Some(cib)),
+        Err(e) if machine.context.environment.under_pacemaker() => {
+            Err(Failure::generic(format!("cannot tell the newest generation of {}: {e}", machine.name)))
+        }
+        Err(e) => {
+            machine.context.log.info(format!("counting generations of {} on this node only: {e}", machine.name));
+            Ok(None)
+        }
+    }
+}
+
+fn store(machine: &Machine<'_>, in_cluster: bool, generation: Generation) -> ocf::Result {
+    if in_cluster {
+        let node = match machine.cluster.node_name(machine.context.deadline) {
+            Ok(node) => node,
+            Err(ClusterError::Absent(_)) => machine.context.environment.node(),
+            Err(e) => return Err(not_stored(machine, generation, &e)),
+        };
+        let attribute = generation_attribute(&machine.name);
+        machine
+            .cluster
+            .set_node_attribute(&node, &attribute, &generation.to_string(), machine.context.deadline)
+            .map_err(|e| not_stored(machine, generation, &e))?;
+    }
+    machine.note_generation(generation)
+}
+
+fn not_stored(machine: &Machine<'_>, generation: Generation, why: &ClusterError) -> Failure {
+    Failure::generic(format!("{} does not run: its generation {generation} could not be stored: {why}", machine.name))
+}
+
+/// Have the replicator finish the image and never receive for an older generation again.
+fn take_over(machine: &Machine<'_>, generation: Generation) -> ocf::Result<Option<TakenImage>> {
+    let socket = machine.layout.replicator_socket();
+    let deadline = machine.context.deadline.leaving(Duration::from_secs(3));
+    let patience = (deadline.remaining() / 2).max(Duration::from_millis(500));
+    match ask::<_, TakenOver>(&socket, &ReplicatorRequest::TakeOver { generation }, patience) {
+        Ok(taken) => return Ok(taken.image),
+        Err(ControlError::Refused(why)) => {
+            return Err(Failure::generic(format!("the replicator of {} refuses the takeover: {why}", machine.name)));
+        }
+        Err(error) => machine.context.log.info(format!("taking over without the replicator's process: {error}")),
+    }
+    if !machine.layout.image_dir().exists() {
+        return Ok(None);
+    }
+    // One that lives and does not answer must not write to the image any more. The cluster starts it again.
+    let identity =
+        Identity { pid_file: machine.layout.replicator_pid(), socket, program: REPLICATOR, word: machine.name.clone() };
+    if let Some(process) = identity.find() {
+        machine
+            .context
+            .log
+            .warning(format!("ending the replicator (process {}), which does not answer", process.pid()));
+        if !process.end(Duration::from_millis(500), deadline) {
+            return Err(Failure::generic(format!("the replicator (process {}) can not be ended", process.pid())));
+        }
+    }
+    take_over_offline(machine, generation, deadline)
+}
+
+fn take_over_offline(
+    machine: &Machine<'_>,
+    generation: Generation,
+    deadline: Deadline,
+) -> ocf::Result<Option<TakenImage>> {
+    let environment = &machine.context.environment;
+    let program = binaries::locate(environment, REPLICATOR)?;
+    let parameters = &machine.context.parameters;
+    let (run_root, shm_root) = (parameters.get(&crate::paths::RUN_ROOT)?, parameters.get(&crate::paths::SHM_ROOT)?);
+    let generation = generation.to_string();
+    let arguments = [
+        "take-over",
+        "--offline",
+        "--name",
+        &machine.name,
+        "--generation",
+        &generation,
+        "--run-root",
+        &run_root,
+        "--shm-root",
+        &shm_root,
+    ];
+    let failed =
+        |why: String| Failure::generic(format!("the image of {} could not be made whole: {why}", machine.name));
+    let output = command::run(environment, &program.to_string_lossy(), &arguments, deadline)
+        .map_err(|e| failed(e.to_string()))?;
+    if !output.success() {
+        return Err(failed(output.complaint()));
+    }
+    serde_json::from_str::<TakenOver>(output.stdout.trim())
+        .map(|taken| taken.image)
+        .map_err(|e| failed(format!("{REPLICATOR} answered {:?}: {e}", output.stdout.trim())))
+}
