@@ -1,10 +1,10 @@
-//! ACPI fixed hardware (ACPI 6.5, 4.8): PM1a event and control registers, the PM timer, the power button, and the SMI command port
-//! through which an operating system turns ACPI on.
+//! ACPI fixed hardware (ACPI 6.5, 4.8): PM1a event and control registers, the PM timer, the power button, and the SMI
+//! command port through which an operating system turns ACPI on.
 //!
-//! What the FADT says of it: `PM1a_EVT_BLK` = [`super::PM_PORT`] (length 4), `PM1a_CNT_BLK` = +4 (2), `PM_TMR_BLK` = +8 (4),
-//! `TMR_VAL_EXT` (32 bits), fixed power button (flag `PWR_BUTTON` clear), no sleep button (`SLP_BUTTON` set), `SMI_CMD` =
-//! [`super::SMI_CMD_PORT`], `ACPI_ENABLE` = [`ACPI_ENABLE`], `ACPI_DISABLE` = [`ACPI_DISABLE`], `SCI_INT` = [`super::SCI_IRQ`]. The DSDT's
-//! `\_S5` gives SLP_TYP [`SLP_TYP_S5`].
+//! What the FADT says of it: `PM1a_EVT_BLK` = [`super::PM_PORT`] (length 4), `PM1a_CNT_BLK` = +4 (2), `PM_TMR_BLK` = +8
+//! (4), `TMR_VAL_EXT` (32 bits), fixed power button (flag `PWR_BUTTON` clear), no sleep button (`SLP_BUTTON` set),
+//! `SMI_CMD` = [`super::SMI_CMD_PORT`], `ACPI_ENABLE` = [`ACPI_ENABLE`], `ACPI_DISABLE` = [`ACPI_DISABLE`], `SCI_INT` =
+//! [`super::SCI_IRQ`]. The DSDT's `\_S5` gives SLP_TYP [`SLP_TYP_S5`].
 
 use serde::{Deserialize, Serialize};
 
@@ -77,8 +77,8 @@ impl AcpiPm {
         Self { status: 0, enable: 0, control: 0, smi_status: 0, timer_wraps: 0 }
     }
 
-    /// Somebody presses the power button. Returns whether the guest will be interrupted by it; if not, it may still see the status
-    /// bit later.
+    /// Somebody presses the power button. Returns whether the guest will be interrupted by it; if not, it may still see
+    /// the status bit later.
     pub fn press_power_button(&mut self) -> bool {
         self.status |= status::POWER_BUTTON;
         self.control & control::SCI_EN != 0 && self.enable & status::POWER_BUTTON != 0

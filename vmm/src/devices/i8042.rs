@@ -1,8 +1,9 @@
-//! The keyboard controller as far as a machine without a PS/2 keyboard needs one: guests reset through it (command 0xfe), and
-//! their probes get prompt answers that say "nothing attached". Port 0x92, its shortcut for reset and the A20 gate, is here too.
+//! The keyboard controller as far as a machine without a PS/2 keyboard needs one: guests reset through it (command
+//! 0xfe), and their probes get prompt answers that say "nothing attached". Port 0x92, its shortcut for reset and the
+//! A20 gate, is here too.
 //!
-//! A probe hangs for half a second on every answer that does not come, so every command that has an answer gets one: the
-//! self-test passes, both interface tests fail, the AUX loopback answers as a controller without AUX does.
+//! A probe hangs for half a second on every answer that does not come, so every command that has an answer gets one:
+//! the self-test passes, both interface tests fail, the AUX loopback answers as a controller without AUX does.
 
 use serde::{Deserialize, Serialize};
 
@@ -293,5 +294,22 @@ mod tests {
         let mut controller = I8042::new();
         assert_eq!(controller.write(DATA, &[0xf2], T0), Action::None);
         assert_eq!(read(&mut controller, COMMAND) & 0x01, 0);
+    }
+
+    mod port92 {
+        use super::*;
+
+        fn used() -> Port92 {
+            let mut port = Port92::new();
+            assert_eq!(port.write(0, &[0x00], T0), Action::None);
+            port
+        }
+
+        snapshot_tests! {
+            fresh: Port92::new(),
+            used: used(),
+            exercise: |port| _ = port.write(0, &[0x02], T0),
+            golden: "00",
+        }
     }
 }

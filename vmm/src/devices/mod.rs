@@ -1,8 +1,8 @@
 //! The devices of the machine: pure state machines.
 //!
-//! A device has no thread, no file descriptor and no clock. Guest accesses and VM time go in; values, interrupt-line levels,
-//! MSI messages, output bytes and [`Action`]s come out. Whoever owns the devices (the machine, under one lock) moves these
-//! between KVM, the output gate and the devices:
+//! A device has no thread, no file descriptor and no clock. Guest accesses and VM time go in; values, interrupt-line
+//! levels, MSI messages, output bytes and [`Action`]s come out. Whoever owns the devices (the machine, under one lock)
+//! moves these between KVM, the output gate and the devices:
 //!
 //! ```text
 //!  vCPU exit ──read/write(offset, data, now)──► device ──value, Action──► vCPU, machine
@@ -13,17 +13,19 @@
 //!
 //! **After every guest access and every tick** the owner
 //! 1. compares the level of each interrupt line with the last one told to KVM and tells KVM about a change,
-//! 2. drains outputs (`take_output`, [`pci::PciBus::take_msi`]) and hands in what is asked for (`want_entropy`, `rx_room`,
-//!    `set_output_room`); these are calls too, so the lines are compared once more,
+//! 2. drains outputs (`take_output`, [`pci::PciBus::take_msi`]) and hands in what is asked for (`want_entropy`,
+//!    `rx_room`, `set_output_room`); these are calls too, so the lines are compared once more,
 //! 3. arms its timer for the earliest [`PioDevice::deadline`].
 //!
-//! Within one call a line may rise and fall again, never fall and rise: that is why it is enough to look after each call, and why the look
-//! between 1 and 2 must not be left out. An edge-triggered line (UART, RTC) that fell in the access and rises with the input that is
-//! handed in afterwards has made an edge, and a guest that serves one cause an interrupt waits for it for ever.
+//! Within one call a line may rise and fall again, never fall and rise: that is why it is enough to look after each
+//! call, and why the look between 1 and 2 must not be left out. An edge-triggered line (UART, RTC) that fell in the
+//! access and rises with the input that is handed in afterwards has made an edge, and a guest that serves one cause an
+//! interrupt waits for it for ever.
 //!
-//! What must hold: any access of any width at any offset with any data is answered (unclaimed bits read as ones) and never
-//! panics; work per call is bounded; the state after [`Snapshot::save`] and [`Snapshot::restore`] into a device that was built with
-//! the same configuration is the same state; every write to guest RAM goes through [`GuestRam`], so that its bitmap logs it.
+//! What must hold: any access of any width at any offset with any data is answered (unclaimed bits read as ones) and
+//! never panics; work per call is bounded; the state after [`Snapshot::save`] and [`Snapshot::restore`] into a device
+//! that was built with the same configuration is the same state; every write to guest RAM goes through [`GuestRam`], so
+//! that its bitmap logs it.
 //!
 //! Where things are on this machine:
 //!
@@ -37,20 +39,25 @@
 //! | [`SMI_CMD_PORT`], 2 | [`acpi_pm::AcpiPm::smi_write`]/[`acpi_pm::AcpiPm::smi_read`]: SMI command, status | |
 //! | [`PCI_CONFIG_PORT`], 8 | [`pci::PciBus`]: address, data; reset control at 0xcf9 | |
 //!
-//! PCI INTx: slot `s`, pin `p` (0 = INTA) is GSI `16 + (s + p) % 8`, level, active low ([`pci::intx_gsi`]): the DSDT's `_PRT` has
-//! `Package { (s << 16) | 0xffff, p, 0, 16 + (s + p) % 8 }` for every slot and pin.
+//! PCI INTx: slot `s`, pin `p` (0 = INTA) is GSI `16 + (s + p) % 8`, level, active low ([`pci::intx_gsi`]): the DSDT's
+//! `_PRT` has `Package { (s << 16) | 0xffff, p, 0, 16 + (s + p) % 8 }` for every slot and pin.
 //!
-//! The owner's side at a glance (`now: VmTime`, `ctx: &Ctx`):
+//! The owner's side at a glance (`now: VmTime`, `ctx: &Ctx`), beyond [`PioDevice`] and [`Snapshot`]:
 //!
-//! | device | made by | beyond [`PioDevice`] and [`Snapshot`] |
-//! |---|---|---|
-//! | UART | `Uart16550::new()` | `take_output() -> Vec<u8>`, `set_output_room(bytes, now)`, `rx_room(now) -> usize`, `set_input_waiting(bytes)`, `receive(&[u8], now) -> usize`, `tx_total()`, `rx_total()`, `reset(now)` |
-//! | RTC | `Rtc::new(base_unix_seconds, ram_below_4g, ram_above_4g)` (bytes) | |
-//! | i8042, port 92 | `I8042::new()`, `Port92::new()` | |
-//! | ACPI PM | `AcpiPm::new()` | `press_power_button()`, `smi_read`, `smi_write` |
-//! | PCI | `PciBus::new()`, `add(slot, Box<dyn PciFunction>)` | `io_read(offset, data, ctx)`, `io_write(…) -> Action`, `mmio_read(addr, data, ctx) -> bool`, `mmio_write(…) -> bool`, `intx_levels() -> [bool; 8]` (GSI 16 …), `take_msi() -> Vec<MsiMessage>`, `get::<T>(slot)`, `get_mut::<T>(slot)`, `assign_bars(window)` (direct boot: at first and after each reset), `deadline()`, `tick(ctx)`, `reset()`, `save_payloads() -> Vec<Payload>`, `restore_payloads(&mut Payloads)` |
-//! | virtio-rng | `VirtioPci::new(Rng::new())` | through `bus.get_mut::<VirtioPci<Rng>>(slot)`: `want_entropy(ctx) -> usize`, `fill(&[u8], ctx)` |
-//! | virtio-console | `VirtioPci::new(Console::new())` | `take_output() -> Vec<u8>`, `set_output_room(bytes, ctx)`, `input_room() -> usize`, `receive(&[u8], ctx) -> usize` |
+//! * UART, `Uart16550::new()`: `take_output() -> Vec<u8>`, `set_output_room(bytes, now)`, `rx_room(now) -> usize`,
+//!   `receive(&[u8], now) -> usize`, `set_input_waiting(bytes)`, `tx_total()`, `rx_total()`, `reset(now)`.
+//! * RTC, `Rtc::new(base_unix_seconds, ram_below_4g, ram_above_4g)` (bytes): `reset(now)`.
+//! * `I8042::new()`, `Port92::new()`.
+//! * ACPI PM, `AcpiPm::new()`: `press_power_button() -> bool`, `smi_read(offset, data)`, `smi_write(offset, data)`.
+//! * PCI, `PciBus::new()`, `add(slot, Box<dyn PciFunction>)`: `io_read(offset, data, ctx)`,
+//!   `io_write(offset, data, ctx) -> Action`, `mmio_read(addr, data, ctx) -> bool`, `mmio_write(addr, data, ctx) -> bool`,
+//!   `intx_levels() -> [bool; 8]` (GSI 16 …), `take_msi() -> Vec<MsiMessage>`, `deadline()`, `tick(ctx)`,
+//!   `get::<T>(slot)`, `get_mut::<T>(slot)`, `assign_bars(window)` (direct boot: at first and after each reset), `reset()`,
+//!   `save_payloads() -> Vec<Payload>`, `restore_payloads(&mut Payloads)`.
+//! * virtio-rng, `bus.add(slot, Box::new(VirtioPci::new(Rng::new())))`, reached as `bus.get_mut::<VirtioPci<Rng>>(slot)`:
+//!   while `want_entropy()` is n > 0, `fill(&n_random_bytes, ctx)`.
+//! * virtio-console, the same with `Console`: `take_output() -> Vec<u8>`, then `set_output_room(bytes, ctx)`;
+//!   `input_room() -> usize`, `receive(&[u8], ctx) -> usize`.
 #![forbid(unsafe_code)]
 
 pub mod acpi_pm;
@@ -78,8 +85,8 @@ pub const COM_IRQS: [u32; 4] = [4, 3, 4, 3];
 pub const RTC_PORT: u16 = 0x70;
 /// Interrupt line of the real-time clock.
 pub const RTC_IRQ: u32 = 8;
-/// First port of the keyboard controller; offset 0 is data (0x60), offset 4 status and command (0x64). Offsets 1 to 3 belong
-/// to others (0x61 is the PIT's, in KVM).
+/// First port of the keyboard controller; offset 0 is data (0x60), offset 4 status and command (0x64). Offsets 1 to 3
+/// belong to others (0x61 is the PIT's, in KVM).
 pub const I8042_PORT: u16 = 0x60;
 /// System control port A.
 pub const PORT92: u16 = 0x92;
@@ -141,7 +148,8 @@ pub struct Ctx<'a> {
     pub ram: &'a GuestRam,
 }
 
-/// A device behind I/O ports. `offset` counts from its first port; `data` is 1, 2 or 4 bytes, but any length is survived.
+/// A device behind I/O ports. `offset` counts from its first port; `data` is one access of 1, 2 or 4 bytes (the
+/// repetitions of a string instruction come one by one), but any length is survived.
 pub trait PioDevice {
     /// The guest reads; fill all of `data`.
     fn read(&mut self, offset: u16, data: &mut [u8], now: VmTime);
@@ -151,8 +159,8 @@ pub trait PioDevice {
     fn irq_level(&self) -> bool {
         false
     }
-    /// When the device wants [`PioDevice::tick`]; may change with every call into the device. `None`: not before something else
-    /// happens.
+    /// When the device wants [`PioDevice::tick`]; may change with every call into the device. `None`: not before
+    /// something else happens.
     fn deadline(&self) -> Option<VmTime> {
         None
     }

@@ -1,8 +1,9 @@
 //! The MC146818 real-time clock with its CMOS memory, ports 0x70 (index) and 0x71 (data).
 //!
-//! The clock shows the wall-clock time of the machine's first boot plus VM time: it stands still while the machine does, it is part of
-//! the saved state, and it never goes back unless the guest sets it. Time registers are computed when they are read; while the
-//! guest holds the SET bit they are a copy that it may edit. Alarm, periodic and update-ended interrupts work (IRQ 8).
+//! The clock shows the wall-clock time of the machine's first boot plus VM time: it stands still while the machine
+//! does, it is part of the saved state, and it never goes back unless the guest sets it. Time registers are computed
+//! when they are read; while the guest holds the SET bit they are a copy that it may edit. Alarm, periodic and
+//! update-ended interrupts work (IRQ 8).
 //!
 //! CMOS also tells firmware how much RAM there is (bytes 0x15 to 0x18, 0x30, 0x31, 0x34, 0x35, 0x5b to 0x5d).
 
@@ -62,8 +63,8 @@ pub struct Rtc {
 }
 
 impl Rtc {
-    /// A clock that shows `base_unix_seconds` at VM time 0, in a machine with `below_4g` bytes of RAM from address 0 and `above_4g`
-    /// bytes from 4 GiB on.
+    /// A clock that shows `base_unix_seconds` at VM time 0, in a machine with `below_4g` bytes of RAM from address 0
+    /// and `above_4g` bytes from 4 GiB on.
     #[must_use]
     pub fn new(base_unix_seconds: u64, below_4g: u64, above_4g: u64) -> Self {
         let mut ram = [0; 128];
@@ -252,6 +253,9 @@ impl Rtc {
         let second = wanted(SECONDS_ALARM, &|b| self.decode(b));
         let minute = wanted(MINUTES_ALARM, &|b| self.decode(b));
         let hour = wanted(HOURS_ALARM, &|b| self.decode_hour(b));
+        if [(second, 60), (minute, 60), (hour, 24)].iter().any(|(wanted, end)| wanted.is_some_and(|w| w >= *end)) {
+            return None;
+        }
         let mut at = after.checked_add(1)?;
         let end = after.checked_add(86_400 + 3_600)?;
         while at < end {

@@ -1,11 +1,12 @@
 //! How a device's state travels: a [`Payload`] per device with its kind, its version and its bytes.
 //!
-//! A device's saved state is a type of its own (`state::V1` in the device's module), apart from its running fields. `save`
-//! destructures the device exhaustively, so that a forgotten field does not compile; `restore` validates every range, because the
-//! bytes may come from anywhere. Restoring goes into a device that was built with the same configuration. After an error the device
-//! is unchanged or must not be used; either way the machine does not start.
+//! A device's saved state is a type of its own (`state::V1` in the device's module), apart from its running fields.
+//! `save` destructures the device exhaustively, so that a forgotten field does not compile; `restore` validates every
+//! range, because the bytes may come from anywhere. Restoring goes into a device that was built with the same
+//! configuration. After an error the device is unchanged or must not be used; either way the machine does not start.
 //!
-//! Bytes are postcard (its wire format is specified and stable). Golden bytes of every released version stay in the tests.
+//! Bytes are postcard (its wire format is specified and stable). Golden bytes of every released version stay in the
+//! tests.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

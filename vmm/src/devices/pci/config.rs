@@ -1,5 +1,5 @@
-//! A type 0 configuration space (PCI Local Bus 3.0, chapter 6): 256 bytes, a mask of what the guest may write, memory BARs,
-//! a list of capabilities.
+//! A type 0 configuration space (PCI Local Bus 3.0, chapter 6): 256 bytes, a mask of what the guest may write, memory
+//! BARs, a list of capabilities.
 //!
 //! Sizing and relocating a BAR need no code of their own: the bits below a BAR's size are not writable.
 
@@ -98,7 +98,8 @@ impl ConfigSpace {
         self.writable[at..at + 4].copy_from_slice(&(!(size - 1)).to_le_bytes());
     }
 
-    /// Add a capability with `id` and what follows its two header bytes; `writable` masks the latter. Returns its offset.
+    /// Add a capability with `id` and what follows its two header bytes; `writable` masks the latter. Returns its
+    /// offset.
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> u8 {
         let at = self.end_of_capabilities;
         let end = at + 2 + body.len();

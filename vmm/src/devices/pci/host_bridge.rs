@@ -1,5 +1,5 @@
-//! The host bridge in slot 0: an Intel 440FX as firmware and operating systems know it. SeaBIOS and OVMF recognise the machine by its ids
-//! and by its subsystem 1af4:1100, and unlock the BIOS area through the PAM registers.
+//! The host bridge in slot 0: an Intel 440FX as firmware and operating systems know it. SeaBIOS and OVMF recognise the
+//! machine by its ids and by its subsystem 1af4:1100, and unlock the BIOS area through the PAM registers.
 //!
 //! RAM is present and writable in the whole BIOS area whatever PAM says; the registers only hold what is written.
 

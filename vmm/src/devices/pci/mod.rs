@@ -1,7 +1,8 @@
 //! The PCI bus: configuration mechanism #1 (PCI Local Bus 3.0, 3.2.2.3.2), bus 0, single-function devices.
 //!
-//! The bus owns its functions and routes to them: configuration accesses (ports 0xcf8 to 0xcff) by slot, memory accesses by the
-//! BARs that the guest has programmed. Port 0xcf9, the PC's reset control register, lies inside 0xcf8's dword and lives here.
+//! The bus owns its functions and routes to them: configuration accesses (ports 0xcf8 to 0xcff) by slot, memory
+//! accesses by the BARs that the guest has programmed. Port 0xcf9, the PC's reset control register, lies inside 0xcf8's
+//! dword and lives here.
 //!
 //! ```text
 //!  ports 0xcf8…0xcff ─► PciBus ─config_read/write─► PciFunction (header, BARs, capabilities)
@@ -146,8 +147,8 @@ impl PciBus {
         self.functions.get_mut(&slot)?.as_any_mut().downcast_mut()
     }
 
-    /// Give every BAR an address in `window` and switch memory decoding and bus mastering on, as firmware does. For a kernel that is
-    /// booted directly. `window` is to lie below 4 GiB and outside RAM.
+    /// Give every BAR an address in `window` and switch memory decoding and bus mastering on, as firmware does. For a
+    /// kernel that is booted directly. `window` is to lie below 4 GiB and outside RAM.
     pub fn assign_bars(&mut self, window: Range<u64>) -> Result<(), PciError> {
         let mut next = window.start;
         for (slot, function) in &mut self.functions {
@@ -230,7 +231,8 @@ impl PciBus {
         })
     }
 
-    /// The guest reads memory that is not RAM. Returns whether a function decodes `addr`; `data` is all ones if none does.
+    /// The guest reads memory that is not RAM. Returns whether a function decodes `addr`; `data` is all ones if none
+    /// does.
     pub fn mmio_read(&mut self, addr: u64, data: &mut [u8], ctx: &Ctx) -> bool {
         data.fill(0xff);
         let Some((function, bar, offset)) = self.decode(addr) else { return false };

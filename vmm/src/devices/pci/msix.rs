@@ -1,7 +1,8 @@
 //! MSI-X (PCI Local Bus 3.0, 6.8.2): the capability, the vector table and the pending bits, in one BAR of the function.
 //!
-//! [`Msix::signal`] turns a vector into a message in the outbox, or into a pending bit while the vector is masked; unmasking sends what is
-//! pending. While the guest has not enabled MSI-X nothing is sent and nothing becomes pending: the function uses INTx.
+//! [`Msix::signal`] turns a vector into a message in the outbox, or into a pending bit while the vector is masked;
+//! unmasking sends what is pending. While the guest has not enabled MSI-X nothing is sent and nothing becomes pending:
+//! the function uses INTx.
 
 use serde::{Deserialize, Serialize};
 
@@ -41,7 +42,8 @@ pub struct Msix {
 }
 
 impl Msix {
-    /// Add the capability for `vectors` (1 to 64) vectors to `config`; table and pending bits lie at the given offsets of `bar`.
+    /// Add the capability for `vectors` (1 to 64) vectors to `config`; table and pending bits lie at the given offsets
+    /// of `bar`.
     pub fn new(config: &mut ConfigSpace, vectors: u16, bar: u8, table_offset: u32, pending_offset: u32) -> Self {
         debug_assert!((1..=64).contains(&vectors) && (table_offset | pending_offset) & 7 == 0);
         let mut body = [0; 10];

@@ -1,7 +1,7 @@
 //! Unix seconds to the Gregorian calendar and back, as far as a CMOS clock needs it.
 
-/// A date and a time of day, UTC. Made by a guest it may hold anything; [`DateTime::to_unix`] takes it as an offset from the start
-/// of its month, as a real clock runs on from whatever it was set to.
+/// A date and a time of day, UTC. Made by a guest it may hold anything; [`DateTime::to_unix`] takes it as an offset
+/// from the start of its month, as a real clock runs on from whatever it was set to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DateTime {
     pub year: u16,

@@ -1,23 +1,27 @@
 //! A 16550A UART, as Linux's 8250 driver, SeaBIOS and Windows expect one (National Semiconductor PC16550D data sheet).
 //!
-//! Both directions run at the programmed line rate in VM time: a 115200 8N1 line carries 11 520 bytes a second, however fast the
-//! host is, so that a guest sees a serial line and not a memory copy, and what it does in an epoch is bounded.
+//! Both directions run at the programmed line rate in VM time: a 115200 8N1 line carries 11 520 bytes a second, however
+//! fast the host is, so that a guest sees a serial line and not a memory copy, and what it does in an epoch is bounded.
 //!
 //! ```text
 //!  THR ─► transmit FIFO (16) ─► shift register ──(character time over, output room)──► output ─► take_output
 //!  RBR ◄─ receive FIFO (16) ◄──(line rate, room in the FIFO, line open)── receive ◄─ board
 //! ```
-//! Nothing is ever dropped on the host's side. A byte leaves only if the owner has room for it ([`Uart16550::set_output_room`]);
-//! otherwise the shift register stays full and the guest sees a slow line. A byte enters only if the FIFO has room
-//! ([`Uart16550::rx_room`]) and somebody in the guest is there to take it: receive interrupts are enabled or RTS is asserted. A driver
-//! that opens the port clears the FIFO first, so bytes accepted before that would be lost.
+//! Nothing is ever dropped on the host's side. A byte leaves only if the owner has room for it
+//! ([`Uart16550::set_output_room`]); otherwise the shift register stays full and the guest sees a slow line. A byte
+//! enters only if the FIFO has room ([`Uart16550::rx_room`]) and somebody in the guest is there to take it: receive
+//! interrupts are enabled or RTS is asserted. A driver that opens the port clears the FIFO first, so bytes accepted
+//! before that would be lost.
 //!
-//! [`Uart16550::tx_total`] and [`Uart16550::rx_total`] number the bytes of the line since first boot; they outlive guest resets.
+//! [`Uart16550::tx_total`] and [`Uart16550::rx_total`] number the bytes of the line since first boot; they outlive
+//! guest resets.
 
 use std::collections::VecDeque;
 
-use super::{Action, PioDevice, RestoreError, Snapshot, VmTime};
+use super::{Action, PioDevice, VmTime};
+use registers::{fcr, ier, iir, lcr, lsr, mcr, msr};
 
+mod registers;
 pub mod state;
 #[cfg(test)]
 mod tests;
@@ -28,64 +32,6 @@ pub const FIFO: usize = 16;
 const CLOCK_HZ: u64 = 1_843_200;
 /// Most bytes that may stand in the output before the owner takes them.
 pub const OUTPUT_MAX: usize = 64 * 1024;
-
-mod ier {
-    pub const RX_AVAILABLE: u8 = 0x01;
-    pub const THR_EMPTY: u8 = 0x02;
-    pub const LINE_STATUS: u8 = 0x04;
-    pub const MODEM_STATUS: u8 = 0x08;
-    pub const ALL: u8 = 0x0f;
-}
-mod iir {
-    pub const MODEM_STATUS: u8 = 0x00;
-    pub const NONE: u8 = 0x01;
-    pub const THR_EMPTY: u8 = 0x02;
-    pub const RX_AVAILABLE: u8 = 0x04;
-    pub const LINE_STATUS: u8 = 0x06;
-    pub const RX_TIMEOUT: u8 = 0x0c;
-    pub const FIFOS_ENABLED: u8 = 0xc0;
-}
-mod fcr {
-    pub const ENABLE: u8 = 0x01;
-    pub const CLEAR_RX: u8 = 0x02;
-    pub const CLEAR_TX: u8 = 0x04;
-    pub const TRIGGER: u8 = 0xc0;
-    /// The bits that last.
-    pub const KEPT: u8 = ENABLE | TRIGGER;
-}
-mod lcr {
-    pub const WORD_LENGTH: u8 = 0x03;
-    pub const TWO_STOP: u8 = 0x04;
-    pub const PARITY: u8 = 0x08;
-    pub const BREAK: u8 = 0x40;
-    pub const DLAB: u8 = 0x80;
-}
-mod mcr {
-    pub const DTR: u8 = 0x01;
-    pub const RTS: u8 = 0x02;
-    pub const OUT1: u8 = 0x04;
-    pub const OUT2: u8 = 0x08;
-    pub const LOOPBACK: u8 = 0x10;
-    pub const ALL: u8 = 0x1f;
-}
-mod lsr {
-    pub const DATA_READY: u8 = 0x01;
-    pub const OVERRUN: u8 = 0x02;
-    pub const BREAK: u8 = 0x10;
-    pub const THR_EMPTY: u8 = 0x20;
-    pub const TRANSMITTER_EMPTY: u8 = 0x40;
-    /// The latched bits that this device can set.
-    pub const LATCHED: u8 = OVERRUN | BREAK;
-}
-mod msr {
-    pub const CTS: u8 = 0x10;
-    pub const DSR: u8 = 0x20;
-    pub const RI: u8 = 0x40;
-    pub const DCD: u8 = 0x80;
-    /// RI has only a trailing-edge delta.
-    pub const DELTA_RI: u8 = 0x04;
-    pub const DELTAS: u8 = 0x0f;
-}
 
 /// Levels of the modem lines that come from the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,8 +71,8 @@ pub struct Uart16550 {
     lsr_latched: u8,
     msr_deltas: u8,
     thre_interrupt: bool,
-    /// When `thre_interrupt` follows a single byte that was written to an idle transmitter: a character time less the stop
-    /// bit later (data sheet, "FIFO interrupt mode operation"), so that a driver can fill the FIFO undisturbed.
+    /// When `thre_interrupt` follows a single byte that was written to an idle transmitter: a character time less the
+    /// stop bit later (data sheet, "FIFO interrupt mode operation"), so that a driver can fill the FIFO undisturbed.
     thre_interrupt_at: Option<VmTime>,
     rx_timeout: bool,
     /// CTS, DSR, RI, DCD of the other end, as MSR bits.
@@ -189,8 +135,8 @@ impl Uart16550 {
         }
     }
 
-    /// The machine was reset: registers and FIFOs return to power-on values. Bytes that had left, the totals and the modem
-    /// lines stay.
+    /// The machine was reset: registers and FIFOs return to power-on values. Bytes that had left, the totals and the
+    /// modem lines stay.
     pub fn reset(&mut self, now: VmTime) {
         self.advance(now);
         let old = std::mem::take(self);
@@ -211,16 +157,16 @@ impl Uart16550 {
         std::mem::take(&mut self.output)
     }
 
-    /// From `now` on at most `bytes` may stand in the output between two calls of [`Uart16550::take_output`] (bounded by
-    /// [`OUTPUT_MAX`]; 4096 at first). With 0 the transmitter stalls.
+    /// From `now` on at most `bytes` may stand in the output between two calls of [`Uart16550::take_output`] (bounded
+    /// by [`OUTPUT_MAX`]; 4096 at first). With 0 the transmitter stalls.
     pub fn set_output_room(&mut self, bytes: usize, now: VmTime) {
         self.advance(now);
         self.output_room = bytes.min(OUTPUT_MAX);
         self.advance(now);
     }
 
-    /// How many input bytes [`Uart16550::receive`] would take at `now`: as many as the line can have carried and the FIFO has room
-    /// for; none while the guest has not opened the line.
+    /// How many input bytes [`Uart16550::receive`] would take at `now`: as many as the line can have carried and the
+    /// FIFO has room for; none while the guest has not opened the line.
     pub fn rx_room(&mut self, now: VmTime) -> usize {
         self.advance(now);
         if !self.line_open() {
@@ -230,7 +176,8 @@ impl Uart16550 {
         self.rx_free().min(usize::try_from(carried).unwrap_or(FIFO))
     }
 
-    /// The owner holds `bytes` input bytes for this line: [`PioDevice::deadline`] then also says when some can be received.
+    /// The owner holds `bytes` input bytes for this line: [`PioDevice::deadline`] then also says when some can be
+    /// received.
     pub fn set_input_waiting(&mut self, bytes: usize) {
         self.input_waiting = bytes;
     }
@@ -335,8 +282,8 @@ impl Uart16550 {
         !self.loopback() && (self.ier & ier::RX_AVAILABLE != 0 || self.mcr & mcr::RTS != 0)
     }
 
-    /// Let everything happen that is due at `now`. Called first in every access, so that within one call a condition may
-    /// appear and be acknowledged, but never the other way round.
+    /// Let everything happen that is due at `now`. Called first in every access, so that within one call a condition
+    /// may appear and be acknowledged, but never the other way round.
     fn advance(&mut self, now: VmTime) {
         while let Some(byte) = self.shift {
             if now < self.shift_done {
@@ -539,8 +486,8 @@ impl Uart16550 {
             self.tx.truncate(1);
             return;
         }
-        // Switching FIFOs on keeps a byte that stands in RBR or THR. The chip's manual says that it is cleared; a driver that
-        // opens the port has cleared it explicitly before, and what came after that is not to be lost.
+        // Switching FIFOs on keeps a byte that stands in RBR or THR. The chip's manual says that it is cleared; a
+        // driver that opens the port has cleared it explicitly before, and what came after that is not to be lost.
         self.fcr = value & fcr::KEPT;
         if value & fcr::CLEAR_RX != 0 {
             self.rx.clear();
@@ -575,17 +522,28 @@ impl PioDevice for Uart16550 {
         self.mcr & mcr::OUT2 != 0 && !self.loopback() && self.interrupt() != iir::NONE
     }
 
-    /// The earliest of: the transmit FIFO ran empty (not every single character), the shift register ran empty, receive timeout,
-    /// enough line time has passed for the input that waits.
+    /// The earliest of: the transmit FIFO ran empty (not every single character), the shift register ran empty, receive
+    /// timeout, enough line time has passed for the input that waits.
     fn deadline(&self) -> Option<VmTime> {
-        let transmit = self.shift.and_then(|_| match (self.stalled, self.tx.len() as u64) {
-            (true, _) if self.output.len() >= self.output_room => None,
-            (_, waiting) => Some(self.shift_done.plus(waiting.saturating_sub(1) * self.character_ns())),
-        });
-        let thre = self.thre_interrupt_at.filter(|_| self.ier & ier::THR_EMPTY != 0);
-        let interested = self.ier & ier::RX_AVAILABLE != 0;
-        let timeout = (interested && self.fifo_enabled() && !self.rx.is_empty() && !self.rx_timeout)
-            .then(|| self.rx_timeout_at());
+        let interrupts = |bit: u8| self.ier & bit != 0;
+        let transmit = match (self.shift, self.stalled) {
+            (None, _) => None,
+            // The output's owner is the one to move.
+            (Some(_), true) if self.output.len() >= self.output_room => None,
+            (Some(_), true) => Some(self.shift_done),
+            (Some(_), false) => {
+                let waiting = self.tx.len() as u64;
+                let characters = match interrupts(ier::THR_EMPTY) {
+                    true => waiting.saturating_sub(1),
+                    // Nobody is told when the FIFO runs empty. A guest that polls lets the time pass by itself.
+                    false => waiting + FIFO as u64,
+                };
+                Some(self.shift_done.plus(characters * self.character_ns()))
+            }
+        };
+        let thre = self.thre_interrupt_at.filter(|_| interrupts(ier::THR_EMPTY));
+        let times_out = self.fifo_enabled() && !self.rx.is_empty() && !self.rx_timeout && !self.rx_interrupt();
+        let timeout = (interrupts(ier::RX_AVAILABLE) && times_out).then(|| self.rx_timeout_at());
         let receive = (self.input_waiting > 0 && self.line_open() && self.rx_free() > 0).then(|| {
             // Characters below the trigger level may come together: nobody is told of them one by one.
             let batch = self.rx_trigger().saturating_sub(self.rx.len()).max(1);
@@ -597,95 +555,5 @@ impl PioDevice for Uart16550 {
 
     fn tick(&mut self, now: VmTime) {
         self.advance(now);
-    }
-}
-
-impl Snapshot for Uart16550 {
-    const KIND: &'static str = "uart16550";
-    const VERSION: u32 = 1;
-    type State = state::V1;
-
-    fn save(&self) -> state::V1 {
-        let Self {
-            divisor,
-            ier,
-            fcr,
-            lcr,
-            mcr,
-            scratch,
-            lsr_latched,
-            msr_deltas,
-            thre_interrupt,
-            thre_interrupt_at,
-            rx_timeout,
-            modem_inputs,
-            rx,
-            tx,
-            shift,
-            shift_done,
-            stalled,
-            rx_activity,
-            rx_line,
-            output,
-            tx_total,
-            rx_total,
-            output_room: _,
-            input_waiting: _,
-        } = self;
-        state::V1 {
-            divisor: *divisor,
-            ier: *ier,
-            fcr: *fcr,
-            lcr: *lcr,
-            mcr: *mcr,
-            scratch: *scratch,
-            lsr_latched: *lsr_latched,
-            msr_deltas: *msr_deltas,
-            thre_interrupt: *thre_interrupt,
-            thre_interrupt_at: *thre_interrupt_at,
-            rx_timeout: *rx_timeout,
-            modem_inputs: *modem_inputs,
-            rx: rx.iter().copied().collect(),
-            tx: tx.iter().copied().collect(),
-            shift: *shift,
-            shift_done: *shift_done,
-            stalled: *stalled,
-            rx_activity: *rx_activity,
-            rx_line: *rx_line,
-            output: output.clone(),
-            tx_total: *tx_total,
-            rx_total: *rx_total,
-        }
-    }
-
-    fn restore(&mut self, state: state::V1) -> Result<(), RestoreError> {
-        state.validate()?;
-        *self = Self {
-            divisor: state.divisor,
-            ier: state.ier,
-            fcr: state.fcr,
-            lcr: state.lcr,
-            mcr: state.mcr,
-            scratch: state.scratch,
-            lsr_latched: state.lsr_latched,
-            msr_deltas: state.msr_deltas,
-            thre_interrupt: state.thre_interrupt,
-            thre_interrupt_at: state.thre_interrupt_at,
-            rx_timeout: state.rx_timeout,
-            modem_inputs: state.modem_inputs,
-            rx: state.rx.into(),
-            tx: state.tx.into(),
-            shift: state.shift,
-            shift_done: state.shift_done,
-            stalled: state.stalled,
-            rx_activity: state.rx_activity,
-            rx_line: state.rx_line,
-            output: state.output,
-            tx_total: state.tx_total,
-            rx_total: state.rx_total,
-            output_room: self.output_room,
-            input_waiting: self.input_waiting,
-        };
-        Ok(())
     }
 }

@@ -1,8 +1,8 @@
 //! virtio-console with its one port (virtio 1.2, 5.3; no VIRTIO_CONSOLE_F_MULTIPORT, no SIZE, no EMERG_WRITE).
 //!
-//! Output (the driver's transmit queue) goes through a bounded buffer that the owner drains. Without room the driver's buffers
-//! stay in the queue, a partly sent one with a note of how far, so that nothing is lost however long the gate is shut. Input
-//! waits in a bounded buffer of its own until the driver has receive buffers.
+//! Output (the driver's transmit queue) goes through a bounded buffer that the owner drains. Without room the driver's
+//! buffers stay in the queue, a partly sent one with a note of how far, so that nothing is lost however long the gate
+//! is shut. Input waits in a bounded buffer of its own until the driver has receive buffers.
 
 use std::collections::VecDeque;
 
@@ -26,6 +26,8 @@ pub struct Console {
     input: VecDeque<u8>,
     /// Bytes of the transmit queue's next chain that have been sent.
     tx_offset: usize,
+    /// The transmit queue waits for room in the output.
+    tx_blocked: bool,
     /// The owner's wish; not part of the machine's state.
     output_room: usize,
 }
@@ -40,10 +42,11 @@ impl Console {
     /// A console that nobody uses yet.
     #[must_use]
     pub fn new() -> Self {
-        Self { output: Vec::new(), input: VecDeque::new(), tx_offset: 0, output_room: OUTPUT_MAX }
+        Self { output: Vec::new(), input: VecDeque::new(), tx_offset: 0, tx_blocked: false, output_room: OUTPUT_MAX }
     }
 
     fn transmit(&mut self, queue: &mut VirtQueue, ram: &GuestRam) -> Result<Progress, Broken> {
+        self.tx_blocked = false;
         for _ in 0..CHAINS_PER_CALL / 2 {
             let Some(chain) = queue.next_chain(ram)? else { return Ok(Progress::Idle) };
             if chain.writable_len() > 0 {
@@ -53,6 +56,7 @@ impl Console {
             self.tx_offset += chain.read(ram, self.tx_offset, room, &mut self.output)?;
             if self.tx_offset < chain.readable_len() {
                 queue.put_back();
+                self.tx_blocked = true;
                 return Ok(Progress::Idle);
             }
             self.tx_offset = 0;
@@ -92,6 +96,7 @@ impl VirtioDevice for Console {
     fn reset(&mut self) {
         // What has left has left, and what came in is still to be read by the next driver.
         self.tx_offset = 0;
+        self.tx_blocked = false;
     }
 }
 
@@ -101,12 +106,13 @@ impl VirtioPci<Console> {
         std::mem::take(&mut self.device_mut().output)
     }
 
-    /// From now on at most `bytes` may stand in the output (bounded by [`OUTPUT_MAX`], which it is at first). With 0 the guest's output stops.
-    /// To be called after [`VirtioPci::take_output`] too: it is what makes a stopped guest go on.
+    /// From now on at most `bytes` may stand in the output (bounded by [`OUTPUT_MAX`], which it is at first). With 0
+    /// the guest's output stops. To be called after [`VirtioPci::take_output`] too: it is what makes a stopped guest go
+    /// on.
     pub fn set_output_room(&mut self, bytes: usize, ctx: &Ctx) {
         let device = self.device_mut();
         device.output_room = bytes.min(OUTPUT_MAX);
-        if device.output.len() < device.output_room {
+        if device.tx_blocked && device.output.len() < device.output_room {
             self.process(ctx.ram);
         }
     }
@@ -150,7 +156,8 @@ impl Snapshot for Console {
     type State = state::V1;
 
     fn save(&self) -> state::V1 {
-        let Self { output, input, tx_offset, output_room: _ } = self;
+        // After a restore the transport has the queues looked at, and that finds out whether it must wait.
+        let Self { output, input, tx_offset, tx_blocked: _, output_room: _ } = self;
         // A chain is shorter than 4 GiB.
         state::V1 { output: output.clone(), input: input.iter().copied().collect(), tx_offset: *tx_offset as u32 }
     }
@@ -160,7 +167,8 @@ impl Snapshot for Console {
         if output.len() > OUTPUT_MAX || input.len() > INPUT_MAX {
             return Err(RestoreError::invalid(Self::KIND, "more bytes wait than can"));
         }
-        *self = Self { output, input: input.into(), tx_offset: tx_offset as usize, output_room: self.output_room };
+        let (tx_offset, output_room) = (tx_offset as usize, self.output_room);
+        *self = Self { output, input: input.into(), tx_offset, tx_blocked: false, output_room };
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Virtio devices (virtio 1.2), modern only.
 //!
-//! The transport ([`VirtioPci`]) and the device ([`VirtioDevice`]: [`Rng`], [`Console`]) know nothing of each other's registers:
+//! The transport ([`VirtioPci`]) and the device ([`VirtioDevice`]: [`Rng`], [`Console`]) know nothing of each other's
+//! registers:
 //!
 //! ```text
 //!  configuration space, BAR 0 ─► VirtioPci: status, features, queue set-up, ISR, MSI-X
@@ -8,9 +9,9 @@
 //!                                   ▼
 //!                                VirtioDevice ──► VirtQueue: next_chain, complete ──► guest RAM
 //! ```
-//! Everything a driver puts into RAM is hostile. A ring or a chain that breaks the rules ([`Broken`]) makes the device ask to be reset
-//! (DEVICE_NEEDS_RESET) and touch nothing until then. Work per call is bounded by [`CHAINS_PER_CALL`]; what is left is done at the next
-//! tick.
+//! Everything a driver puts into RAM is hostile. A ring or a chain that breaks the rules ([`Broken`]) makes the device
+//! ask to be reset (DEVICE_NEEDS_RESET) and touch nothing until then. Work per call is bounded by [`CHAINS_PER_CALL`];
+//! what is left is done at the next tick.
 
 use super::{GuestRam, Snapshot};
 
@@ -28,8 +29,8 @@ pub use queue::{Broken, Chain, VirtQueue};
 pub use rng::Rng;
 pub use transport::VirtioPci;
 
-/// Most chains that a device works on in one call, all its queues together. Without a bound another vCPU could feed a queue for
-/// ever while the machine's lock is held.
+/// Most chains that a device works on in one call, all its queues together. Without a bound another vCPU could feed a
+/// queue for ever while the machine's lock is held.
 pub const CHAINS_PER_CALL: usize = 256;
 
 /// What a device says about how much it has done.

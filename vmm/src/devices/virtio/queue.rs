@@ -1,8 +1,9 @@
-//! A split virtqueue (virtio 1.2, 2.7) as devices use it: whole, verified chains in, used elements out, and when to interrupt.
+//! A split virtqueue (virtio 1.2, 2.7) as devices use it: whole, verified chains in, used elements out, and when to
+//! interrupt.
 //!
-//! The ring's arithmetic is crate `virtio-queue`'s. On top of it this module refuses what that crate lets pass: chains that
-//! loop or run out of the table, buffers outside RAM, device-readable buffers after writable ones, an available index that goes
-//! back or too far.
+//! The ring's arithmetic is crate `virtio-queue`'s. On top of it this module refuses what that crate lets pass: chains
+//! that loop or run out of the table, buffers outside RAM, device-readable buffers after writable ones, an available
+//! index that goes back or too far.
 
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
@@ -155,8 +156,8 @@ impl VirtQueue {
         })
     }
 
-    /// The next chain that the driver has made available, if any; none from a queue that is not enabled. When there is none the driver has been
-    /// asked to notify.
+    /// The next chain that the driver has made available, if any; none from a queue that is not enabled. When there is
+    /// none the driver has been asked to notify.
     pub fn next_chain(&mut self, ram: &GuestRam) -> Result<Option<Chain>, Broken> {
         let Some(ring) = &mut self.ring else { return Ok(None) };
         if !available(ring, ram)? {

@@ -1,7 +1,8 @@
 //! virtio-rng, the entropy device (virtio 1.2, 5.4).
 //!
-//! The device has no entropy of its own. While the driver's buffers wait, [`VirtioPci::want_entropy`] says how many bytes the next one
-//! takes; the owner fetches as many from the operating system and hands them in with [`VirtioPci::fill`]:
+//! The device has no entropy of its own. While the driver's buffers wait, [`VirtioPci::want_entropy`] says how many
+//! bytes the next one takes; the owner fetches as many from the operating system and hands them in with
+//! [`VirtioPci::fill`]:
 //!
 //! ```text
 //! loop { match rng.want_entropy() { 0 => break, n => rng.fill(&random_bytes(n), ctx) } }

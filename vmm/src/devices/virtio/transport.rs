@@ -1,14 +1,15 @@
 //! The PCI transport (virtio 1.2, 4.1) around a [`VirtioDevice`].
 //!
-//! BAR 0 holds everything: common configuration, ISR, device configuration, notifications, MSI-X table and pending bits.
-//! The driver's way through the status register:
+//! BAR 0 holds everything: common configuration, ISR, device configuration, notifications, MSI-X table and pending
+//! bits. The driver's way through the status register:
 //!
 //! ```text
 //!  0 ─► ACKNOWLEDGE ─► DRIVER ─► FEATURES_OK ─► (queues enabled) ─► DRIVER_OK ─► 0
 //!                                 only with VERSION_1 and           queues are worked on only here,
 //!                                 what was offered                  until DEVICE_NEEDS_RESET
 //! ```
-//! Queue notifications are handled in the call that brings them. Interrupts are MSI-X if the guest enabled it, else INTA through the ISR.
+//! Queue notifications are handled in the call that brings them. Interrupts are MSI-X if the guest enabled it, else
+//! INTA through the ISR.
 
 use std::any::Any;
 
@@ -261,7 +262,8 @@ fn add_capability(config: &mut ConfigSpace, cfg_type: u8, offset: u64, multiplie
     config.add_capability(CAPABILITY_VENDOR, &body, &vec![0; body.len()]);
 }
 
-/// The window through which BAR 0 can be reached from configuration space: BAR, offset, length and data are the guest's.
+/// The window through which BAR 0 can be reached from configuration space: BAR, offset, length and data are the
+/// guest's.
 fn add_window(config: &mut ConfigSpace) -> u8 {
     let body = capability_body(CFG_PCI, 0, 0, 4);
     let mut writable = vec![0; body.len()];

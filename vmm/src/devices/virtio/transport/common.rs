@@ -76,7 +76,8 @@ impl<D: VirtioDevice> VirtioPci<D> {
         }
     }
 
-    /// A write of a whole field, or of one half of an address; anything else is not allowed to a driver (4.1.3.1) and is ignored.
+    /// A write of a whole field, or of one half of an address; anything else is not allowed to a driver (4.1.3.1) and
+    /// is ignored.
     pub(super) fn write_common(&mut self, offset: u64, data: &[u8], ram: &GuestRam) {
         match (offset, data) {
             (DEVICE_FEATURE_SELECT, [a, b, c, d]) => self.device_feature_select = u32::from_le_bytes([*a, *b, *c, *d]),
