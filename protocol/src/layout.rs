@@ -19,6 +19,12 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// The same names in a run directory that is given itself (nothing of the machine is in shared memory there).
+    pub fn in_run_dir(run: impl Into<PathBuf>) -> Self {
+        let run = run.into();
+        Self { shm: run.clone(), run }
+    }
+
     /// Names for `machine` below the two roots. The machine's name must satisfy [`valid_machine_name`].
     pub fn new(run_root: impl AsRef<Path>, shm_root: impl AsRef<Path>, machine: &str) -> Self {
         Self { run: run_root.as_ref().join(machine), shm: shm_root.as_ref().join(machine) }
@@ -61,6 +67,18 @@ impl Layout {
     /// Log of the replicator process.
     pub fn replicator_log(&self) -> PathBuf {
         self.run.join("replicator.log")
+    }
+    /// Control socket of the serial board service for `device`.
+    pub fn serial_socket(&self, device: &str) -> PathBuf {
+        self.run.join(format!("serial-{device}.sock"))
+    }
+    /// Process id of the serial board service for `device`, as [`Self::vmm_pid`].
+    pub fn serial_pid(&self, device: &str) -> PathBuf {
+        self.run.join(format!("serial-{device}.pid"))
+    }
+    /// Log of the serial board service for `device`.
+    pub fn serial_log(&self, device: &str) -> PathBuf {
+        self.run.join(format!("serial-{device}.log"))
     }
     /// Guest RAM: all of it, contiguous, in ascending guest-physical order (a hole below 4 GiB takes no room here).
     /// Created by the VMM, mapped shared by the VMM and the replicator.
