@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -169,6 +170,14 @@ fn in_vm(command: &Cmd, why: &str) -> Result<i32> {
     Ok(code)
 }
 
+/// Print, without a complaint when the reader (`head`, `grep -q`) has seen enough.
+fn say(text: &str) -> Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        done => Ok(done?),
+    }
+}
+
 fn lab_command(command: Cmd) -> Result<i32> {
     match command {
         Cmd::Up { options, .. } => {
@@ -180,24 +189,25 @@ fn lab_command(command: Cmd) -> Result<i32> {
         Cmd::Status => {
             let lab = Lab::running()?;
             let status = lab.status()?;
-            println!("fencing: {:?}", status.fence_mode);
+            let mut text = format!("fencing: {:?}\n", status.fence_mode);
             for (name, node) in &status.nodes {
                 let power = if node.on { "on" } else { "off" };
                 let frozen = if node.frozen { ", frozen" } else { "" };
                 let cut: String = node.cut.iter().map(|p| format!(", {} cut", p.name())).collect();
-                println!("{name}: {power}{frozen}{cut}, boots {}", node.boots);
+                text.push_str(&format!("{name}: {power}{frozen}{cut}, boots {}\n", node.boots));
             }
             for node in ["n1", "n2"] {
                 if status.nodes.get(node).is_some_and(|n| n.on && !n.frozen) {
-                    print!("\n{}", lab.run(node, &["crm_mon", "-1", "--inactive"])?);
+                    text.push('\n');
+                    text.push_str(&lab.run(node, &["crm_mon", "-1", "--inactive"])?);
                     break;
                 }
             }
+            say(&text)?;
         }
         Cmd::Events => {
-            for event in Lab::running()?.events()? {
-                println!("{}", serde_json::to_string(&event)?);
-            }
+            let lines = Lab::running()?.events()?.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
+            say(&format!("{}\n", lines.join("\n")))?;
         }
         Cmd::Exec { node, argv } => {
             let status = Lab::running()?.command(&node, &argv[0])?.args(&argv[1..]).status()?;

@@ -344,7 +344,8 @@ impl Bmc {
         // New processes may appear while we go round; a round that finds nothing running ends it.
         let deadline = Instant::now() + OFF_BOUND;
         loop {
-            let running: Vec<Pid> = processes(pid)?.into_iter().filter(|(_, stopped)| !stopped).map(|(p, _)| p).collect();
+            let running: Vec<Pid> =
+                processes(pid)?.into_iter().filter(|(_, stopped)| !stopped).map(|(p, _)| p).collect();
             if running.is_empty() {
                 break;
             }
@@ -388,7 +389,8 @@ impl Bmc {
     }
 
     fn heal(&self, node: Node) -> Result<()> {
-        let cut: Vec<Plane> = self.lock().nodes.get(node.name).map(|n| n.cut.iter().copied().collect()).unwrap_or_default();
+        let cut: Vec<Plane> =
+            self.lock().nodes.get(node.name).map(|n| n.cut.iter().copied().collect()).unwrap_or_default();
         for plane in &cut {
             self.set_cable(node, *plane, true)?;
         }

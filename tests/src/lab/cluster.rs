@@ -251,7 +251,9 @@ impl Lab {
         let on = "n1";
         let properties: String = [("stonith-enabled", "true"), ("stonith-action", "off"), ("dc-deadtime", "10s")]
             .iter()
-            .map(|(name, value)| format!(r#"<nvpair id="cib-bootstrap-options-{name}" name="{name}" value="{value}"/>"#))
+            .map(|(name, value)| {
+                format!(r#"<nvpair id="cib-bootstrap-options-{name}" name="{name}" value="{value}"/>"#)
+            })
             .collect();
         let section = |scope: &str, create: bool, xml: &str| -> Result<()> {
             let how: &[&str] = if create { &["--create"] } else { &["--modify", "--allow-create"] };
@@ -360,11 +362,7 @@ pub fn keep_logs() -> Result<()> {
         fs::create_dir_all(&target)?;
         let disk = disk_dir(node);
         let console = places::run_dir().join("nodes").join(node.name).join("console.log");
-        let logs = [
-            console,
-            disk.join("log-corosync/corosync.log"),
-            disk.join("log-pacemaker/pacemaker.log"),
-        ];
+        let logs = [console, disk.join("log-corosync/corosync.log"), disk.join("log-pacemaker/pacemaker.log")];
         for log in logs.iter().filter(|l| l.exists()) {
             if let Some(name) = log.file_name() {
                 fs::copy(log, target.join(Path::new(name))).with_context(|| format!("keeping {}", log.display()))?;

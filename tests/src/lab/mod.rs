@@ -5,13 +5,13 @@ pub mod channel;
 pub mod cluster;
 pub mod fence;
 pub mod host;
-pub mod initramfs;
 pub mod net;
 pub mod node;
 pub mod places;
 pub mod root;
 pub mod vm;
 pub mod vm_agent;
+pub mod vm_image;
 pub mod vm_init;
 pub mod wait;
 

@@ -215,13 +215,9 @@ fn build_dev(dev: &Path) -> Result<()> {
     character("net/tun", 10, 200, 0o666)?;
     mounted("shm", &dev.join("shm"), "tmpfs", none, &format!("mode=1777,size={SHM}"))?;
     mounted("devpts", &dev.join("pts"), "devpts", none, "newinstance,gid=5,mode=620,ptmxmode=666")?;
-    for (link, target) in [
-        ("ptmx", "pts/ptmx"),
-        ("fd", "/proc/self/fd"),
-        ("stdin", "fd/0"),
-        ("stdout", "fd/1"),
-        ("stderr", "fd/2"),
-    ] {
+    for (link, target) in
+        [("ptmx", "pts/ptmx"), ("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    {
         symlink(target, dev.join(link))?;
     }
     Ok(())
@@ -254,8 +250,22 @@ fn configure(node: Node, settings: &Settings) -> Result<()> {
     fs::write("/etc/pacemaker/authkey", &settings.authkey)?;
     fs::set_permissions("/etc/pacemaker/authkey", fs::Permissions::from_mode(0o640))?;
     chown("/etc/pacemaker/authkey", Some(Uid::from_raw(0)), Some(gid))?;
+    fs::write("/usr/local/sbin/systemctl", SYSTEMCTL)?;
+    fs::set_permissions("/usr/local/sbin/systemctl", fs::Permissions::from_mode(0o755))?;
     install_links()
 }
+
+/// crmsh asks systemd whether the cluster runs, and works on files instead of the cluster when it does not.
+const SYSTEMCTL: &str = r#"#!/bin/sh
+# There is no systemd in the lab's nodes; this answers the one question that crmsh has for it.
+case "$1 ${2%.service}" in
+"is-active corosync") daemon=corosync ;;
+"is-active pacemaker") daemon=pacemakerd ;;
+"is-active pacemaker_remote") daemon=pacemaker-remoted ;;
+*) echo "there is no systemd in the lab's nodes" >&2; exit 1 ;;
+esac
+if pidof "$daemon" >/dev/null; then echo active; else echo inactive; exit 3; fi
+"#;
 
 /// The lab's node is what `make install` makes of a real one: executables in one place, links where they are looked for.
 fn install_links() -> Result<()> {

@@ -25,13 +25,16 @@ pub fn lab_dir() -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os(ENV_LAB_DIR) {
         return Ok(PathBuf::from(dir));
     }
-    let here = std::env::current_dir().context("finding the current directory")?;
-    for dir in here.ancestors() {
-        if dir.join("Cargo.lock").exists() && dir.join("tests/src/lab").is_dir() {
-            return Ok(dir.join("target/lab"));
-        }
+    match workspace_dir() {
+        Some(workspace) => Ok(workspace.join("target/lab")),
+        None => anyhow::bail!("not inside the Understudy workspace: run this there, or set {ENV_LAB_DIR}"),
     }
-    anyhow::bail!("not inside the Understudy workspace: run this there, or set {ENV_LAB_DIR}")
+}
+
+/// The workspace that the current directory is in.
+pub fn workspace_dir() -> Option<PathBuf> {
+    let here = std::env::current_dir().ok()?;
+    here.ancestors().find(|d| d.join("Cargo.lock").exists() && d.join("tests/src/lab").is_dir()).map(Path::to_path_buf)
 }
 
 /// The directory with the executables of this build: `UNDERSTUDY_BIN_DIR`, or where this executable is.

@@ -1,8 +1,9 @@
 //! The lab VM: QEMU in software emulation with nested AMD-V, for hosts whose own KVM cannot run Linux.
 //!
 //! One VM per name (`UNDERSTUDY_VM`, default `main`), its files in `target/lab/vm-NAME`. It has no network but a
-//! forwarded port on 127.0.0.1, sees the lab root as a read-only disk, this build's executables as a read-only share and
-//! `out` as a writable one, and forgets everything else when it goes down.
+//! forwarded port on 127.0.0.1, sees the lab root as a read-only disk, this build's executables as a read-only share, the
+//! workspace and the lab directory as writable ones, and forgets everything else when it goes down. What the cluster lab
+//! would leave in `target/lab/out` on a host it leaves in `target/lab/vm-NAME/out` from in here.
 
 use std::fs;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use understudy_protocol::control::encode_line;
 
 use super::channel::{AGENT_PORT, ExecRequest, Kind, read_frame, write_frame};
-use super::{host, initramfs, places, root};
+use super::{host, places, root, vm_image};
 
 /// How long the VM may take until its agent answers. (10 to 20 s on an idle machine.)
 const BOOT_BOUND: Duration = Duration::from_secs(240);
@@ -30,8 +31,6 @@ pub struct Vm {
     pid: i32,
     port: u16,
     token: String,
-    /// The writable directory shared with the VM (`/lab/out` inside).
-    pub out: PathBuf,
 }
 
 /// Size of the VM.
@@ -51,12 +50,16 @@ impl Default for VmSize {
     }
 }
 
-fn vm_dir() -> Result<PathBuf> {
+fn vm_name() -> Result<String> {
     let name = std::env::var("UNDERSTUDY_VM").unwrap_or_else(|_| "main".into());
     if !understudy_protocol::layout::valid_machine_name(&name) {
         bail!("UNDERSTUDY_VM is \"{name}\": use letters, digits, - and _");
     }
-    Ok(places::lab_dir()?.join(format!("vm-{name}")))
+    Ok(name)
+}
+
+fn vm_dir() -> Result<PathBuf> {
+    Ok(places::lab_dir()?.join(format!("vm-{}", vm_name()?)))
 }
 
 impl Vm {
@@ -86,7 +89,7 @@ impl Vm {
         let out = dir.join("out");
         fs::create_dir_all(&out)?;
         let started = Instant::now();
-        let init = initramfs::build(&lab_root, &std::env::current_exe().context("finding this executable")?)?;
+        let init = vm_image::build(&lab_root, &std::env::current_exe().context("finding this executable")?)?;
         let init_path = dir.join("initramfs");
         fs::write(&init_path, init).with_context(|| format!("writing {}", init_path.display()))?;
         let token = random_token()?;
@@ -105,7 +108,8 @@ impl Vm {
             "-append",
             &format!(
                 "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 random.trust_cpu=on \
-                 net.ifnames=0 lab.token={token}"
+                 net.ifnames=0 lab.vm={} lab.token={token}",
+                vm_name()?
             ),
         ]);
         command.arg("-serial").arg(format!("file:{}", console.display()));
@@ -115,19 +119,24 @@ impl Vm {
             "-netdev",
             &format!("user,id=host,restrict=on,hostfwd=tcp:127.0.0.1:{port}-10.0.2.15:{AGENT_PORT}"),
         ]);
-        command
-            .arg("-virtfs")
-            .arg(format!("local,path={},mount_tag=bin,security_model=none,readonly=on,multidevs=remap", bin.display()));
-        command
-            .arg("-virtfs")
-            .arg(format!("local,path={},mount_tag=out,security_model=none,multidevs=remap", out.display()));
+        let mut share = |tag: &str, path: &Path, readonly: &str| {
+            command.arg("-virtfs").arg(format!(
+                "local,path={},mount_tag={tag},security_model=none,readonly={readonly},multidevs=remap",
+                path.display()
+            ));
+        };
+        share("bin", &bin, "on");
+        share("lab", &places::lab_dir()?, "off");
+        if let Some(workspace) = places::workspace_dir() {
+            share("workspace", &workspace, "off");
+        }
         eprintln!("lab: starting the lab VM");
         host::run_quiet(&mut command).context("starting the lab VM")?;
         let pid = fs::read_to_string(&pid_file)
             .ok()
             .and_then(|t| t.trim().parse().ok())
             .context("QEMU wrote no process id")?;
-        let vm = Self { pid, port, token, out };
+        let vm = Self { pid, port, token };
         let record = serde_json::to_vec(&vm).context("writing down the lab VM")?;
         fs::write(dir.join("vm.json"), record).context("writing down the lab VM")?;
         while !vm.answers() {
@@ -261,9 +270,4 @@ pub fn here(argv: &[String]) -> Result<i32> {
     let Some(program) = argv.first() else { bail!("no command given") };
     let status = Command::new(program).args(&argv[1..]).stdin(Stdio::inherit()).status();
     Ok(status.with_context(|| format!("running {program}"))?.code().unwrap_or(128))
-}
-
-/// The console log of the VM, for error messages.
-pub fn console_log() -> Result<PathBuf> {
-    Ok(Path::new(&vm_dir()?).join("console.log"))
 }

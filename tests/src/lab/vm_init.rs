@@ -1,6 +1,6 @@
 //! The lab VM's first process: from the initramfs to the agent.
 //!
-//! Loads the modules in the order that [`super::initramfs`] wrote down, mounts the lab root read-only with a tmpfs on top,
+//! Loads the modules in the order that [`super::vm_image`] wrote down, mounts the lab root read-only with a tmpfs on top,
 //! moves into it, brings up the network towards the host and serves [`super::vm_agent`]. Everything that goes wrong here
 //! is a line on the console, which `understudy-lab vm up` shows when the VM does not answer.
 
@@ -18,16 +18,16 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::wait;
 
-use super::{initramfs, places, vm_agent};
+use super::{places, vm_agent, vm_image};
 
-/// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h: the kernel unpacks the module itself.
-const COMPRESSED: ModuleInitFlags = ModuleInitFlags::from_bits_retain(4);
 /// The lab directory inside the VM.
 pub const LAB_DIR: &str = "/lab";
 /// Where the host's directory of executables appears.
 pub const BIN_DIR: &str = "/lab/bin";
-/// The writable directory that host and VM share.
-pub const OUT_DIR: &str = "/lab/out";
+/// Where the host's lab directory appears, writable.
+const HOST_LAB_DIR: &str = "/lab/host";
+/// Where the workspace appears, writable; commands start in it, as on the host.
+const WORKSPACE_DIR: &str = "/lab/workspace";
 
 /// Run as process 1 of the initramfs. Never returns: the VM powers off when this ends.
 pub fn main() -> ! {
@@ -50,11 +50,10 @@ fn stage_one() -> Result<std::convert::Infallible> {
     filesystem("devtmpfs", "/dev", "devtmpfs", none, "")?;
     filesystem("proc", "/proc", "proc", none, "")?;
     filesystem("sysfs", "/sys", "sysfs", none, "")?;
-    let order = fs::read_to_string(Path::new("/").join(initramfs::MODULE_LIST)).context("reading the module list")?;
+    let order = fs::read_to_string(vm_image::MODULE_LIST).context("reading the module list")?;
     for module in order.lines() {
-        let file = fs::File::open(Path::new("/modules").join(module)).with_context(|| format!("opening {module}"))?;
-        let flags = if module.ends_with(".ko") { ModuleInitFlags::empty() } else { COMPRESSED };
-        match finit_module(file, c"", flags) {
+        let file = fs::File::open(module).with_context(|| format!("opening {module}"))?;
+        match finit_module(file, c"", ModuleInitFlags::empty()) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(e) => eprintln!("lab VM: module {module}: {e}"),
         }
@@ -65,7 +64,7 @@ fn stage_one() -> Result<std::convert::Infallible> {
         fs::create_dir(dir).with_context(|| format!("creating {dir}"))?;
     }
     filesystem("lab", "/root", "overlay", none, "lowerdir=/lower,upperdir=/upper/up,workdir=/upper/work")?;
-    for dir in ["lab", "lab/root", "lab/bin", "lab/out"] {
+    for dir in ["lab/root", "lab/bin", "lab/host", "lab/workspace"] {
         fs::create_dir_all(Path::new("/root").join(dir)).with_context(|| format!("creating {dir}"))?;
     }
     // Nodes take the read-only file system itself as their lower layer, not this VM's overlay of it.
@@ -124,13 +123,22 @@ fn stage_two() -> Result<()> {
     nix::unistd::sethostname("lab").context("naming the VM")?;
     let share = "trans=virtio,version=9p2000.L,msize=512000";
     filesystem("bin", BIN_DIR, "9p", MsFlags::MS_RDONLY, &format!("{share},cache=mmap"))?;
-    filesystem("out", OUT_DIR, "9p", none, &format!("{share},cache=none"))?;
+    let writable = format!("{share},cache=none");
+    filesystem("lab", HOST_LAB_DIR, "9p", none, &writable)?;
+    // Without a workspace (the tools were installed) there is no such share, and commands start in an empty directory.
+    if let Err(e) = filesystem("workspace", WORKSPACE_DIR, "9p", none, &writable) {
+        eprintln!("lab VM: {e:#}");
+    }
     let parameters: HashMap<String, String> = fs::read_to_string("/proc/cmdline")
         .context("reading the kernel command line")?
         .split_ascii_whitespace()
         .filter_map(|w| w.strip_prefix("lab.")?.split_once('='))
         .map(|(k, v)| (k.to_string(), v.to_string()))
         .collect();
+    let vm = parameters.get("vm").context("no lab.vm on the kernel command line")?;
+    for (name, at) in [("guest", "guest".to_string()), ("out", format!("vm-{vm}/out"))] {
+        symlink(Path::new(HOST_LAB_DIR).join(at), Path::new(LAB_DIR).join(name)).context("linking the lab's parts")?;
+    }
     let token = parameters.get("token").context("no lab.token on the kernel command line")?.clone();
     for command in
         ["ip link set lo up", "ip link set eth0 up", "ip addr add 10.0.2.15/24 dev eth0", "modprobe kvm_amd nested=1"]
@@ -150,6 +158,7 @@ fn stage_two() -> Result<()> {
         .env(places::ENV_IN_VM, "1")
         .env(places::ENV_LAB_DIR, LAB_DIR)
         .env(places::ENV_BIN_DIR, BIN_DIR)
+        .current_dir(WORKSPACE_DIR)
         .spawn()
         .context("starting the agent")?;
     eprintln!("lab VM: ready");
