@@ -24,8 +24,8 @@ pub struct Identity {
     pub socket: PathBuf,
     /// File name of its executable.
     pub program: &'static str,
-    /// A word of its command line: the machine's name.
-    pub word: String,
+    /// Words of its command line: the machine's name, and whatever else tells it from others.
+    pub words: Vec<String>,
 }
 
 /// A live process, held by a descriptor.
@@ -79,7 +79,7 @@ impl Identity {
         let words: Vec<_> = line.split(|b| *b == 0).map(String::from_utf8_lossy).collect();
         let is_program =
             |w: &std::borrow::Cow<'_, str>| Path::new(w.as_ref()).file_name().is_some_and(|f| f == self.program);
-        words.iter().take(1).any(is_program) && words.iter().skip(1).any(|w| *w == self.word)
+        words.iter().take(1).any(is_program) && self.words.iter().all(|own| words.iter().skip(1).any(|w| w == own))
     }
 }
 
@@ -147,7 +147,12 @@ mod tests {
     use std::process::{Command, Stdio};
 
     fn identity(dir: &Path, word: &str) -> Identity {
-        Identity { pid_file: dir.join("pid"), socket: dir.join("socket"), program: "sleep", word: word.to_owned() }
+        Identity {
+            pid_file: dir.join("pid"),
+            socket: dir.join("socket"),
+            program: "sleep",
+            words: vec![word.to_owned()],
+        }
     }
 
     #[test]

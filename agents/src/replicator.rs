@@ -94,7 +94,7 @@ fn declarations() -> Vec<&'static Declaration> {
 fn command_line(p: &Parameters, node: &str, own_hook: Option<String>) -> ocf::Result<Vec<String>> {
     let mut line: Vec<String> = vec!["run".into()];
     let mut option = |name: &str, value: String| line.extend([format!("--{name}"), value]);
-    option("name", p.get(&NAME)?);
+    option("machine", p.get(&NAME)?);
     option("node", node.to_owned());
     let peers = p.get(&PEERS)?;
     if !peers.split_whitespace().any(|e| e.split_once('=').is_some_and(|(n, _)| n == node)) {
@@ -137,7 +137,7 @@ impl<'a> Instance<'a> {
             pid_file: layout.replicator_pid(),
             socket: layout.replicator_socket(),
             program: PROGRAM,
-            word: name.clone(),
+            words: vec![name.clone()],
         };
         let service = Service { identity, log: layout.replicator_log() };
         Ok(Self { context, name, layout, service })

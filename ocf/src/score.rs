@@ -111,7 +111,8 @@ mod tests {
         // Another test's fork may still hold the file open for writing (ETXTBSY); that passes.
         soon.wait_for(|| match score.set(-5, soon) {
             Err(ScoreError::Command(CommandError::Spawn { .. })) => None,
-            done => Some(done.unwrap()),
+            Err(e) => panic!("{e}"),
+            Ok(()) => Some(()),
         })
         .unwrap();
         assert_eq!(score.read(soon), Some(10000));

@@ -45,8 +45,12 @@ impl<'a> Machine<'a> {
             "primitive" => false,
             _ => context.environment.is_clone(),
         };
-        let identity =
-            Identity { pid_file: layout.vmm_pid(), socket: layout.vmm_socket(), program: PROGRAM, word: name.clone() };
+        let identity = Identity {
+            pid_file: layout.vmm_pid(),
+            socket: layout.vmm_socket(),
+            program: PROGRAM,
+            words: vec![name.clone()],
+        };
         let service = Service { identity, log: layout.vmm_log() };
         Ok(Self { context, cluster, name, layout, promotable, service })
     }

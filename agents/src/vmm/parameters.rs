@@ -14,7 +14,7 @@ pub static MODE: Param<String> = Param::choice("mode", &["auto", "promotable", "
          auto looks at whether the resource is in a clone; say it outright only where no cluster tells (ocf-tester, by hand).",
     );
 /// Guest memory.
-pub static MEMORY: Param<u64> = Param::integer("memory", 1, 1 << 22)
+pub static MEMORY: Param<u64> = Param::integer("memory", 16, 1 << 22)
     .default("512")
     .short("Guest memory (MiB)")
     .long("Memory of the guest in MiB. The same on every node, or a standby cannot hold the primary's image.");
@@ -39,7 +39,7 @@ pub static CMDLINE: Param<String> =
     Param::text("cmdline").short("Kernel command line").long("Command line of the guest's kernel.");
 /// COM1.
 pub static SERIAL0: Param<String> = Param::text("serial0").short("COM1").long(
-    "What is behind the guest's first serial port: board:HOST:PORT/DEVICE,key=FILE for a line of an interface board, file:PATH, or \
+    "What is behind the guest's first serial port: board:HOST:PORT/DEVICE,key=FILE for a line of an interface board, file:PATH, pty or \
      none.",
 );
 /// COM2.
@@ -48,7 +48,7 @@ pub static SERIAL1: Param<String> =
 /// virtio console.
 pub static CONSOLE: Param<String> = Param::text("console")
     .short("virtio console")
-    .long("What is behind the guest's virtio console: file:PATH or none.");
+    .long("What is behind the guest's virtio console: file:PATH. Not set: there is none.");
 /// Capture arena.
 pub static ARENA: Param<u64> = Param::integer("arena", 1, 1 << 20).short("Capture arena (MiB)").long(
     "Size in MiB of the shared memory that a checkpoint is captured into. What does not fit makes the pause longer. Not set: \
@@ -103,7 +103,7 @@ pub fn command_line(p: &Parameters, standby: bool) -> ocf::Result<Vec<String>> {
             line.push(value);
         }
     };
-    option("name", Some(p.get(&NAME)?));
+    option("machine", Some(p.get(&NAME)?));
     option("memory", Some(p.get(&MEMORY)?.to_string()));
     option("vcpus", Some(p.get(&VCPUS)?.to_string()));
     option("kernel", Some(p.get(&KERNEL)?));

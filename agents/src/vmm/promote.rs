@@ -161,8 +161,12 @@ fn take_over(machine: &Machine<'_>, generation: Generation) -> ocf::Result<Optio
         return Ok(None);
     }
     // One that lives and does not answer must not write to the image any more. The cluster starts it again.
-    let identity =
-        Identity { pid_file: machine.layout.replicator_pid(), socket, program: REPLICATOR, word: machine.name.clone() };
+    let identity = Identity {
+        pid_file: machine.layout.replicator_pid(),
+        socket,
+        program: REPLICATOR,
+        words: vec![machine.name.clone()],
+    };
     if let Some(process) = identity.find() {
         machine
             .context
@@ -188,7 +192,7 @@ fn take_over_offline(
     let arguments = [
         "take-over",
         "--offline",
-        "--name",
+        "--machine",
         &machine.name,
         "--generation",
         &generation,
