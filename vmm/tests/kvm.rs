@@ -1,0 +1,448 @@
+//! The machine on real KVM, with small ring-3 guests: what a cut captures, what a restore continues, what the gate lets out.
+//!
+//! Needs /dev/kvm (any flavour: ring-3 code runs natively even where ring 0 is interpreted). Without it every test says `SKIPPED`.
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use understudy_protocol::control::{Captured, Gate, PromoteFrom, VmmState};
+use understudy_protocol::ids::{Epoch, Generation};
+use understudy_vmm::backend::BackendConfig;
+use understudy_vmm::core::Event;
+use understudy_vmm::machine::{BootSource, Machine, MachineConfig};
+use understudy_vmm::memory::{Arena, PAGE};
+use understudy_vmm::session::{Session, SharedArena};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Each vCPU counts at 0x200000 + 64·id and writes the count to one of (mask + 1) pages from 4 MiB · (id + 1); the mask stands at
+/// 0x1f0000. RDI is the vCPU's number.
+const COUNT: &[u8] = &[
+    0x48, 0x89, 0xfb, // mov rbx, rdi
+    0x48, 0xc1, 0xe3, 0x06, // shl rbx, 6
+    0x48, 0x81, 0xc3, 0x00, 0x00, 0x20, 0x00, // add rbx, 0x200000
+    0x48, 0x89, 0xf9, // mov rcx, rdi
+    0x48, 0xc1, 0xe1, 0x16, // shl rcx, 22
+    0x48, 0x81, 0xc1, 0x00, 0x00, 0x40, 0x00, // add rcx, 0x400000
+    0x48, 0x8b, 0x03, // again: mov rax, [rbx]
+    0x48, 0xff, 0xc0, // inc rax
+    0x48, 0x89, 0x03, // mov [rbx], rax
+    0x48, 0x89, 0xc2, // mov rdx, rax
+    0x48, 0x23, 0x14, 0x25, 0x00, 0x00, 0x1f, 0x00, // and rdx, [0x1f0000]
+    0x48, 0xc1, 0xe2, 0x0c, // shl rdx, 12
+    0x48, 0x89, 0x04, 0x11, // mov [rcx+rdx], rax
+    0xeb, 0xe2, // jmp again
+];
+
+/// Writes 0, 1, 2, … to COM1, waiting for room; the count stands at 0x200000.
+const TALK: &[u8] = &[
+    0x48, 0xc7, 0xc3, 0x00, 0x00, 0x20, 0x00, // mov rbx, 0x200000
+    0xba, 0xfd, 0x03, 0x00, 0x00, // again: mov edx, 0x3fd
+    0xec, // in al, dx
+    0xa8, 0x20, // test al, 0x20
+    0x74, 0xf6, // jz again
+    0x48, 0x8b, 0x03, // mov rax, [rbx]
+    0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
+    0xee, // out dx, al
+    0x48, 0xff, 0xc0, // inc rax
+    0x48, 0x89, 0x03, // mov [rbx], rax
+    0xeb, 0xe5, // jmp again
+];
+
+const COUNTER: u64 = 0x20_0000;
+const MASK: u64 = 0x1f_0000;
+const CODE_AT: u64 = 0x10_0000;
+const MIB: u64 = 64;
+
+struct Rig {
+    machine: Arc<Machine>,
+    arena: SharedArena,
+    dir: tempfile::TempDir,
+    _events: Receiver<Event>,
+}
+
+fn kvm_is_there() -> bool {
+    let there = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        eprintln!("SKIPPED: /dev/kvm cannot be opened, so nothing was proven");
+    }
+    there
+}
+
+fn rig(code: &[u8], vcpus: u32, arena_bytes: u64) -> Rig {
+    // In a tmpfs when there is one, as in life.
+    let shm = PathBuf::from("/dev/shm");
+    let dir = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap();
+    let (sender, events) = channel();
+    let config = MachineConfig {
+        name: "test".into(),
+        memory_mib: MIB,
+        vcpus,
+        boot: BootSource::Flat { code: code.to_vec(), at: CODE_AT },
+        serial: vec![BackendConfig::File(dir.path().join("com1"))],
+        console: None,
+        ram_file: dir.path().join("ram"),
+    };
+    let machine = Arc::new(Machine::build(config, sender).unwrap());
+    let arena = Arc::new(Mutex::new(Arena::open(&dir.path().join("arena"), arena_bytes).unwrap()));
+    Rig { machine, arena, dir, _events: events }
+}
+
+impl Rig {
+    fn boot(self, mask: u64, gate: Gate) -> Self {
+        self.machine.core.ram.mem.write_obj(mask, GuestAddress(MASK)).unwrap();
+        self.machine.promote(Generation(1), &PromoteFrom::ColdBoot, gate).unwrap();
+        self
+    }
+    fn counter(&self, vcpu: u64) -> u64 {
+        self.machine.core.ram.mem.read_obj(GuestAddress(COUNTER + 64 * vcpu)).unwrap()
+    }
+    fn counts_on(&self, vcpu: u64) {
+        let before = self.counter(vcpu);
+        wait("the guest counts on", || self.counter(vcpu) > before + 10);
+    }
+    fn stands_still(&self) {
+        let state = |r: &Rig| (0..4).map(|v| r.counter(v)).collect::<Vec<_>>();
+        let before = state(self);
+        let until = Instant::now() + Duration::from_millis(20);
+        while Instant::now() < until {
+            assert_eq!(state(self), before, "the guest runs");
+        }
+    }
+    fn ram_file(&self) -> Vec<u8> {
+        std::fs::read(self.dir.path().join("ram")).unwrap()
+    }
+    fn attach(&self) -> Session {
+        let mut s = Session::attach(self.machine.clone(), self.arena.clone()).unwrap().0;
+        s.dirty_log_start().unwrap();
+        s
+    }
+    fn arena_bytes(&self, at: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        std::fs::File::open(self.dir.path().join("arena")).unwrap().read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    }
+    /// Put the pages of a piece into `image`.
+    fn apply(&self, piece: &Captured, image: &mut [u8]) {
+        let indices = self.arena_bytes(piece.indices_offset, piece.pages * 8);
+        let pages = self.arena_bytes(piece.pages_offset, piece.pages * PAGE as u64);
+        for (index, page) in indices.chunks(8).zip(pages.chunks(PAGE)) {
+            let at = u64::from_le_bytes(index.try_into().unwrap()) as usize * PAGE;
+            image[at..at + PAGE].copy_from_slice(page);
+        }
+    }
+    /// Cut, take all pieces; returns the state.
+    fn cut(&self, session: &mut Session, epoch: u64, last: bool, image: &mut [u8]) -> Vec<u8> {
+        let mut piece = session.cut(Epoch(epoch), false, last).unwrap();
+        loop {
+            self.apply(&piece, image);
+            if !piece.more {
+                return self.arena_bytes(piece.state_offset, piece.state_len);
+            }
+            piece = session.cut_continue().unwrap();
+        }
+    }
+}
+
+fn wait(for_what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < until, "gave up waiting until {for_what}");
+        std::thread::yield_now();
+    }
+}
+
+fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+    assert_eq!(a.len(), b.len());
+    a.chunks(PAGE).zip(b.chunks(PAGE)).position(|(a, b)| a != b)
+}
+
+#[test]
+fn cuts_of_a_running_machine_capture_exactly_its_ram() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 2, 16 << 20).boot(0xff, Gate::Hold);
+    rig.counts_on(0);
+    rig.counts_on(1);
+    for round in 0..3 {
+        let mut session = rig.attach();
+        let mut image = rig.ram_file();
+        // Pages that changed while they were copied.
+        let harvested = session.harvest().unwrap();
+        assert!(harvested.dirty_pages > 0);
+        let bitmap = rig.arena_bytes(0, harvested.bitmap_bytes);
+        let ram = rig.ram_file();
+        for page in (0..MIB as usize * 256).filter(|p| bitmap[p / 8] >> (p % 8) & 1 == 1) {
+            image[page * PAGE..][..PAGE].copy_from_slice(&ram[page * PAGE..][..PAGE]);
+        }
+        for epoch in 1..=30 {
+            rig.cut(&mut session, epoch, false, &mut image);
+            session.committed(Epoch(epoch)).unwrap();
+        }
+        rig.cut(&mut session, 31, true, &mut image);
+        rig.stands_still();
+        assert_eq!(first_difference(&image, &rig.ram_file()), None, "round {round}: page differs");
+        drop(session);
+        rig.counts_on(0);
+        rig.counts_on(1);
+    }
+    let status = rig.machine.status();
+    assert_eq!(status.recent_pauses_us.len(), 93);
+    eprintln!("pauses (µs): {:?}", status.recent_pauses_us);
+}
+
+#[test]
+fn a_cut_larger_than_the_arena_comes_in_pieces_while_the_machine_stands() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 1, 1 << 20).boot(0x3ff, Gate::Hold);
+    rig.counts_on(0);
+    let mut session = rig.attach();
+    let mut image = rig.ram_file();
+    let from = rig.counter(0);
+    wait("all pages were written", || rig.counter(0) > from + 5000);
+    let mut piece = session.cut(Epoch(1), false, true).unwrap();
+    let mut pieces = 1;
+    while piece.more {
+        assert_eq!(piece.state_len, 0);
+        rig.stands_still();
+        rig.apply(&piece, &mut image);
+        piece = session.cut_continue().unwrap();
+        pieces += 1;
+    }
+    rig.apply(&piece, &mut image);
+    assert!(pieces >= 4, "{pieces} pieces");
+    assert!(piece.state_len > 0);
+    assert_eq!(first_difference(&image, &rig.ram_file()), None);
+}
+
+#[test]
+fn an_aborted_cut_loses_no_page_and_the_machine_runs_on() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 1, 1 << 20).boot(0x3ff, Gate::Hold);
+    rig.counts_on(0);
+    let mut session = rig.attach();
+    let mut image = rig.ram_file();
+    let from = rig.counter(0);
+    wait("all pages were written", || rig.counter(0) > from + 5000);
+    assert!(session.cut(Epoch(1), false, false).unwrap().more);
+    // Nothing but the connection's end aborts an open cut; then a new session starts over from a full copy. Within the session:
+    assert!(session.cut(Epoch(2), false, false).unwrap_err().to_string().contains("cut-continue"));
+    while session.cut_continue().unwrap().more {}
+    rig.counts_on(0);
+    drop(session);
+    let mut session = rig.attach();
+    image.copy_from_slice(&rig.ram_file());
+    let _ = session.cut(Epoch(1), false, false).unwrap();
+    drop(session);
+    rig.counts_on(0);
+}
+
+#[test]
+fn a_second_machine_continues_from_the_captured_state() {
+    if !kvm_is_there() {
+        return;
+    }
+    let first = rig(COUNT, 2, 16 << 20).boot(0xf, Gate::Hold);
+    first.counts_on(0);
+    first.counts_on(1);
+    let mut session = first.attach();
+    let mut image = first.ram_file();
+    let state = first.cut(&mut session, 1, true, &mut image);
+    session.committed(Epoch(1)).unwrap();
+    assert_eq!(first.machine.life().state, VmmState::HandedOver);
+    let counts = (first.counter(0), first.counter(1));
+    let time = first.machine.status().vm_time_ns;
+    drop(session);
+    first.stands_still();
+    assert!(first.machine.resume().is_err(), "a machine that was handed over must not run again");
+
+    let second = rig(COUNT, 2, 16 << 20);
+    std::fs::write(second.dir.path().join("state"), &state).unwrap();
+    std::fs::File::options().write(true).open(second.dir.path().join("ram")).unwrap().write_all_at(&image, 0).unwrap();
+    let state_file = second.dir.path().join("state").display().to_string();
+    let from = PromoteFrom::Image { state_file, epoch: Epoch(1) };
+    second.machine.promote(Generation(2), &from, Gate::Hold).unwrap();
+    wait("both vCPUs count on", || second.counter(0) > counts.0 && second.counter(1) > counts.1);
+    let status = second.machine.status();
+    assert!(status.vm_time_ns >= time, "VM time went back");
+    assert_eq!((status.generation, status.state), (Generation(2), VmmState::Running));
+}
+
+#[test]
+fn damaged_states_are_refused_with_a_sentence_and_a_whole_one_still_works_afterwards() {
+    if !kvm_is_there() {
+        return;
+    }
+    let first = rig(COUNT, 1, 16 << 20).boot(0xf, Gate::Hold);
+    first.counts_on(0);
+    let mut session = first.attach();
+    let mut image = first.ram_file();
+    let state = first.cut(&mut session, 1, true, &mut image);
+
+    let second = rig(COUNT, 1, 16 << 20);
+    let file = second.dir.path().join("state");
+    let from = PromoteFrom::Image { state_file: file.display().to_string(), epoch: Epoch(1) };
+    let promote = || second.machine.promote(Generation(2), &from, Gate::Hold);
+    assert!(format!("{:#}", promote().unwrap_err()).contains("cannot read"));
+    for cut in [0, 7, 15, 16, 100, state.len() - 1] {
+        std::fs::write(&file, &state[..cut]).unwrap();
+        assert!(promote().is_err(), "{cut} bytes were taken");
+    }
+    let other = rig(COUNT, 2, 16 << 20);
+    std::fs::write(&file, &state).unwrap();
+    let refused = other.machine.promote(Generation(2), &from, Gate::Hold).unwrap_err();
+    assert!(format!("{refused:#}").contains("vCPUs"), "{refused:#}");
+    std::fs::File::options().write(true).open(second.dir.path().join("ram")).unwrap().write_all_at(&image, 0).unwrap();
+    promote().unwrap();
+    second.counts_on(0);
+}
+
+#[test]
+fn the_gate_holds_output_until_its_checkpoint_is_committed() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(TALK, 1, 16 << 20).boot(0, Gate::Hold);
+    let out = || std::fs::read(rig.dir.path().join("com1")).unwrap();
+    wait("the guest talks", || rig.machine.status().serial[0].tx_bytes > 100);
+    assert!(out().is_empty(), "uncommitted output left");
+    let mut session = rig.attach();
+    let mut image = rig.ram_file();
+    for epoch in 1..=5 {
+        rig.cut(&mut session, epoch, false, &mut image);
+        let sealed = rig.machine.status().serial[0].tx_bytes;
+        let before = out().len();
+        wait("the guest talks on", || rig.machine.status().serial[0].tx_bytes > sealed + 10);
+        assert_eq!(out().len(), before, "uncommitted output left");
+        session.committed(Epoch(epoch)).unwrap();
+        wait("committed output arrives", || out().len() > before);
+        wait("it is acknowledged", || {
+            let s = &rig.machine.status().serial[0];
+            s.tx_acked + s.tx_held == s.tx_bytes
+        });
+        assert!(out().len() as u64 <= sealed + 16, "more than the checkpoint's output left");
+    }
+    session.gate_open().unwrap();
+    let before = out().len();
+    wait("an open gate lets output out", || out().len() > before + 50);
+    drop(session);
+    wait("the gate is held again", || rig.machine.status().gate == Gate::Hold);
+    for (i, b) in out().iter().enumerate() {
+        assert_eq!(*b, i as u8, "byte {i} out of order");
+    }
+}
+
+#[test]
+fn a_guest_whose_output_nobody_takes_waits_instead_of_filling_memory() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(TALK, 1, 1 << 20).boot(0, Gate::Hold);
+    // At 115200 baud 64 KiB take 5.7 s.
+    wait("the buffer is full", || rig.machine.status().serial[0].tx_held >= 64 * 1024);
+    let full = rig.machine.status().serial[0].tx_bytes;
+    let until = Instant::now() + Duration::from_millis(50);
+    while Instant::now() < until {
+        assert!(rig.machine.status().serial[0].tx_bytes <= full + 32);
+    }
+}
+
+#[test]
+fn pausing_stops_guest_and_vm_time_and_resuming_continues_both() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 2, 16 << 20).boot(0xf, Gate::Open);
+    rig.counts_on(0);
+    for _ in 0..20 {
+        rig.machine.pause().unwrap();
+        let time = rig.machine.status().vm_time_ns;
+        rig.stands_still();
+        assert_eq!(rig.machine.status().vm_time_ns, time);
+        rig.machine.resume().unwrap();
+        rig.counts_on(0);
+        rig.counts_on(1);
+        assert!(rig.machine.status().vm_time_ns > time);
+    }
+}
+
+#[test]
+fn a_paused_machine_can_be_cut_and_stays_paused() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 1, 16 << 20).boot(0xff, Gate::Hold);
+    rig.counts_on(0);
+    let mut session = rig.attach();
+    let mut image = rig.ram_file();
+    rig.machine.pause().unwrap();
+    rig.cut(&mut session, 1, false, &mut image);
+    rig.stands_still();
+    assert_eq!(first_difference(&image, &rig.ram_file()), None);
+    rig.machine.resume().unwrap();
+    rig.counts_on(0);
+}
+
+#[test]
+fn one_session_at_a_time_and_its_end_frees_the_machine() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 1, 16 << 20).boot(0xf, Gate::Hold);
+    let mut session = rig.attach();
+    assert!(Session::attach(rig.machine.clone(), rig.arena.clone()).is_err());
+    let mut image = rig.ram_file();
+    rig.cut(&mut session, 1, false, &mut image);
+    // The last cut leaves the machine stopped; without a commit it runs on when the session ends.
+    rig.cut(&mut session, 2, true, &mut image);
+    rig.stands_still();
+    drop(session);
+    rig.counts_on(0);
+    let mut session = rig.attach();
+    rig.cut(&mut session, 1, false, &mut image);
+}
+
+#[test]
+fn a_fenced_machine_never_runs_again() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 2, 16 << 20).boot(0xf, Gate::Hold);
+    rig.counts_on(0);
+    let mut session = rig.attach();
+    rig.machine.fence();
+    rig.stands_still();
+    assert!(session.cut(Epoch(1), false, false).is_err());
+    assert!(session.gate_open().is_err());
+    drop(session);
+    assert!(rig.machine.resume().is_err());
+    assert!(rig.machine.promote(Generation(9), &PromoteFrom::ColdBoot, Gate::Open).is_err());
+    rig.stands_still();
+    assert_eq!(rig.machine.status().state, VmmState::Fenced);
+}
+
+#[test]
+fn a_save_in_the_middle_leaves_the_machine_running_and_can_be_restored() {
+    if !kvm_is_there() {
+        return;
+    }
+    let first = rig(COUNT, 1, 1 << 20).boot(0xff, Gate::Open);
+    first.counts_on(0);
+    let saved = first.dir.path().join("saved");
+    first.machine.save(&saved).unwrap();
+    first.counts_on(0);
+    let second = rig(COUNT, 1, 1 << 20);
+    understudy_vmm::save::restore_ram(&saved, &second.dir.path().join("ram")).unwrap();
+    let at = second.counter(0);
+    assert!(at > 0);
+    let from = PromoteFrom::Image { state_file: saved.join("state").display().to_string(), epoch: Epoch::ZERO };
+    second.machine.promote(Generation(1), &from, Gate::Open).unwrap();
+    second.counts_on(0);
+}
