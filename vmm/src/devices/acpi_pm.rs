@@ -227,7 +227,7 @@ impl Snapshot for AcpiPm {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{hammer, snapshot_tests};
+    use super::super::testing::{assert_ticks_are_invisible, hammer, snapshot_tests};
     use super::*;
 
     fn read(pm: &mut AcpiPm, offset: u16, len: usize, now: u64) -> u32 {
@@ -255,6 +255,11 @@ mod tests {
             pm.tick(VmTime(u64::MAX));
         },
         golden: "8102a10283387701",
+    }
+
+    #[test]
+    fn when_it_is_ticked_makes_no_difference_to_the_guest() {
+        assert_ticks_are_invisible(16, AcpiPm::new);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-use super::super::testing::{hammer, snapshot_tests};
+use super::super::testing::{assert_ticks_are_invisible, hammer, snapshot_tests};
 use super::*;
 
 /// 2026-11-22 11:32:09, a Sunday.
@@ -46,6 +46,11 @@ snapshot_tests! {
         rtc.deadline();
     },
     golden: "0480010eff2000030001160b1a26765000000000000000008002ffff0000000000000000000000000000000000000000000000ffff1400001f00000000000000000000a500000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000080e8d7acc3a0a0ea3180e497d012",
+}
+
+#[test]
+fn when_it_is_ticked_makes_no_difference_to_the_guest() {
+    assert_ticks_are_invisible(2, clock);
 }
 
 #[test]

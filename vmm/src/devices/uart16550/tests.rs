@@ -1,4 +1,4 @@
-use super::super::testing::{hammer, snapshot_tests};
+use super::super::testing::{assert_ticks_are_invisible, hammer, snapshot_tests};
 use super::registers::lsr;
 use super::*;
 
@@ -64,6 +64,11 @@ snapshot_tests! {
         uart.rx_room(VmTime(u64::MAX));
     },
     golden: "020f811b0b5a00090000016003616263026c6f016cdc83230180ade204b4e9ca030268650203",
+}
+
+#[test]
+fn when_it_is_ticked_makes_no_difference_to_the_guest() {
+    assert_ticks_are_invisible(8, Uart16550::new);
 }
 
 #[test]
