@@ -323,19 +323,21 @@ impl Services {
         let services = Self::default();
         match node.kind {
             Kind::Cluster => {
-                services.spawn("corosync", &["-f"])?;
+                // Corosync would ask for real-time priority, which containers and some kernels refuse; niceness is always
+                // to be had, and keeps a busy node from being taken for a dead one.
+                services.spawn("corosync", &["nice", "-n", "-15", "corosync", "-f"])?;
                 wait_for_corosync()?;
                 log(node, "corosync is up");
-                services.spawn("pacemakerd", &["-f"])?;
+                services.spawn("pacemakerd", &["pacemakerd", "-f"])?;
             }
-            Kind::Board => services.spawn("pacemaker-remoted", &[])?,
+            Kind::Board => services.spawn("pacemaker-remoted", &["pacemaker-remoted"])?,
         }
         Ok(services)
     }
 
-    fn spawn(&self, program: &'static str, arguments: &[&str]) -> Result<()> {
-        let child: Child = Command::new(program)
-            .args(arguments)
+    fn spawn(&self, program: &'static str, argv: &[&str]) -> Result<()> {
+        let child: Child = Command::new(argv[0])
+            .args(&argv[1..])
             .env_clear()
             .env("PATH", PATH)
             .env("LANG", "C.UTF-8")

@@ -1,0 +1,68 @@
+# Understudy. `make` alone lists what there is.
+
+CARGO   ?= cargo
+BIN     := $(abspath $(or $(CARGO_TARGET_DIR),target))/debug
+LAB     := $(BIN)/understudy-lab
+
+PREFIX     ?= /usr
+LIBEXECDIR ?= $(PREFIX)/libexec/understudy
+OCFDIR     ?= /usr/lib/ocf/resource.d/understudy
+SBINDIR    ?= $(PREFIX)/sbin
+TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm
+AGENTS     := vmm replicator serial
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab-test bench lint build lab-root lab-guest install clean prerequisites
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: build lab-guest ## a Linux guest survives power cuts under Pacemaker: watch it (root)
+	@mkdir -p target/demo
+	$(LAB) vm run -- understudy-demo
+
+test: prerequisites ## all tests, tier by tier: fast, kvm, lab
+	tests/run
+
+lab-test: build lab-guest ## only the lab tier (root)
+	$(LAB) vm run -- understudy-lab-tests
+
+bench: build lab-guest ## the figures; JSON under target/bench
+	@mkdir -p target/bench
+	tests/bench
+
+lint: prerequisites ## rustfmt and clippy, warnings are errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+build: prerequisites ## all executables (debug profile: what the tests use)
+	$(CARGO) build --workspace --bins
+
+lab-root: build ## the private Debian that the lab's nodes are made of, under target/lab (root)
+	$(LAB) root
+
+lab-guest: lab-root ## the demo guest's initramfs
+	$(BIN)/understudy-initramfs --root target/lab/root --output target/lab/guest/initrd > target/lab/guest.json
+
+install: prerequisites ## executables and agents into the system (PREFIX, DESTDIR)
+	$(CARGO) build --workspace --bins --release
+	install -d $(DESTDIR)$(LIBEXECDIR) $(DESTDIR)$(OCFDIR) $(DESTDIR)$(SBINDIR)
+	for tool in understudy-ocf $(TOOLS); do \
+	  install -m 755 $(dir $(BIN))release/$$tool $(DESTDIR)$(LIBEXECDIR)/$$tool || exit 1; done
+	for tool in $(TOOLS); do ln -sf $(LIBEXECDIR)/$$tool $(DESTDIR)$(SBINDIR)/$$tool || exit 1; done
+	for agent in $(AGENTS); do ln -sf $(LIBEXECDIR)/understudy-ocf $(DESTDIR)$(OCFDIR)/$$agent || exit 1; done
+
+clean: ## everything that was built, the lab included
+	-[ ! -x $(LAB) ] || $(LAB) down
+	$(CARGO) clean
+	rm -rf target
+
+# A Rust toolchain is asked for; the linker that rustc calls is fetched where that is possible.
+prerequisites:
+	@command -v $(CARGO) >/dev/null || { echo "cargo is missing: install a Rust toolchain (https://rustup.rs)" >&2; exit 1; }
+	@command -v cc >/dev/null || if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing gcc, which rustc links with"; \
+	  apt-get install -y -qq --no-install-recommends gcc libc6-dev >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev >/dev/null; }; \
+	else echo "cc is missing: rustc links with it. Install with: apt-get install gcc libc6-dev" >&2; exit 1; fi
