@@ -1,0 +1,371 @@
+//! Is the policy one that can work? Every complaint names a line and says what to do.
+//!
+//! Errors are what would give a configuration that Pacemaker refuses or that cannot do what it promises; warnings are
+//! what works and will be regretted.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::Serialize;
+use understudy_protocol::layout::valid_machine_name;
+
+use crate::compile::Ports;
+use crate::policy::{Machine, Policy, Protection, Spanned};
+
+/// How bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// Nothing is written from such a policy.
+    Error,
+    /// Works, but.
+    Warning,
+}
+
+/// One complaint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// How bad.
+    pub severity: Severity,
+    /// Line in the file, from 1; `None` when it is about the whole.
+    pub line: Option<usize>,
+    /// A sentence.
+    pub what: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(line) = self.line {
+            write!(f, "line {line}: ")?;
+        }
+        let severity = if self.severity == Severity::Error { "error" } else { "warning" };
+        write!(f, "{severity}: {}", self.what)
+    }
+}
+
+/// Read and check a policy's text. Without an error among the findings there is a policy.
+pub fn read(text: &str) -> (Option<Policy>, Vec<Finding>) {
+    let policy = match Policy::parse(text) {
+        Ok(policy) => policy,
+        Err(e) => {
+            let line = e.span.map(|span| line_at(text, span.start));
+            return (None, vec![Finding { severity: Severity::Error, line, what: e.why }]);
+        }
+    };
+    let findings = check(&policy, text);
+    let usable = findings.iter().all(|f| f.severity != Severity::Error);
+    (usable.then_some(policy), findings)
+}
+
+fn line_at(text: &str, offset: usize) -> usize {
+    1 + text.bytes().take(offset).filter(|b| *b == b'\n').count()
+}
+
+struct Checker<'a> {
+    text: &'a str,
+    findings: Vec<Finding>,
+}
+
+impl Checker<'_> {
+    fn say<T>(&mut self, severity: Severity, at: Option<&Spanned<T>>, what: String) {
+        let line = at.map(|s| s.span()).filter(|span| span.end > 0).map(|span| line_at(self.text, span.start));
+        self.findings.push(Finding { severity, line, what });
+    }
+
+    fn error<T>(&mut self, at: &Spanned<T>, what: impl Into<String>) {
+        self.say(Severity::Error, Some(at), what.into());
+    }
+
+    fn warn<T>(&mut self, at: &Spanned<T>, what: impl Into<String>) {
+        self.say(Severity::Warning, Some(at), what.into());
+    }
+
+    fn whole(&mut self, severity: Severity, what: impl Into<String>) {
+        self.say::<()>(severity, None, what.into());
+    }
+
+    fn absolute(&mut self, what: &str, path: &Spanned<String>) {
+        if !path.get_ref().starts_with('/') || path.get_ref().contains(char::is_whitespace) {
+            self.error(path, format!("{what} {:?} must be an absolute path without blanks", path.get_ref()));
+        }
+    }
+
+    fn address(&mut self, what: &str, address: &Spanned<String>) {
+        let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | ':' | '-' | '_');
+        if address.get_ref().is_empty() || !address.get_ref().chars().all(ok) {
+            self.error(address, format!("{what} {:?} is neither an IP address nor a host's name", address.get_ref()));
+        }
+    }
+
+    fn host_name(&mut self, what: &str, name: &Spanned<String>) {
+        let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        let text = name.get_ref();
+        if text.is_empty() || !text.starts_with(|c: char| c.is_ascii_alphabetic()) || !text.chars().all(ok) {
+            self.error(
+                name,
+                format!("{what} {text:?}: use letters, digits, '.', '-' and '_', beginning with a letter (it becomes an id)"),
+            );
+        }
+    }
+}
+
+/// Check a policy that was read from `text`.
+pub fn check(policy: &Policy, text: &str) -> Vec<Finding> {
+    let mut c = Checker { text, findings: Vec::new() };
+    c.absolute("key file", &policy.cluster.key);
+    if policy.cluster.stickiness > 100_000 {
+        c.whole(Severity::Error, "cluster.stickiness must be at most 100000");
+    }
+    nodes_and_boards(&mut c, policy);
+    fencing(&mut c, policy);
+    names(&mut c, policy);
+    let ports = Ports::assign(policy);
+    for (index, machine) in policy.machines.iter().enumerate() {
+        machine_alone(&mut c, machine);
+        placement(&mut c, policy, machine);
+        serial(&mut c, policy, machine);
+        let port = ports.replication(index);
+        if machine.protection == Protection::Protected
+            && let Some(other) = policy.machines.iter().take(index).enumerate().find(|(i, m)| {
+                m.protection == Protection::Protected && ports.replication(*i) == port
+            })
+        {
+            let at = machine.port.as_ref().map_or(machine.name.span(), |p| p.span());
+            let what = format!("replication port {port} is that of machine {} already; choose another", other.1.name.get_ref());
+            c.error(&toml::Spanned::new(at, ()), what);
+        }
+    }
+    serial_ports(&mut c, policy, &ports);
+    c.findings.sort_by_key(|f| (f.severity, f.line));
+    c.findings
+}
+
+fn nodes_and_boards(c: &mut Checker, policy: &Policy) {
+    if policy.nodes.is_empty() {
+        c.whole(Severity::Error, "there is no [[nodes]] section: name the cluster's hosts");
+    }
+    for node in &policy.nodes {
+        c.host_name("node name", &node.name);
+        for address in [&node.storage, &node.management, &node.business].into_iter().flatten() {
+            c.address("address", address);
+        }
+    }
+    for board in &policy.boards {
+        c.host_name("board name", &board.name);
+        c.address("server", &board.server);
+        if let Some(address) = &board.business {
+            c.address("address", address);
+        }
+    }
+}
+
+fn fencing(c: &mut Checker, policy: &Policy) {
+    let known: BTreeSet<&str> = hosts(policy).map(|h| h.get_ref().as_str()).collect();
+    let mut covered = BTreeSet::new();
+    for device in &policy.fencing {
+        c.host_name("fencing device", &device.name);
+        c.host_name("fence agent", &device.agent);
+        if device.nodes.is_empty() {
+            c.error(&device.name, "this device fences nothing: list the nodes that it can switch off");
+        }
+        for node in &device.nodes {
+            if !known.contains(node.get_ref().as_str()) {
+                c.error(node, format!("{} is no node and no board of this policy", node.get_ref()));
+            }
+            covered.insert(node.get_ref().as_str());
+        }
+        if !(1..=9).contains(&device.level) {
+            c.error(&device.name, "level must be 1 to 9");
+        }
+        if device.interval.0 == 0 {
+            c.error(&device.name, "interval must not be 0");
+        }
+    }
+    if policy.fencing.is_empty() {
+        c.whole(
+            Severity::Error,
+            "there is no [[fencing]] section: Pacemaker starts nothing without fencing, and no takeover is safe without it",
+        );
+        return;
+    }
+    for node in policy.nodes.iter().filter(|n| !covered.contains(n.name.get_ref().as_str())) {
+        c.warn(&node.name, format!("no fencing device covers node {0}: if it dies, nothing that ran on {0} is taken over", node.name.get_ref()));
+    }
+    for board in policy.boards.iter().filter(|b| !covered.contains(b.name.get_ref().as_str())) {
+        let what = format!(
+            "no fencing device covers board {0}: if it is lost, its lines stay down until `stonith_admin --confirm {0}`",
+            board.name.get_ref()
+        );
+        c.warn(&board.name, what);
+    }
+}
+
+fn hosts(policy: &Policy) -> impl Iterator<Item = &Spanned<String>> {
+    policy.nodes.iter().map(|n| &n.name).chain(policy.boards.iter().map(|b| &b.name))
+}
+
+/// Everything that becomes an id or a directory is there once.
+fn names(c: &mut Checker, policy: &Policy) {
+    let mut seen: BTreeMap<&str, &str> = BTreeMap::new();
+    let machines = policy.machines.iter().map(|m| ("machine", &m.name));
+    let nodes = policy.nodes.iter().map(|n| ("node", &n.name));
+    let boards = policy.boards.iter().map(|b| ("board", &b.name));
+    let devices = policy.fencing.iter().map(|f| ("fencing device", &f.name));
+    for (kind, name) in nodes.chain(boards).chain(devices) {
+        if let Some(before) = seen.insert(name.get_ref(), kind) {
+            c.error(name, format!("the name {} is that of a {before} already", name.get_ref()));
+        }
+    }
+    let mut machine_names = BTreeSet::new();
+    for (_, name) in machines {
+        if !machine_names.insert(name.get_ref().as_str()) {
+            c.error(name, format!("there are two machines {}", name.get_ref()));
+        }
+    }
+    // A board "vm-demo" would have the id of a machine's resource.
+    for (name, kind) in seen {
+        for machine in &policy.machines {
+            let m = machine.name.get_ref();
+            if [format!("vm-{m}"), format!("vm-{m}-clone"), format!("repl-{m}"), format!("repl-{m}-clone")].contains(&name.to_string()) {
+                c.error(&machine.name, format!("the {kind} {name} has the name of a resource of machine {m}; rename one"));
+            }
+        }
+    }
+}
+
+fn machine_alone(c: &mut Checker, machine: &Machine) {
+    let name = machine.name.get_ref();
+    if !valid_machine_name(name) {
+        c.error(
+            &machine.name,
+            format!("machine name {name:?}: use 1 to 63 letters, digits, '-' and '_', beginning with a letter or digit"),
+        );
+    }
+    if !(1..=32).contains(machine.vcpus.get_ref()) {
+        c.error(&machine.vcpus, format!("vcpus is {}; a machine has 1 to 32", machine.vcpus.get_ref()));
+    }
+    if !(1..=1 << 22).contains(&machine.memory) {
+        c.error(&machine.name, format!("memory of machine {name} is {} MiB; it must be 1 to 4194304", machine.memory));
+    }
+    c.absolute("kernel", &machine.kernel);
+    if let Some(initrd) = &machine.initrd {
+        c.absolute("initrd", initrd);
+    }
+    if machine.cmdline.as_ref().is_some_and(|line| line.contains(char::is_control)) {
+        c.error(&machine.name, "cmdline must be one line");
+    }
+    if machine.interval_ms.is_some_and(|ms| !(1..=60_000).contains(&ms)) {
+        c.error(&machine.name, "interval_ms must be 1 to 60000");
+    }
+    if machine.peer_timeout_ms.is_some_and(|ms| !(50..=600_000).contains(&ms)) {
+        c.error(&machine.name, "peer_timeout_ms must be 50 to 600000");
+    }
+    let monitor = machine.monitor;
+    if monitor.primary.0 == 0 || monitor.standby.0 == 0 {
+        c.error(&machine.name, "monitor intervals must not be 0: failures would never be noticed");
+    } else if monitor.primary == monitor.standby {
+        let what = format!(
+            "monitor.primary and monitor.standby are both {}: Pacemaker needs different intervals for the two roles",
+            monitor.primary
+        );
+        c.error(&machine.name, what);
+    }
+}
+
+fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
+    let known = |name: &str| policy.nodes.iter().any(|n| n.name.get_ref() == name);
+    let unknown = |name: &str| {
+        if policy.boards.iter().any(|b| b.name.get_ref() == name) {
+            format!("{name} is a board; machines run on nodes")
+        } else {
+            format!("{name} is not a node of this policy")
+        }
+    };
+    if let Some(primary) = &machine.primary {
+        if !known(primary.get_ref()) {
+            c.error(primary, unknown(primary.get_ref()));
+        }
+        if machine.standby.as_ref().is_some_and(|s| s.get_ref().names().contains(primary.get_ref())) {
+            c.error(primary, format!("{} cannot be its own standby", primary.get_ref()));
+        }
+    }
+    if let Some(standby) = &machine.standby {
+        let mut seen = BTreeSet::new();
+        for name in standby.get_ref().names() {
+            if !known(name) {
+                c.error(standby, unknown(name));
+            }
+            if !seen.insert(name) {
+                c.error(standby, format!("standby {name} is listed twice"));
+            }
+        }
+        if machine.primary.is_none() {
+            c.error(standby, "standby without primary: say which node should run the machine");
+        }
+    }
+    let candidates: Vec<_> = policy.candidates(machine).collect();
+    if machine.protection == Protection::Protected {
+        if candidates.len() < 2 {
+            let what = format!(
+                "machine {} is protected and needs two nodes; only {} can hold it. Add a node, or say protection = \"none\"",
+                machine.name.get_ref(),
+                candidates.len()
+            );
+            c.error(&machine.name, what);
+        }
+        for node in candidates.iter().filter(|n| n.replication_address().is_none()) {
+            let (node, machine) = (node.name.clone(), machine.name.get_ref());
+            let what = format!("node {} has neither a storage nor a management address, so {machine}'s checkpoints cannot reach it", node.get_ref());
+            c.error(&node, what);
+        }
+    }
+    for node in &candidates {
+        if node.memory.is_some_and(|memory| memory < machine.memory) {
+            let (name, m) = (node.name.get_ref(), machine.name.get_ref());
+            let what = format!("node {name} cannot hold machine {m}: it has {} MiB, {m} needs {}", node.memory.unwrap_or(0), machine.memory);
+            c.warn(&machine.name, what);
+        }
+    }
+}
+
+fn serial(c: &mut Checker, policy: &Policy, machine: &Machine) {
+    let mut guest_ports = BTreeSet::new();
+    for line in &machine.serial {
+        if !guest_ports.insert(line.guest) {
+            c.error(&line.device, format!("{:?} of machine {} has two lines; say guest = \"com2\"", line.guest, machine.name.get_ref()));
+        }
+        if !policy.boards.iter().any(|b| b.name == line.board) {
+            c.error(&line.board, format!("{} is not a board of this policy", line.board.get_ref()));
+        }
+        let device = line.device.get_ref();
+        if device.is_empty() || !device.chars().all(|ch| ch.is_ascii_alphanumeric() || matches!(ch, '-' | '_' | '.')) {
+            c.error(&line.device, format!("device {device:?}: use letters, digits, '-', '_' and '.' (it becomes part of an id)"));
+        }
+        let place = line.line.get_ref();
+        let absolute = place.strip_prefix("pty:").unwrap_or(place).starts_with('/');
+        let tcp = place.strip_prefix("tcp:").is_some_and(|a| {
+            a.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        });
+        if !(absolute || tcp) || place.contains(char::is_whitespace) {
+            c.error(&line.line, format!("line {place:?}: give a tty's absolute path, pty:/LINK or tcp:HOST:PORT"));
+        }
+    }
+}
+
+/// One device and one port of a board serve one line.
+fn serial_ports(c: &mut Checker, policy: &Policy, ports: &Ports) {
+    let mut devices = BTreeMap::new();
+    let mut taken = BTreeMap::new();
+    for (m, machine) in policy.machines.iter().enumerate() {
+        for (s, line) in machine.serial.iter().enumerate() {
+            let (board, name) = (line.board.get_ref(), machine.name.get_ref());
+            if let Some(other) = devices.insert((board, line.device.get_ref()), name) {
+                c.error(&line.device, format!("device {} of {board} belongs to machine {other} already", line.device.get_ref()));
+            }
+            let port = ports.serial(m, s);
+            if let Some(other) = taken.insert((board, port), line.device.get_ref()) {
+                c.error(&line.device, format!("port {port} of {board} is that of line {other} already; choose another"));
+            }
+        }
+    }
+}

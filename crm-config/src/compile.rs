@@ -1,0 +1,407 @@
+//! Policy → configuration: which resources and constraints make a machine highly available.
+//!
+//! A protected machine NAME:
+//! ```text
+//!   vm-NAME-clone     ocf:understudy:vmm         Promoted = runs,  Unpromoted = prepared standby
+//!   repl-NAME-clone   ocf:understudy:replicator  Promoted = sends, Unpromoted = receives
+//!
+//!   order        start vm → start repl            (and so stop repl → stop vm)
+//!                promote vm → promote repl        one way
+//!                demote vm → demote repl          one way: the last checkpoint needs the sender
+//!   colocation   repl with vm, Promoted repl with Promoted vm
+//!   location     only on the machine's nodes, never on boards; primary: score 1 for Promoted
+//! ```
+//! What must hold, and by what:
+//! * *The replicator never takes the machine with it.* It is the dependent in both colocations and `critical=false`, so
+//!   its failures have no say in where the machine runs; a stop of it that fails is `on-fail=block`, not fencing.
+//! * *A crashed VMM means takeover, not a restart in place* (its memory is gone): `migration-threshold=1`. With
+//!   `failure-timeout` the node is a standby again soon after.
+//! * *No fail-back by itself.* The running node's score is only 1 above an up-to-date standby's (agents), and the
+//!   preference is 1: a draw, which the node that runs the machine wins.
+//! * *The loss of a board stops no machine*: serial lines have no constraint with machines at all.
+
+use crate::model::{Agent, Configuration, Constraint, FencingLevel, Operation, Pair, Primitive, Resource, Role, Score, Test};
+use crate::policy::{Board, Fencing, Machine, Node, Policy, Protection};
+
+/// Preference for the primary in the role Promoted. Must not exceed the distance between the agents' scores for "runs
+/// here" and "up to date", or machines would move back by themselves.
+const PRIMARY_SCORE: i32 = 1;
+/// Preference for the primary of a machine without standby; far below any sensible stickiness.
+const HOME_SCORE: i32 = 10;
+
+impl Policy {
+    /// The nodes that may hold `machine`, in the policy's order.
+    pub fn candidates<'a>(&'a self, machine: &'a Machine) -> impl Iterator<Item = &'a Node> {
+        self.nodes.iter().filter(move |node| machine.may_be_on(node.name.get_ref()))
+    }
+}
+
+impl Machine {
+    fn may_be_on(&self, node: &str) -> bool {
+        match (&self.primary, &self.standby) {
+            (Some(primary), Some(standby)) => {
+                primary.get_ref() == node || standby.get_ref().names().iter().any(|s| s == node)
+            }
+            _ => true,
+        }
+    }
+
+    /// Id of the vmm's primitive.
+    pub fn vm_id(&self) -> String {
+        format!("vm-{}", self.name.get_ref())
+    }
+    /// Id of the replicator's primitive.
+    pub fn replicator_id(&self) -> String {
+        format!("repl-{}", self.name.get_ref())
+    }
+}
+
+/// Which TCP port serves what: as the policy says, else the next free one in the policy's order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ports {
+    replication: Vec<u16>,
+    serial: Vec<Vec<u16>>,
+}
+
+impl Ports {
+    /// Assign ports for the whole policy.
+    pub fn assign(policy: &Policy) -> Self {
+        let machines = &policy.machines;
+        let mut next = Counter::new(
+            policy.cluster.replication_port,
+            machines.iter().filter_map(|m| m.port.as_ref()).map(|p| *p.get_ref()).collect(),
+        );
+        let replication =
+            machines.iter().map(|m| m.port.as_ref().map_or_else(|| next.take(), |p| *p.get_ref())).collect();
+        let lines = || machines.iter().flat_map(|m| &m.serial);
+        let mut next = Counter::new(
+            policy.cluster.serial_port,
+            lines().filter_map(|l| l.port.as_ref()).map(|p| *p.get_ref()).collect(),
+        );
+        let serial = machines
+            .iter()
+            .map(|m| m.serial.iter().map(|l| l.port.as_ref().map_or_else(|| next.take(), |p| *p.get_ref())).collect())
+            .collect();
+        Self { replication, serial }
+    }
+
+    /// Replication port of the policy's `machine`-th machine.
+    pub fn replication(&self, machine: usize) -> u16 {
+        self.replication.get(machine).copied().unwrap_or_default()
+    }
+
+    /// Port of its `line`-th serial line.
+    pub fn serial(&self, machine: usize, line: usize) -> u16 {
+        self.serial.get(machine).and_then(|m| m.get(line)).copied().unwrap_or_default()
+    }
+}
+
+struct Counter {
+    next: u16,
+    taken: Vec<u16>,
+}
+
+impl Counter {
+    fn new(first: u16, taken: Vec<u16>) -> Self {
+        Self { next: first, taken }
+    }
+    fn take(&mut self) -> u16 {
+        while self.taken.contains(&self.next) {
+            self.next = self.next.wrapping_add(1);
+        }
+        let port = self.next;
+        self.next = self.next.wrapping_add(1);
+        port
+    }
+}
+
+/// The whole configuration of a policy that passed [`crate::check`].
+pub fn compile(policy: &Policy) -> Configuration {
+    let mut configuration = Configuration {
+        properties: vec![
+            pair("stonith-enabled", "true"),
+            pair("no-quorum-policy", policy.cluster.no_quorum.as_str()),
+            // A node on which one start failed is tried again after the failure timeout.
+            pair("start-failure-is-fatal", "false"),
+        ],
+        defaults: vec![pair("resource-stickiness", policy.cluster.stickiness)],
+        ..Configuration::default()
+    };
+    for device in &policy.fencing {
+        fencing_device(&mut configuration, device);
+    }
+    fencing_levels(&mut configuration, policy);
+    for board in &policy.boards {
+        configuration.resources.push(board_connection(board));
+    }
+    let ports = Ports::assign(policy);
+    for (index, machine) in policy.machines.iter().enumerate() {
+        serial_lines(&mut configuration, policy, machine, index, &ports);
+        match machine.protection {
+            Protection::Protected => protected(&mut configuration, policy, machine, index, &ports),
+            Protection::None => unprotected(&mut configuration, policy, machine, index, &ports),
+        }
+    }
+    configuration
+}
+
+fn pair(name: &str, value: impl ToString) -> Pair {
+    (name.into(), value.to_string())
+}
+
+fn once(name: &'static str, timeout: u64) -> Operation {
+    Operation { name, interval: 0, timeout, role: None, on_fail: None }
+}
+
+fn monitor(interval: u64, timeout: u64, role: Option<Role>) -> Operation {
+    Operation { name: "monitor", interval, timeout, role, on_fail: None }
+}
+
+fn understudy(kind: &'static str) -> Agent {
+    Agent::Ocf { provider: "understudy", kind }
+}
+
+fn fencing_device(configuration: &mut Configuration, device: &Fencing) {
+    let nodes: Vec<&str> = device.nodes.iter().map(|n| n.get_ref().as_str()).collect();
+    let mut parameters = vec![pair("pcmk_host_list", nodes.join(" ")), pair("pcmk_host_check", "static-list")];
+    for (name, value) in &device.parameters {
+        parameters.retain(|(n, _)| n != name);
+        parameters.push(pair(name, value));
+    }
+    let id = device.name.get_ref().clone();
+    configuration.resources.push(Resource::Primitive(Primitive {
+        id: id.clone(),
+        agent: Agent::Stonith(device.agent.get_ref().clone()),
+        parameters,
+        meta: Vec::new(),
+        operations: vec![monitor(device.interval.0, 60, None)],
+    }));
+    // Monitored from elsewhere than the node that it would have to kill.
+    if let [node] = nodes[..] {
+        configuration.constraints.push(Constraint::Location {
+            id: format!("understudy-location-{id}"),
+            resource: id,
+            role: None,
+            score: Score::MinusInfinity,
+            tests: vec![Test::is_node(node)],
+            never_probe: false,
+        });
+    }
+}
+
+/// Levels are needed only where one node has several devices.
+fn fencing_levels(configuration: &mut Configuration, policy: &Policy) {
+    let targets = policy.nodes.iter().map(|n| &n.name).chain(policy.boards.iter().map(|b| &b.name));
+    for target in targets {
+        let mut devices: Vec<&Fencing> = policy.fencing.iter().filter(|d| d.nodes.contains(target)).collect();
+        if devices.len() < 2 {
+            continue;
+        }
+        devices.sort_by_key(|d| d.level);
+        for of_level in devices.chunk_by(|a, b| a.level == b.level) {
+            configuration.levels.push(FencingLevel {
+                target: target.get_ref().clone(),
+                index: of_level[0].level,
+                devices: of_level.iter().map(|d| d.name.get_ref().clone()).collect(),
+            });
+        }
+    }
+}
+
+fn board_connection(board: &Board) -> Resource {
+    let mut parameters = vec![pair("server", board.server.get_ref())];
+    if board.port != 3121 {
+        parameters.push(pair("port", board.port));
+    }
+    parameters.push(pair("reconnect_interval", board.reconnect));
+    Resource::Primitive(Primitive {
+        id: board.name.get_ref().clone(),
+        agent: Agent::Ocf { provider: "pacemaker", kind: "remote" },
+        parameters,
+        meta: Vec::new(),
+        operations: vec![once("start", 60), once("stop", 60), monitor(10, 30, None)],
+    })
+}
+
+fn serial_lines(configuration: &mut Configuration, policy: &Policy, machine: &Machine, index: usize, ports: &Ports) {
+    for (s, line) in machine.serial.iter().enumerate() {
+        let Some(board) = policy.boards.iter().find(|b| b.name == line.board) else { continue };
+        let id = format!("serial-{}-{}", line.board.get_ref(), line.device.get_ref());
+        configuration.resources.push(Resource::Primitive(Primitive {
+            id: id.clone(),
+            agent: understudy("serial"),
+            parameters: vec![
+                pair("machine", machine.name.get_ref()),
+                pair("device", line.device.get_ref()),
+                pair("line", line.line.get_ref()),
+                pair("listen", endpoint(board.peripheral_address(), ports.serial(index, s))),
+                pair("key", policy.cluster.key.get_ref()),
+            ],
+            meta: vec![pair("failure-timeout", machine.failure_timeout)],
+            operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
+        }));
+        configuration.constraints.push(Constraint::Location {
+            id: format!("understudy-location-{id}"),
+            resource: id,
+            role: None,
+            score: Score::MinusInfinity,
+            tests: vec![Test::is_not_node(board.name.get_ref())],
+            never_probe: true,
+        });
+    }
+}
+
+/// `HOST:PORT`, with brackets where an IPv6 address needs them.
+fn endpoint(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+fn vmm_parameters(policy: &Policy, machine: &Machine, index: usize, ports: &Ports) -> Vec<Pair> {
+    let mut parameters = vec![
+        pair("name", machine.name.get_ref()),
+        pair("memory", machine.memory),
+        pair("vcpus", machine.vcpus.get_ref()),
+        pair("kernel", machine.kernel.get_ref()),
+    ];
+    if let Some(initrd) = &machine.initrd {
+        parameters.push(pair("initrd", initrd.get_ref()));
+    }
+    if let Some(cmdline) = &machine.cmdline {
+        parameters.push(pair("cmdline", cmdline));
+    }
+    for (s, line) in machine.serial.iter().enumerate() {
+        let Some(board) = policy.boards.iter().find(|b| b.name == line.board) else { continue };
+        let address = endpoint(board.peripheral_address(), ports.serial(index, s));
+        let (device, key) = (line.device.get_ref(), policy.cluster.key.get_ref());
+        parameters.push(pair(line.guest.parameter(), format!("board:{address}/{device},key={key}")));
+    }
+    if let Some(shutdown) = machine.shutdown {
+        parameters.push(pair("shutdown_mode", shutdown.as_str()));
+    }
+    parameters
+}
+
+/// Where the machine may be: on its nodes if it names them, else on every host that is not a board.
+fn placement(machine: &Machine, policy: &Policy, resource: &str) -> Constraint {
+    let named = machine.primary.is_some() && machine.standby.is_some();
+    let tests = if named {
+        policy.candidates(machine).map(|n| Test::is_not_node(n.name.get_ref())).collect()
+    } else {
+        vec![Test::is_remote()]
+    };
+    Constraint::Location {
+        id: format!("understudy-location-{resource}"),
+        resource: resource.into(),
+        role: None,
+        score: Score::MinusInfinity,
+        tests,
+        never_probe: true,
+    }
+}
+
+fn preference(machine: &Machine, resource: &str, role: Option<Role>, score: i32) -> Option<Constraint> {
+    let primary = machine.primary.as_ref()?;
+    Some(Constraint::Location {
+        id: format!("understudy-primary-{resource}"),
+        resource: resource.into(),
+        role,
+        score: Score::Finite(score),
+        tests: vec![Test::is_node(primary.get_ref())],
+        never_probe: false,
+    })
+}
+
+fn promotable(primitive: Primitive, more: Vec<Pair>) -> Resource {
+    let mut meta = vec![
+        pair("promotable", "true"),
+        pair("clone-max", 2),
+        pair("clone-node-max", 1),
+        pair("promoted-max", 1),
+        pair("promoted-node-max", 1),
+        pair("notify", "true"),
+        pair("interleave", "true"),
+    ];
+    meta.extend(more);
+    Resource::Clone { id: format!("{}-clone", primitive.id), meta, primitive }
+}
+
+fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machine, index: usize, ports: &Ports) {
+    let (vm, repl) = (machine.vm_id(), machine.replicator_id());
+    let (vm_clone, repl_clone) = (format!("{vm}-clone"), format!("{repl}-clone"));
+    let name = machine.name.get_ref();
+    let monitors = |timeout| {
+        [
+            monitor(machine.monitor.primary.0, timeout, Some(Role::Promoted)),
+            monitor(machine.monitor.standby.0, timeout, Some(Role::Unpromoted)),
+        ]
+    };
+
+    let mut operations =
+        vec![once("start", 60), once("stop", 90), once("promote", 60), once("demote", 90), once("notify", 10)];
+    operations.extend(monitors(20));
+    let vmm = Primitive {
+        id: vm.clone(),
+        agent: understudy("vmm"),
+        parameters: vmm_parameters(policy, machine, index, ports),
+        meta: Vec::new(),
+        operations,
+    };
+    let meta = vec![pair("migration-threshold", 1), pair("failure-timeout", machine.failure_timeout)];
+    configuration.resources.push(promotable(vmm, meta));
+
+    let peers: Vec<String> = policy
+        .candidates(machine)
+        .filter_map(|n| Some(format!("{}={}", n.name.get_ref(), endpoint(n.replication_address()?, ports.replication(index)))))
+        .collect();
+    let mut parameters =
+        vec![pair("name", name), pair("peers", peers.join(" ")), pair("key", policy.cluster.key.get_ref())];
+    if let Some(ms) = machine.interval_ms {
+        parameters.push(pair("interval_ms", ms));
+    }
+    if let Some(ms) = machine.peer_timeout_ms {
+        parameters.push(pair("peer_timeout_ms", ms));
+    }
+    parameters.push(pair("vmm_resource", &vm));
+    let stop = Operation { on_fail: Some("block"), ..once("stop", 30) };
+    let mut operations = vec![once("start", 30), stop, once("promote", 30), once("demote", 30), once("notify", 10)];
+    operations.extend(monitors(20));
+    let replicator =
+        Primitive { id: repl.clone(), agent: understudy("replicator"), parameters, meta: Vec::new(), operations };
+    let meta = vec![pair("failure-timeout", machine.failure_timeout), pair("critical", "false")];
+    configuration.resources.push(promotable(replicator, meta));
+
+    let order = |what: &str, action: &'static str, symmetrical: bool| Constraint::Order {
+        id: format!("understudy-order-{name}-{what}"),
+        first: (action, vm_clone.clone()),
+        then: (action, repl_clone.clone()),
+        symmetrical,
+    };
+    let together = |what: &str, role: Option<Role>| Constraint::Colocation {
+        id: format!("understudy-colocation-{name}-{what}"),
+        resource: (repl_clone.clone(), role),
+        with: (vm_clone.clone(), role),
+    };
+    configuration.constraints.extend([
+        placement(machine, policy, &vm_clone),
+        placement(machine, policy, &repl_clone),
+        order("start", "start", true),
+        order("promote", "promote", false),
+        order("demote", "demote", false),
+        together("instances", None),
+        together("promoted", Some(Role::Promoted)),
+    ]);
+    configuration.constraints.extend(preference(machine, &vm_clone, Some(Role::Promoted), PRIMARY_SCORE));
+}
+
+fn unprotected(configuration: &mut Configuration, policy: &Policy, machine: &Machine, index: usize, ports: &Ports) {
+    let vm = machine.vm_id();
+    configuration.resources.push(Resource::Primitive(Primitive {
+        id: vm.clone(),
+        agent: understudy("vmm"),
+        parameters: vmm_parameters(policy, machine, index, ports),
+        meta: vec![pair("migration-threshold", 3), pair("failure-timeout", machine.failure_timeout)],
+        operations: vec![once("start", 60), once("stop", 90), monitor(machine.monitor.primary.0, 20, None)],
+    }));
+    configuration.constraints.push(placement(machine, policy, &vm));
+    configuration.constraints.extend(preference(machine, &vm, None, HOME_SCORE));
+}

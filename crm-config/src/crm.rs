@@ -1,0 +1,104 @@
+//! The configuration as crmsh text, for `crm configure load update FILE` or to be read.
+
+use std::fmt::Write;
+
+use crate::cib::{DEFAULTS, PROPERTIES, TAG};
+use crate::model::{Agent, Configuration, Constraint, Pair, Primitive, Resource, Role};
+
+/// All of it.
+pub fn text(configuration: &Configuration) -> String {
+    let mut out = String::new();
+    for resource in &configuration.resources {
+        match resource {
+            Resource::Primitive(p) => primitive(&mut out, p),
+            Resource::Clone { id, meta, primitive: p } => {
+                primitive(&mut out, p);
+                line(&mut out, &format!("clone {id} {}", p.id), &[section("meta", meta)]);
+            }
+        }
+    }
+    for constraint in &configuration.constraints {
+        out.push_str(&constraint_line(constraint));
+        out.push('\n');
+    }
+    for by_target in configuration.levels.chunk_by(|a, b| a.target == b.target) {
+        let levels: Vec<String> = by_target.iter().map(|l| l.devices.join(",")).collect();
+        let _ = writeln!(out, "fencing_topology {}: {}", by_target[0].target, levels.join(" "));
+    }
+    line(&mut out, &format!("property {PROPERTIES}:"), &[pairs(&configuration.properties)]);
+    line(&mut out, &format!("rsc_defaults {DEFAULTS}:"), &[pairs(&configuration.defaults)]);
+    let ids: Vec<&str> = configuration.resources.iter().map(Resource::id).collect();
+    if !ids.is_empty() {
+        line(&mut out, &format!("tag {TAG}: {}", ids.join(" ")), &[]);
+    }
+    out
+}
+
+/// A statement with its continuation lines.
+fn line(out: &mut String, head: &str, parts: &[String]) {
+    out.push_str(head);
+    for part in parts.iter().filter(|p| !p.is_empty()) {
+        let _ = write!(out, " \\\n    {part}");
+    }
+    out.push('\n');
+}
+
+fn quoted(value: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=@%+#".contains(c);
+    if !value.is_empty() && value.chars().all(plain) && !value.contains('=') {
+        return value.into();
+    }
+    if value.contains('"') { format!("'{value}'") } else { format!("\"{value}\"") }
+}
+
+fn pairs(pairs: &[Pair]) -> String {
+    let words: Vec<String> = pairs.iter().map(|(name, value)| format!("{name}={}", quoted(value))).collect();
+    words.join(" ")
+}
+
+fn section(name: &str, content: &[Pair]) -> String {
+    if content.is_empty() { String::new() } else { format!("{name} {}", pairs(content)) }
+}
+
+fn primitive(out: &mut String, p: &Primitive) {
+    let agent = match &p.agent {
+        Agent::Ocf { provider, kind } => format!("ocf:{provider}:{kind}"),
+        Agent::Stonith(kind) => format!("stonith:{kind}"),
+    };
+    let mut parts = vec![section("params", &p.parameters)];
+    for op in &p.operations {
+        let mut text = format!("op {} interval={}s timeout={}s", op.name, op.interval, op.timeout);
+        if let Some(role) = op.role {
+            let _ = write!(text, " role={}", role.as_str());
+        }
+        if let Some(on_fail) = op.on_fail {
+            let _ = write!(text, " on-fail={on_fail}");
+        }
+        parts.push(text);
+    }
+    parts.push(section("meta", &p.meta));
+    line(out, &format!("primitive {} {agent}", p.id), &parts);
+}
+
+fn constraint_line(constraint: &Constraint) -> String {
+    let with_role = |resource: &str, role: Option<Role>| match role {
+        Some(role) => format!("{resource}:{}", role.as_str()),
+        None => resource.to_string(),
+    };
+    match constraint {
+        Constraint::Location { id, resource, role, score, tests, never_probe } => {
+            let discovery = if *never_probe { " resource-discovery=never" } else { "" };
+            let role = role.map(|r| format!(" $role={}", r.as_str())).unwrap_or_default();
+            let score = score.to_string().replace("INFINITY", "inf");
+            let tests: Vec<String> = tests.iter().map(|t| format!("{} {} {}", t.attribute, t.operation, t.value)).collect();
+            format!("location {id} {resource}{discovery} rule{role} {score}: {}", tests.join(" and "))
+        }
+        Constraint::Order { id, first, then, symmetrical } => {
+            let one_way = if *symmetrical { "" } else { " symmetrical=false" };
+            format!("order {id} Mandatory: {}:{} {}:{}{one_way}", first.1, first.0, then.1, then.0)
+        }
+        Constraint::Colocation { id, resource, with } => {
+            format!("colocation {id} inf: {} {}", with_role(&resource.0, resource.1), with_role(&with.0, with.1))
+        }
+    }
+}

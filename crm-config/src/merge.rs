@@ -1,0 +1,179 @@
+//! Our configuration into a cluster's: what is ours is replaced, everything else stays as it is.
+//!
+//! *Ours* are: the resources that the tag `understudy` lists and those of the policy; constraints and fencing levels whose
+//! ids begin with one of [`PREFIXES`]; the defaults set `understudy-defaults`; of the cluster's properties, those that
+//! the policy sets. Not ours, though the names are near: the vetoes (`understudy-veto-…`) that running machines write,
+//! and what `crm resource move`, `ban`, `stop` or `maintenance` leave behind.
+
+use std::collections::BTreeSet;
+
+use crate::cib::{DEFAULTS, PROPERTIES, TAG, sections};
+use crate::model::Configuration;
+use crate::xml::Element;
+
+/// What the ids of our constraints begin with.
+pub const PREFIXES: [&str; 5] = [
+    "understudy-location-",
+    "understudy-primary-",
+    "understudy-order-",
+    "understudy-colocation-",
+    "understudy-fencing-",
+];
+
+/// Meta attributes that people set with `crm resource …` and `pcs resource …`; a policy that says nothing of them keeps them.
+const OPERATIONAL: [&str; 3] = ["target-role", "is-managed", "maintenance"];
+
+/// What happens to one object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// It is new.
+    Add(Element),
+    /// It looks different: before and after.
+    Modify(Element, Element),
+    /// It is ours, and the policy does not have it any more.
+    Remove(Element),
+}
+
+/// The CIB (a whole `<cib>` element) as it should be, and what differs.
+pub fn merge(cib: &Element, configuration: &Configuration) -> (Element, Vec<Change>) {
+    let mut cib = cib.clone();
+    let ours = sections(configuration);
+    let mut changes = Vec::new();
+    let owned = tagged(&cib);
+    let live = cib.child_or_new("configuration");
+
+    let section = |name: &str| ours.child(name).map(|s| s.children.clone()).unwrap_or_default();
+    properties(live.child_or_new("crm_config"), &section("crm_config"), &mut changes);
+    objects(live.child_or_new("resources"), section("resources"), &|e| owned.contains(e.id()), &mut changes);
+    let by_prefix = |e: &Element| PREFIXES.iter().any(|p| e.id().starts_with(p));
+    objects(live.child_or_new("constraints"), section("constraints"), &by_prefix, &mut changes);
+    for name in ["fencing-topology", "rsc_defaults", "tags"] {
+        let wanted = section(name);
+        if live.child(name).is_none() && wanted.is_empty() {
+            continue;
+        }
+        let is_ours = |e: &Element| by_prefix(e) || e.id() == DEFAULTS || e.id() == TAG;
+        objects(live.child_or_new(name), wanted, &is_ours, &mut changes);
+    }
+    (cib, changes)
+}
+
+/// Ids that our tag lists.
+fn tagged(cib: &Element) -> BTreeSet<String> {
+    let tags = cib.child("configuration").and_then(|c| c.child("tags"));
+    let tag = tags.and_then(|t| t.children.iter().find(|t| t.id() == TAG));
+    tag.map(|t| t.children.iter().map(|r| r.id().to_string()).collect()).unwrap_or_default()
+}
+
+fn properties(live: &mut Element, wanted: &[Element], changes: &mut Vec<Change>) {
+    let Some(wanted) = wanted.first() else { return };
+    if !live.children.iter().any(|s| s.id() == PROPERTIES) {
+        live.children.push(Element::new("cluster_property_set").with("id", PROPERTIES));
+    }
+    let Some(set) = live.children.iter_mut().find(|s| s.id() == PROPERTIES) else { return };
+    for pair in &wanted.children {
+        match set.children.iter_mut().find(|p| p.attribute("name") == pair.attribute("name")) {
+            Some(existing) if existing.attribute("value") == pair.attribute("value") => {}
+            Some(existing) => {
+                let before = existing.clone();
+                existing.set("value", pair.attribute("value").unwrap_or_default());
+                changes.push(Change::Modify(before, existing.clone()));
+            }
+            None => {
+                set.children.push(pair.clone());
+                changes.push(Change::Add(pair.clone()));
+            }
+        }
+    }
+}
+
+fn objects(live: &mut Element, wanted: Vec<Element>, is_ours: &dyn Fn(&Element) -> bool, changes: &mut Vec<Change>) {
+    live.children.retain(|existing| {
+        let stays = !is_ours(existing) || wanted.iter().any(|w| w.id() == existing.id());
+        if !stays {
+            changes.push(Change::Remove(existing.clone()));
+        }
+        stays
+    });
+    for mut new in wanted {
+        match live.children.iter_mut().find(|e| e.id() == new.id()) {
+            Some(existing) => {
+                keep_operational(existing, &mut new);
+                if !same(existing, &new) {
+                    changes.push(Change::Modify(existing.clone(), new.clone()));
+                    *existing = new;
+                }
+            }
+            None => {
+                changes.push(Change::Add(new.clone()));
+                live.children.push(new);
+            }
+        }
+    }
+}
+
+/// What operators said of the resource stays said.
+fn keep_operational(existing: &Element, new: &mut Element) {
+    for set in existing.children.iter().filter(|c| c.name == "meta_attributes") {
+        for pair in &set.children {
+            let name = pair.attribute("name").unwrap_or_default();
+            let sets = new.children.iter().filter(|c| c.name == "meta_attributes");
+            let known = sets.flat_map(|s| &s.children).any(|p| p.attribute("name") == Some(name));
+            if !OPERATIONAL.contains(&name) || known {
+                continue;
+            }
+            let at = new.children.iter().position(|c| c.name == "meta_attributes");
+            match at {
+                Some(at) => new.children[at].children.push(pair.clone()),
+                None => {
+                    let id = format!("{}-meta_attributes", new.id());
+                    new.children.push(Element::new("meta_attributes").with("id", id).and(pair.clone()));
+                }
+            }
+        }
+    }
+    for new_child in new.children.iter_mut().filter(|c| c.name == "primitive") {
+        if let Some(old_child) = existing.children.iter().find(|c| c.id() == new_child.id()) {
+            keep_operational(old_child, new_child);
+        }
+    }
+}
+
+/// Whether two elements mean the same: ids of inner sets and rules, the order of attributes and of pairs say nothing.
+pub fn same(a: &Element, b: &Element) -> bool {
+    canonical(a, true) == canonical(b, true)
+}
+
+/// A text that is equal for elements that mean the same.
+pub fn canonical(element: &Element, top: bool) -> String {
+    let keeps_id = top || matches!(element.name.as_str(), "primitive" | "clone" | "obj_ref" | "rsc_location" | "rsc_order" | "rsc_colocation" | "tag");
+    let mut attributes: Vec<String> = element
+        .attributes
+        .iter()
+        .filter(|(name, value)| match name.as_str() {
+            "id" => keeps_id,
+            // What Pacemaker assumes anyway; one tool writes it, the next does not.
+            "boolean-op" => value != "and" || element.children.len() > 1,
+            "kind" => value != "Mandatory",
+            "symmetrical" => value != "true",
+            _ => true,
+        })
+        .map(|(name, value)| format!("{name}={:?}", normal(name, value)))
+        .collect();
+    attributes.sort();
+    let mut children: Vec<String> =
+        element.children.iter().filter(|c| !is_empty_set(c)).map(|c| canonical(c, false)).collect();
+    children.sort();
+    format!("<{} {}>{}{}</>", element.name, attributes.join(" "), element.text, children.concat())
+}
+
+fn is_empty_set(element: &Element) -> bool {
+    element.children.is_empty() && matches!(element.name.as_str(), "meta_attributes" | "instance_attributes" | "operations")
+}
+
+fn normal(name: &str, value: &str) -> String {
+    match (name, value) {
+        ("interval", "0") => "0s".into(),
+        (_, value) => value.to_string(),
+    }
+}

@@ -1,0 +1,222 @@
+//! A Pacemaker configuration as far as Understudy writes one: the part that XML, crmsh and pcs have in common.
+
+/// Name and value.
+pub type Pair = (String, String);
+
+/// Everything that a policy becomes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Configuration {
+    /// Cluster properties.
+    pub properties: Vec<Pair>,
+    /// Resource defaults.
+    pub defaults: Vec<Pair>,
+    /// Resources, fencing devices included.
+    pub resources: Vec<Resource>,
+    /// Constraints.
+    pub constraints: Vec<Constraint>,
+    /// Fencing levels: only where a node has devices of several levels.
+    pub levels: Vec<FencingLevel>,
+}
+
+/// A resource at the top level.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resource {
+    /// One instance.
+    Primitive(Primitive),
+    /// Instances on several nodes.
+    Clone {
+        /// The clone's id.
+        id: String,
+        /// Its meta attributes.
+        meta: Vec<Pair>,
+        /// What is cloned.
+        primitive: Primitive,
+    },
+}
+
+impl Resource {
+    /// The id at the top level.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Primitive(primitive) => &primitive.id,
+            Self::Clone { id, .. } => id,
+        }
+    }
+
+    /// The primitive, cloned or not.
+    pub fn primitive(&self) -> &Primitive {
+        match self {
+            Self::Primitive(primitive) | Self::Clone { primitive, .. } => primitive,
+        }
+    }
+}
+
+/// `<primitive>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Primitive {
+    /// Its id.
+    pub id: String,
+    /// Its agent.
+    pub agent: Agent,
+    /// The agent's parameters.
+    pub parameters: Vec<Pair>,
+    /// Its meta attributes.
+    pub meta: Vec<Pair>,
+    /// Its operations.
+    pub operations: Vec<Operation>,
+}
+
+/// Which agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Agent {
+    /// `ocf:PROVIDER:TYPE`
+    Ocf {
+        /// Provider.
+        provider: &'static str,
+        /// Type.
+        kind: &'static str,
+    },
+    /// `stonith:TYPE`
+    Stonith(String),
+}
+
+/// `<op>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Operation {
+    /// The action.
+    pub name: &'static str,
+    /// Interval in seconds; 0 for what does not recur.
+    pub interval: u64,
+    /// Timeout in seconds.
+    pub timeout: u64,
+    /// Only in this role.
+    pub role: Option<Role>,
+    /// What a failure leads to, if not Pacemaker's default.
+    pub on_fail: Option<&'static str>,
+}
+
+/// A clone instance's role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Runs the machine, or sends.
+    Promoted,
+    /// Stands by, or receives.
+    Unpromoted,
+}
+
+impl Role {
+    /// As Pacemaker writes it (2.1 and later).
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Promoted => "Promoted",
+            Self::Unpromoted => "Unpromoted",
+        }
+    }
+}
+
+/// An integer or one of the infinities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Score {
+    /// Must.
+    Infinity,
+    /// Must not.
+    MinusInfinity,
+    /// Would rather.
+    Finite(i32),
+}
+
+impl std::fmt::Display for Score {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Infinity => f.write_str("INFINITY"),
+            Self::MinusInfinity => f.write_str("-INFINITY"),
+            Self::Finite(score) => write!(f, "{score}"),
+        }
+    }
+}
+
+/// `<rsc_location>`, `<rsc_order>`, `<rsc_colocation>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Constraint {
+    /// Where a resource may be, by a rule over a node's attributes (all tests must hold).
+    Location {
+        /// Its id.
+        id: String,
+        /// The resource.
+        resource: String,
+        /// Only for this role.
+        role: Option<Role>,
+        /// How much.
+        score: Score,
+        /// What a node is tested for.
+        tests: Vec<Test>,
+        /// Nodes that the rule excludes are not even probed.
+        never_probe: bool,
+    },
+    /// One action before another.
+    Order {
+        /// Its id.
+        id: String,
+        /// First action and its resource.
+        first: (&'static str, String),
+        /// Second action and its resource.
+        then: (&'static str, String),
+        /// Whether the opposite actions are ordered the other way round.
+        symmetrical: bool,
+    },
+    /// A resource where another one is.
+    Colocation {
+        /// Its id.
+        id: String,
+        /// The resource that follows, and its role.
+        resource: (String, Option<Role>),
+        /// The one that is followed.
+        with: (String, Option<Role>),
+    },
+}
+
+impl Constraint {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Location { id, .. } | Self::Order { id, .. } | Self::Colocation { id, .. } => id,
+        }
+    }
+}
+
+/// One comparison in a rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Test {
+    /// Node attribute, `#uname` or `#kind`.
+    pub attribute: &'static str,
+    /// `eq` or `ne`.
+    pub operation: &'static str,
+    /// Value.
+    pub value: String,
+}
+
+impl Test {
+    /// The node is `name`.
+    pub fn is_node(name: &str) -> Self {
+        Self { attribute: "#uname", operation: "eq", value: name.into() }
+    }
+    /// The node is not `name`.
+    pub fn is_not_node(name: &str) -> Self {
+        Self { attribute: "#uname", operation: "ne", value: name.into() }
+    }
+    /// The node is a Pacemaker remote node.
+    pub fn is_remote() -> Self {
+        Self { attribute: "#kind", operation: "eq", value: "remote".into() }
+    }
+}
+
+/// `<fencing-level>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FencingLevel {
+    /// The node.
+    pub target: String,
+    /// 1 is tried first.
+    pub index: u8,
+    /// All of these must succeed.
+    pub devices: Vec<String>,
+}

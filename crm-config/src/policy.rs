@@ -1,0 +1,414 @@
+//! The policy file: what an administrator says. Every field that can have a sensible default has one.
+//!
+//! ```toml
+//! [[nodes]]
+//! name = "n1"
+//! storage = "10.77.1.1"
+//!
+//! [[machines]]
+//! name = "demo"
+//! kernel = "/srv/demo/vmlinuz"
+//! ```
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde::{Deserialize, Deserializer};
+use understudy_protocol::key::DEFAULT_KEY_FILE;
+
+/// A value together with its place in the file. Compares as its value.
+pub type Spanned<T> = toml::Spanned<T>;
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// What concerns the cluster as a whole.
+    #[serde(default)]
+    pub cluster: Cluster,
+    /// The hosts.
+    #[serde(default)]
+    pub nodes: Vec<Node>,
+    /// Interface boards: hosts of physical peripherals, Pacemaker remote nodes.
+    #[serde(default)]
+    pub boards: Vec<Board>,
+    /// Fencing devices.
+    #[serde(default)]
+    pub fencing: Vec<Fencing>,
+    /// The virtual machines.
+    #[serde(default)]
+    pub machines: Vec<Machine>,
+}
+
+/// `[cluster]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cluster {
+    /// The cluster's name; for people only.
+    pub name: String,
+    /// What a partition without quorum does.
+    pub no_quorum: NoQuorum,
+    /// How strongly resources stay where they are (Pacemaker's `resource-stickiness`), 0 to 100000.
+    pub stickiness: u32,
+    /// Key file by which nodes and boards know each other, the same path everywhere.
+    pub key: Spanned<String>,
+    /// First TCP port for replication; each machine without a `port` of its own takes the next.
+    pub replication_port: u16,
+    /// First TCP port of serial lines; each line without a `port` of its own takes the next.
+    pub serial_port: u16,
+}
+
+impl Default for Cluster {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            no_quorum: NoQuorum::Freeze,
+            stickiness: 100,
+            key: toml::Spanned::new(0..0, DEFAULT_KEY_FILE.into()),
+            replication_port: 7790,
+            serial_port: 7800,
+        }
+    }
+}
+
+/// Pacemaker's `no-quorum-policy`. (`ignore` is missing on purpose: two halves would run the same machine.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NoQuorum {
+    /// What runs goes on, nothing is started: the machine's own rules see to it that no output leaves unprotected.
+    Freeze,
+    /// Everything is stopped.
+    Stop,
+    /// Everything is demoted.
+    Demote,
+    /// Nodes fence themselves.
+    Suicide,
+}
+
+impl NoQuorum {
+    /// As Pacemaker writes it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Freeze => "freeze",
+            Self::Stop => "stop",
+            Self::Demote => "demote",
+            Self::Suicide => "suicide",
+        }
+    }
+}
+
+/// `[[nodes]]`: a host that can run machines. Corosync's own configuration names the same nodes.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// The node's name as Corosync and `uname -n` have it.
+    pub name: Spanned<String>,
+    /// Address in the storage network: checkpoints travel here.
+    pub storage: Option<Spanned<String>>,
+    /// Address in the management network (Corosync's; for reference).
+    pub management: Option<Spanned<String>>,
+    /// Address in the business network.
+    pub business: Option<Spanned<String>>,
+    /// Memory for machines, MiB; if given, `check` warns about machines that cannot fit.
+    pub memory: Option<u64>,
+}
+
+impl Node {
+    /// Where checkpoints go: storage, else management.
+    pub fn replication_address(&self) -> Option<&str> {
+        self.storage.as_ref().or(self.management.as_ref()).map(|a| a.get_ref().as_str())
+    }
+}
+
+/// `[[boards]]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Board {
+    /// The remote node's name.
+    pub name: Spanned<String>,
+    /// Address at which pacemaker-remoted answers.
+    pub server: Spanned<String>,
+    /// Its port.
+    #[serde(default = "default_remote_port")]
+    pub port: u16,
+    /// Address at which peripherals are offered to the machines; as `server` if not given.
+    pub business: Option<Spanned<String>>,
+    /// How long to wait before a lost connection is tried again.
+    #[serde(default = "default_reconnect")]
+    pub reconnect: Seconds,
+}
+
+impl Board {
+    /// Where the machines reach it.
+    pub fn peripheral_address(&self) -> &str {
+        self.business.as_ref().unwrap_or(&self.server).get_ref()
+    }
+}
+
+/// `[[fencing]]`: one device.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fencing {
+    /// The resource's name.
+    pub name: Spanned<String>,
+    /// Fence agent, e.g. `fence_ipmilan`.
+    pub agent: Spanned<String>,
+    /// The nodes and boards that it can switch off.
+    pub nodes: Vec<Spanned<String>>,
+    /// Order among several devices of one node: 1 is tried first. Devices of the same level must all succeed.
+    #[serde(default = "default_level")]
+    pub level: u8,
+    /// The agent's parameters.
+    #[serde(default)]
+    pub parameters: BTreeMap<String, Scalar>,
+    /// How often the device is checked.
+    #[serde(default = "default_fencing_interval")]
+    pub interval: Seconds,
+}
+
+/// `[[machines]]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// The machine's name.
+    pub name: Spanned<String>,
+    /// Memory, MiB.
+    #[serde(default = "default_memory")]
+    pub memory: u64,
+    /// Virtual CPUs, 1 to 32.
+    #[serde(default = "default_vcpus")]
+    pub vcpus: Spanned<u32>,
+    /// The kernel to boot, the same content on every node.
+    pub kernel: Spanned<String>,
+    /// Initial RAM disk.
+    pub initrd: Option<Spanned<String>>,
+    /// Kernel command line.
+    pub cmdline: Option<String>,
+    /// What happens when its host dies.
+    #[serde(default)]
+    pub protection: Protection,
+    /// Node that should run it when there is a choice.
+    pub primary: Option<Spanned<String>>,
+    /// Node or nodes that may take over. Without it, every other node may.
+    pub standby: Option<Spanned<OneOrMany>>,
+    /// TCP port of its replication; chosen if not given.
+    pub port: Option<Spanned<u16>>,
+    /// Checkpoint every so many ms.
+    pub interval_ms: Option<u64>,
+    /// Silence after which the standby counts as lost, ms.
+    pub peer_timeout_ms: Option<u64>,
+    /// How the guest is shut down when nobody takes over.
+    pub shutdown: Option<Shutdown>,
+    /// How often the machine is looked at.
+    #[serde(default)]
+    pub monitor: Monitor,
+    /// How long a failed node is passed over.
+    #[serde(default = "default_failure_timeout")]
+    pub failure_timeout: Seconds,
+    /// Serial ports.
+    #[serde(default)]
+    pub serial: Vec<Serial>,
+}
+
+/// What happens to a machine when its host dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protection {
+    /// A hot standby goes on from the last checkpoint.
+    #[default]
+    Protected,
+    /// It is started again elsewhere.
+    None,
+}
+
+/// `shutdown = …`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shutdown {
+    /// Power button, then wait.
+    Acpi,
+    /// At once.
+    Off,
+}
+
+impl Shutdown {
+    /// As the agent's parameter has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Acpi => "acpi",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// `[machines.monitor]`. The two must differ: Pacemaker tells operations of one name apart by their interval.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Monitor {
+    /// On the node that runs it.
+    pub primary: Seconds,
+    /// On the standby.
+    pub standby: Seconds,
+}
+
+impl Default for Monitor {
+    fn default() -> Self {
+        Self { primary: Seconds(5), standby: Seconds(7) }
+    }
+}
+
+/// `[[machines.serial]]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serial {
+    /// The guest's port.
+    #[serde(default)]
+    pub guest: GuestPort,
+    /// The board that has the line.
+    pub board: Spanned<String>,
+    /// The line's name on the board.
+    pub device: Spanned<String>,
+    /// What the board opens: a tty's path, `pty:LINK` or `tcp:HOST:PORT`.
+    pub line: Spanned<String>,
+    /// TCP port at which the board offers it; chosen if not given.
+    pub port: Option<Spanned<u16>>,
+}
+
+/// The guest's serial ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestPort {
+    /// COM1, `/dev/ttyS0`.
+    #[default]
+    Com1,
+    /// COM2, `/dev/ttyS1`.
+    Com2,
+}
+
+impl GuestPort {
+    /// The vmm agent's parameter.
+    pub fn parameter(self) -> &'static str {
+        match self {
+            Self::Com1 => "serial0",
+            Self::Com2 => "serial1",
+        }
+    }
+}
+
+/// A time as Pacemaker writes them: `"5s"`, `"2min"`, or a number of seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Seconds(pub u64);
+
+impl std::fmt::Display for Seconds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}s", self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Seconds {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "a time such as \"5s\", \"2min\" or a whole number of seconds")]
+        enum Form {
+            Number(u64),
+            Text(String),
+        }
+        let wrong = |text: &str| {
+            serde::de::Error::custom(format!("{text:?} is not a time: write \"5s\", \"2min\", \"1h\" or a whole number of seconds"))
+        };
+        match Form::deserialize(deserializer)? {
+            Form::Number(seconds) => Ok(Self(seconds)),
+            Form::Text(text) => {
+                let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+                let number: u64 = digits.parse().map_err(|_| wrong(&text))?;
+                let factor = match text[digits.len()..].trim() {
+                    "" | "s" | "sec" => 1,
+                    "m" | "min" => 60,
+                    "h" | "hr" => 3600,
+                    _ => return Err(wrong(&text)),
+                };
+                number.checked_mul(factor).map(Self).ok_or_else(|| wrong(&text))
+            }
+        }
+    }
+}
+
+/// One name or a list of them.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged, expecting = "a node's name or a list of names")]
+pub enum OneOrMany {
+    /// `standby = "n2"`
+    One(String),
+    /// `standby = ["n2", "n3"]`
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    /// All names.
+    pub fn names(&self) -> &[String] {
+        match self {
+            Self::One(name) => std::slice::from_ref(name),
+            Self::Many(names) => names,
+        }
+    }
+}
+
+/// An agent's parameter: text, number or truth value, handed on as text.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(untagged, expecting = "a text, a whole number, true or false")]
+pub enum Scalar {
+    /// `"text"`
+    Text(String),
+    /// `17`
+    Number(i64),
+    /// `true`
+    Truth(bool),
+}
+
+impl std::fmt::Display for Scalar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Text(text) => f.write_str(text),
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Truth(truth) => write!(f, "{truth}"),
+        }
+    }
+}
+
+fn default_remote_port() -> u16 {
+    3121
+}
+fn default_reconnect() -> Seconds {
+    Seconds(10)
+}
+fn default_level() -> u8 {
+    1
+}
+fn default_fencing_interval() -> Seconds {
+    Seconds(120)
+}
+fn default_memory() -> u64 {
+    512
+}
+fn default_vcpus() -> Spanned<u32> {
+    toml::Spanned::new(0..0, 1)
+}
+fn default_failure_timeout() -> Seconds {
+    Seconds(60)
+}
+
+/// What cannot be read as a policy: the place in the text, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Bytes of the text, if known.
+    pub span: Option<Range<usize>>,
+    /// A sentence.
+    pub why: String,
+}
+
+impl Policy {
+    /// Read a policy's text.
+    pub fn parse(text: &str) -> Result<Self, Unreadable> {
+        toml::from_str(text).map_err(|e| Unreadable { span: e.span(), why: e.message().trim().replace('\n', "; ") })
+    }
+}
