@@ -12,7 +12,7 @@ use kvm_ioctls::VmFd;
 use understudy_protocol::ids::Generation;
 
 use crate::devices::{Action, VmTime};
-use crate::hardware::{Asked, Env, Hardware, SerialPort};
+use crate::hardware::{Asked, Env, Hardware, Port};
 use crate::memory::Ram;
 use crate::vcpus::Exits;
 
@@ -68,10 +68,9 @@ impl Core {
         Env { vm: &self.vm, ram: &self.ram.mem }
     }
 
-    /// Do something with a serial port's stream and input queue.
-    pub fn with_port<R>(&self, port: usize, f: impl FnOnce(&mut SerialPort) -> R) -> R {
-        // The pump was started for an existing port.
-        f(&mut self.hardware().serial[port])
+    /// Do something with a port's stream and input queue; `None` if there is no such port.
+    pub fn with_port<R>(&self, port: usize, f: impl FnOnce(&mut Port) -> R) -> Option<R> {
+        self.hardware().ports_mut().nth(port).map(f)
     }
 
     /// Something outside has changed; let the devices see it (unless they are frozen: then the thaw does).

@@ -1,7 +1,7 @@
 //! All devices of a machine behind one lock: dispatch of guest accesses, interrupt lines, outputs to the gate, inputs from the boards.
 //!
 //! vCPU threads enter by [`Hardware::io`] and [`Hardware::mmio`], the timer thread by [`Hardware::tick`], ports' pumps by
-//! [`SerialPort::queue_input`] and the stream. After every entry [`Hardware::settle`] moves what came out of the devices to where it belongs.
+//! [`Port::queue_input`] and the stream. After every entry [`Hardware::settle`] moves what came out of the devices to where it belongs.
 //!
 //! What must hold: while [`Hardware::frozen`] is set, no device is touched (the machine is being captured, or stands still); so
 //! neither guest RAM nor any state that a checkpoint contains changes.
@@ -44,15 +44,13 @@ pub enum Asked {
     PowerOff,
 }
 
-/// A serial port: device, stream with its gate, input that waits for the guest.
-pub struct SerialPort {
-    /// `com1` ….
+/// The host's side of a character device: stream with its gate, input that waits for the guest, the pump to tell.
+pub struct Port {
+    /// `com1` …, `hvc0`.
     pub name: String,
-    /// The device.
-    pub uart: Uart16550,
     /// Its output and positions.
     pub stream: Stream,
-    /// Input that the guest's UART has not taken: pieces with the offset of their first byte.
+    /// Input that the guest's device has not taken: pieces with the offset of their first byte.
     input: VecDeque<(u64, VecDeque<u8>)>,
     input_bytes: usize,
     /// Where the next input piece is expected.
@@ -62,11 +60,10 @@ pub struct SerialPort {
     told: (u64, u64),
 }
 
-impl SerialPort {
-    fn new(index: usize) -> Self {
+impl Port {
+    fn new(name: String) -> Self {
         Self {
-            name: format!("com{}", index + 1),
-            uart: Uart16550::new(),
+            name,
             stream: Stream::new(),
             input: VecDeque::new(),
             input_bytes: 0,
@@ -94,42 +91,29 @@ impl SerialPort {
         true
     }
 
-    /// The streams' positions have been set (start, restore): input continues there.
-    fn begin(&mut self) {
-        self.input.clear();
-        self.input_bytes = 0;
-        self.input_end = self.stream.rx_delivered();
-        self.told = (0, 0);
-    }
-
-    fn settle(&mut self, now: VmTime) {
-        loop {
-            self.uart.set_output_room(self.stream.room(), now);
-            let out = self.uart.take_output();
-            if out.is_empty() {
-                break;
-            }
-            self.stream.write(&out);
-        }
+    /// Hand waiting input to the guest's device: `take` takes the first so many of the bytes that it is shown.
+    pub fn feed(&mut self, mut take: impl FnMut(&[u8]) -> usize) {
         while let Some((offset, piece)) = self.input.front_mut() {
-            let room = self.uart.rx_room(now);
-            if room == 0 {
+            let taken = take(piece.as_slices().0);
+            if taken == 0 {
                 break;
             }
-            let (head, _) = piece.as_slices();
-            let taken = self.uart.receive(&head[..head.len().min(room)], now);
             piece.drain(..taken);
             *offset += taken as u64;
             self.input_bytes -= taken;
             self.stream.delivered(*offset);
             if piece.is_empty() {
                 self.input.pop_front();
-            } else if taken == 0 {
-                break;
             }
         }
-        self.uart.set_input_waiting(self.input_bytes);
-        self.tell_pump();
+    }
+
+    /// The streams' positions have been set (start, restore): input continues there.
+    fn begin(&mut self) {
+        self.input.clear();
+        self.input_bytes = 0;
+        self.input_end = self.stream.rx_delivered();
+        self.told = (0, 0);
     }
 
     /// Wake the pump if there is something new for it.
@@ -141,6 +125,31 @@ impl SerialPort {
             self.told = news;
             let _ = pump.send(PumpMsg::Work);
         }
+    }
+}
+
+/// A serial port.
+pub struct SerialPort {
+    /// The device.
+    pub uart: Uart16550,
+    /// The host's side.
+    pub port: Port,
+}
+
+impl SerialPort {
+    fn settle(&mut self, now: VmTime) {
+        let Self { uart, port } = self;
+        loop {
+            uart.set_output_room(port.stream.room(), now);
+            let out = uart.take_output();
+            if out.is_empty() {
+                break;
+            }
+            port.stream.write(&out);
+        }
+        port.feed(|bytes| uart.receive(bytes, now));
+        uart.set_input_waiting(port.input_bytes);
+        port.tell_pump();
     }
 }
 
@@ -158,6 +167,8 @@ pub struct Env<'a> {
 pub struct HardwareConfig {
     /// Number of serial ports, 0 to 4.
     pub serial_ports: usize,
+    /// Whether there is a virtio console.
+    pub console: bool,
 }
 
 /// The devices. See the module.
@@ -166,6 +177,8 @@ pub struct Hardware {
     pub stopwatch: Stopwatch,
     /// Serial ports, COM1 first.
     pub serial: Vec<SerialPort>,
+    /// The virtio console's port, if there is one.
+    pub console: Option<Port>,
     /// What the guest asked for.
     pub asked: Option<Asked>,
     /// No device may be touched.
@@ -189,8 +202,8 @@ pub mod state {
     /// Streams and open wishes.
     #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
     pub struct V1 {
-        /// One a serial port.
-        pub serial: Vec<gate::state::V1>,
+        /// One a port.
+        pub ports: Vec<gate::state::V1>,
         /// See [`Asked`].
         pub asked: Option<Asked>,
     }
@@ -205,10 +218,12 @@ impl Hardware {
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let low = ram.low_end();
         let mut pci = PciBus::new();
-        crate::plug::plug(&mut pci)?;
+        crate::plug::plug(&mut pci, config.console)?;
+        let serial = |i| SerialPort { uart: Uart16550::new(), port: Port::new(format!("com{}", i + 1)) };
         Ok(Self {
             stopwatch: Stopwatch::default(),
-            serial: (0..config.serial_ports.min(COM_PORTS.len())).map(SerialPort::new).collect(),
+            serial: (0..config.serial_ports.min(COM_PORTS.len())).map(serial).collect(),
+            console: config.console.then(|| Port::new("hvc0".into())),
             asked: None,
             frozen: true,
             armed: None,
@@ -220,6 +235,16 @@ impl Hardware {
             pci,
             lines: [false; LINES],
         })
+    }
+
+    /// All character devices' host sides: serial ports, then the console. A port's index is its place here.
+    pub fn ports(&self) -> impl Iterator<Item = &Port> {
+        self.serial.iter().map(|s| &s.port).chain(&self.console)
+    }
+
+    /// As [`Hardware::ports`].
+    pub fn ports_mut(&mut self) -> impl Iterator<Item = &mut Port> {
+        self.serial.iter_mut().map(|s| &mut s.port).chain(&mut self.console)
     }
 
     /// The guest accesses a port.
@@ -316,7 +341,7 @@ impl Hardware {
         for s in &mut self.serial {
             s.settle(ctx.now);
         }
-        crate::plug::settle(&mut self.pci, &ctx);
+        crate::plug::settle(&mut self.pci, self.console.as_mut(), &ctx);
         for (line, level) in self.levels().into_iter().enumerate() {
             if level != self.lines[line] {
                 self.lines[line] = level;
@@ -351,9 +376,9 @@ impl Hardware {
     /// Before a cold boot: empty streams, VM time 0, devices as after power on.
     pub fn cold(&mut self) {
         self.stopwatch.set(VmTime(0));
-        for s in &mut self.serial {
-            s.stream = Stream::new();
-            s.begin();
+        for port in self.ports_mut() {
+            port.stream = Stream::new();
+            port.begin();
         }
         self.reset();
     }
@@ -384,10 +409,10 @@ impl Hardware {
     /// Everything, for a checkpoint. The devices are frozen.
     pub fn save(&self) -> Result<Vec<Payload>> {
         // `stopwatch` goes with the clock; `gate` belongs to the session; `lines` follow from the devices; `pci` has its own payloads.
-        let Self { stopwatch: _, serial, asked, frozen: _, armed: _, gate: _, rtc, i8042, port92, pm, pci, lines: _ } = self;
-        let streams = state::V1 { serial: serial.iter().map(|s| s.stream.save()).collect(), asked: *asked };
+        let Self { stopwatch: _, serial, console: _, asked, frozen: _, armed: _, gate: _, rtc, i8042, port92, pm, pci, lines: _ } = self;
+        let streams = state::V1 { ports: self.ports().map(|p| p.stream.save()).collect(), asked: *asked };
         let mut payloads = vec![crate::container::payload(KIND, "all", VERSION, &streams)?];
-        payloads.extend(serial.iter().map(|s| Payload::of(&s.uart, &s.name)));
+        payloads.extend(serial.iter().map(|s| Payload::of(&s.uart, &s.port.name)));
         payloads.push(Payload::of(rtc, "rtc"));
         payloads.push(Payload::of(i8042, "i8042"));
         payloads.push(Payload::of(port92, "port92"));
@@ -399,16 +424,18 @@ impl Hardware {
     /// Become what was saved; frozen. The interrupt controllers are restored apart (KVM's state has them).
     pub fn restore(&mut self, from: &mut Payloads) -> Result<()> {
         let saved: state::V1 = crate::container::take(from, KIND, "all", VERSION)?;
+        let here = self.ports().count();
         anyhow::ensure!(
-            saved.serial.len() == self.serial.len(),
-            "the saved machine has {} serial ports, this one has {}: give both the same --serial options",
-            saved.serial.len(),
-            self.serial.len()
+            saved.ports.len() == here,
+            "the saved machine has {} serial ports and consoles, this one has {here}: give both the same --serial and --console options",
+            saved.ports.len(),
         );
-        for (s, stream) in self.serial.iter_mut().zip(saved.serial) {
-            s.stream = Stream::restore(stream).with_context(|| format!("serial port {}", s.name))?;
-            from.restore(&mut s.uart, &s.name)?;
-            s.begin();
+        for (port, stream) in self.ports_mut().zip(saved.ports) {
+            port.stream = Stream::restore(stream).with_context(|| format!("port {}", port.name))?;
+            port.begin();
+        }
+        for s in &mut self.serial {
+            from.restore(&mut s.uart, &s.port.name)?;
         }
         self.asked = saved.asked;
         from.restore(&mut self.rtc, "rtc")?;
@@ -438,31 +465,31 @@ impl Hardware {
     /// Close or open it.
     pub fn set_gate(&mut self, gate: Gate) {
         self.gate = gate;
-        for s in &mut self.serial {
+        for port in self.ports_mut() {
             match gate {
-                Gate::Hold => s.stream.hold(),
-                Gate::Open => s.stream.open(),
+                Gate::Hold => port.stream.hold(),
+                Gate::Open => port.stream.open(),
             }
-            s.tell_pump();
+            port.tell_pump();
         }
     }
 
     /// A cut: what was written until now is covered by the checkpoint of `epoch`.
     pub fn seal(&mut self, epoch: Epoch) {
-        self.serial.iter_mut().for_each(|s| s.stream.seal(epoch));
+        self.ports_mut().for_each(|p| p.stream.seal(epoch));
     }
 
     /// That checkpoint is committed.
     pub fn commit(&mut self, epoch: Epoch) {
-        for s in &mut self.serial {
-            s.stream.commit(epoch);
-            s.tell_pump();
+        for port in self.ports_mut() {
+            port.stream.commit(epoch);
+            port.tell_pump();
         }
     }
 
     /// The session is gone: its cuts will never be committed.
     pub fn unseal(&mut self) {
-        self.serial.iter_mut().for_each(|s| s.stream.unseal());
+        self.ports_mut().for_each(|p| p.stream.unseal());
     }
 }
 

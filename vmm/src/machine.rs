@@ -148,7 +148,8 @@ impl Machine {
             "a machine has 1 to {MAX_VCPUS} vCPUs, not {}",
             config.vcpus
         );
-        config.serial.iter().try_for_each(BackendConfig::validate)?;
+        config.serial.iter().chain(&config.console).try_for_each(BackendConfig::validate)?;
+        ensure!(config.serial.len() <= 4, "a machine has at most 4 serial ports");
         let kvm = open_kvm()?;
         let ram = Ram::open(&config.ram_file, config.memory_mib)?;
         let vm = kvm.create_vm().context("KVM refuses to create a machine")?;
@@ -178,7 +179,7 @@ impl Machine {
         let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let can = Arc::new(Abilities::probe(listed.as_slice(), xsave, &fds[0]));
 
-        let hardware = Hardware::new(HardwareConfig { serial_ports: config.serial.len() }, &ram)?;
+        let hardware = Hardware::new(HardwareConfig { serial_ports: config.serial.len(), console: config.console.is_some() }, &ram)?;
         let core = Arc::new(Core::new(config.name.clone(), vm, ram, hardware, events));
         let vcpus = Vcpus::start(fds, &core)?;
         let cpuids = Arc::new(cpuids);
@@ -281,11 +282,12 @@ impl Machine {
 
     fn start_pumps(&self, hardware: &mut Hardware, generation: Generation, life: Generation) -> Result<()> {
         let mut pumps = Vec::new();
-        for (i, backend) in self.config.serial.iter().enumerate() {
-            let port = &mut hardware.serial[i];
+        let backends = self.config.serial.iter().chain(&self.config.console);
+        for (i, (port, backend)) in hardware.ports_mut().zip(backends).enumerate() {
             let (tx_acked, rx_delivered) = (port.stream.acked(), port.stream.rx_delivered());
             let at = Start { generation, life, tx_acked, rx_delivered };
-            let pump = Pump::start(&self.core, i, backend, at).with_context(|| format!("serial port {}", port.name))?;
+            let pump = Pump::start(&self.core, i, port.name.clone(), backend, at)
+                .with_context(|| format!("port {}", port.name))?;
             port.pump = Some(pump.inbox());
             pumps.push(pump);
         }
@@ -540,7 +542,7 @@ impl Machine {
 
     /// Whether all released output has arrived at the other end; for a polite end after a power-off.
     pub fn drained(&self) -> bool {
-        self.core.hardware().serial.iter().all(|s| s.stream.acked() == s.stream.limit())
+        self.core.hardware().ports().all(|p| p.stream.acked() == p.stream.limit())
     }
 
     // ------------------------------------------------------------------------------------------------ cut
@@ -603,15 +605,14 @@ impl Machine {
         };
         let hardware = self.core.hardware();
         let serial = hardware
-            .serial
-            .iter()
+            .ports()
             .enumerate()
             .map(|(i, s)| SerialStatus {
                 port: s.name.clone(),
                 backend: links
                     .get(i)
                     .map(|l| l.backend.clone())
-                    .or_else(|| self.config.serial.get(i).map(BackendConfig::describe))
+                    .or_else(|| self.config.serial.iter().chain(&self.config.console).nth(i).map(BackendConfig::describe))
                     .unwrap_or_default(),
                 link: links.get(i).map_or_else(|| "local".into(), |l| l.link.clone()),
                 tx_bytes: s.stream.end(),

@@ -1,4 +1,4 @@
-//! A serial port's pump: the one thread that moves bytes between the port's stream and its backend.
+//! A port's pump: the one thread that moves bytes between the port's stream and its backend.
 //!
 //! It exists so that neither a vCPU nor a cut ever waits for the network: everybody else only leaves a message.
 
@@ -44,8 +44,8 @@ pub struct Pump {
 }
 
 impl Pump {
-    /// Start the port's backend and its pump. `port` indexes [`crate::hardware::Hardware::serial`].
-    pub fn start(core: &Arc<Core>, port: usize, config: &BackendConfig, at: Start) -> Result<Self> {
+    /// Start the backend and the pump of the port called `name`, which is number `port` of [`crate::hardware::Hardware::ports`].
+    pub fn start(core: &Arc<Core>, port: usize, name: String, config: &BackendConfig, at: Start) -> Result<Self> {
         let (inbox, messages) = channel();
         let link = if matches!(config, BackendConfig::Board { .. }) { "connecting" } else { "local" };
         let events = {
@@ -63,6 +63,7 @@ impl Pump {
         let mut worker = Worker {
             core: core.clone(),
             port,
+            name: name.clone(),
             backend: Some(backend),
             messages,
             status: status.clone(),
@@ -70,7 +71,7 @@ impl Pump {
             covered: at.rx_delivered,
         };
         let thread = std::thread::Builder::new()
-            .name(format!("com{}", port + 1))
+            .name(name)
             .stack_size(256 * 1024)
             .spawn(move || worker.main())
             .context("cannot start a serial port's thread")?;
@@ -97,6 +98,7 @@ impl Drop for Pump {
 struct Worker {
     core: Arc<Core>,
     port: usize,
+    name: String,
     backend: Option<Box<dyn Backend>>,
     messages: Receiver<PumpMsg>,
     status: Arc<Mutex<LinkStatus>>,
@@ -123,8 +125,8 @@ impl Worker {
     fn work(&mut self) {
         while let Some(backend) = &mut self.backend {
             let sent = self.sent;
-            let (bytes, covered) =
-                self.core.with_port(self.port, |p| (p.stream.released(sent, PIECE), p.stream.rx_covered()));
+            let news = self.core.with_port(self.port, |p| (p.stream.released(sent, PIECE), p.stream.rx_covered()));
+            let Some((bytes, covered)) = news else { return };
             if covered > self.covered {
                 self.covered = covered;
                 backend.acknowledge_input(covered);
@@ -142,7 +144,7 @@ impl Worker {
 
     fn acknowledged(&mut self, upto: u64) {
         let result = self.core.with_port(self.port, |p| p.stream.acknowledge(upto));
-        if let Err(e) = result {
+        if let Some(Err(e)) = result {
             self.say(&e.to_string());
         }
         self.core.settle();
@@ -153,7 +155,7 @@ impl Worker {
             LinkEvent::Attached { applied } => {
                 self.link("connected");
                 let result = self.core.with_port(self.port, |p| p.stream.join(applied));
-                if let Err(e) = result {
+                if let Some(Err(e)) = result {
                     self.say(&e.to_string());
                 }
                 self.core.settle();
@@ -161,7 +163,7 @@ impl Worker {
             }
             LinkEvent::OutputApplied { upto } => self.acknowledged(upto),
             LinkEvent::Input { offset, bytes } => {
-                if !self.core.with_port(self.port, |p| p.queue_input(offset, &bytes)) {
+                if self.core.with_port(self.port, |p| p.queue_input(offset, &bytes)) == Some(false) {
                     self.say("more input than this port keeps; the surplus is lost");
                 }
                 self.core.settle();
@@ -190,6 +192,6 @@ impl Worker {
     }
 
     fn say(&self, what: &str) {
-        eprintln!("com{}: {what}", self.port + 1);
+        eprintln!("{}: {what}", self.name);
     }
 }
