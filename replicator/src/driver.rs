@@ -1,0 +1,782 @@
+//! The sender's hands: performs the actions of [`crate::sender::Sender`] on the VMM's socket, RAM, the arena and the
+//! stream to the peer.
+//!
+//! One thread runs the loop: take in what has happened, ask for the next action, do it. Three kinds of helpers post
+//! into its queue: a thread that connects, a thread that reads from the peer, a thread that calls the hook. Encoding and
+//! sending happen after the VMM has resumed the guest.
+
+use std::fs::File;
+use std::io::Write;
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use understudy_protocol::control::{
+    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, VmmRequest, VmmStatus,
+};
+use understudy_protocol::frame;
+use understudy_protocol::ids::{Epoch, Generation};
+use understudy_protocol::key::Key;
+use understudy_protocol::layout::Layout;
+use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream, SecureWriter};
+
+use crate::codec::{BatchWriter, EpochDigest, PAGE};
+use crate::hook::Hook;
+use crate::image::FRAME_LIMIT;
+use crate::link;
+use crate::log;
+use crate::message::{End, Message};
+use crate::sender::{Action, Event, Facts, Sender, SenderConfig};
+
+/// A VMM that has not answered for so long is lost.
+const VMM_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pages in one slice of the first copy: short enough for the gate to be opened between two.
+const SLICE: u64 = 1024;
+/// Pages read at once.
+const BLOCK: u64 = 64;
+/// A batch goes out when it has reached this size: with its last page it still fits four messages of the secure stream.
+const BATCH_BYTES: usize = 192 << 10;
+/// Device state travels in pieces of this size.
+const STATE_PIECE: usize = 256 << 10;
+/// An epoch that takes more encoded bytes is not kept for sending again; a lost link then costs a first copy.
+const KEEP_LIMIT: usize = 64 << 20;
+
+/// What the driver is told from outside and by its helpers.
+enum Input {
+    Event(Event),
+    /// From the reader of connection `.0`.
+    Peer(u64, Event),
+    /// The connection attempt `.0` ended.
+    Connect(u64, Result<Box<SecureStream>, String>),
+    HandOver(mpsc::Sender<Result<HandedOver, String>>),
+    Stop,
+}
+
+/// What the sender needs.
+pub struct DriverConfig {
+    /// Decisions.
+    pub sender: SenderConfig,
+    /// Other nodes: name and `host:port`.
+    pub peers: Vec<(String, String)>,
+    /// The cluster's key.
+    pub key: Arc<Key>,
+    /// Files.
+    pub layout: Layout,
+    /// The cluster's arm.
+    pub hook: Hook,
+    /// Called once the VMM is attached: notes its generation here, and says the newest that this node knows.
+    pub attached: Box<dyn Fn(Generation) -> Generation + Send>,
+}
+
+/// The sender as others see it.
+#[derive(Debug, Clone, Default)]
+pub struct SenderView {
+    /// See [`Sender`]'s getters.
+    pub facts: Facts,
+    /// The machine's generation.
+    pub generation: Generation,
+    /// Committed.
+    pub committed: Epoch,
+    /// Cut.
+    pub current: Epoch,
+    /// A veto stands.
+    pub vetoed: bool,
+    /// See [`Sender::protected`].
+    pub protected: bool,
+    /// Peer accepted us.
+    pub connected: bool,
+    /// See [`Sender::finished`].
+    pub finished: bool,
+    /// First copy under way.
+    pub syncing: bool,
+    /// Peer's image is whole.
+    pub peer_whole: bool,
+    /// Peer's image is the newest.
+    pub peer_up_to_date: bool,
+    /// S1's word, as text would lose the type.
+    pub source: Option<understudy_protocol::control::SourceState>,
+    /// Peer's name and address.
+    pub peer: Option<String>,
+    /// 0.0 to 1.0.
+    pub progress: f64,
+    /// Payload before encoding.
+    pub raw_bytes: u64,
+    /// After.
+    pub wire_bytes: u64,
+    /// Newest pauses, µs.
+    pub pauses: Vec<u64>,
+}
+
+/// A running sender.
+pub struct SenderHandle {
+    inputs: mpsc::Sender<Input>,
+    view: Arc<Mutex<SenderView>>,
+    stop: Arc<AtomicBool>,
+    /// A twin of the VMM's connection, to end a call that hangs.
+    vmm: Arc<Mutex<Option<UnixStream>>>,
+    /// A twin of the peer's connection, for the same.
+    peer: Arc<Mutex<Option<TcpStream>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SenderHandle {
+    /// Start it.
+    pub fn start(config: DriverConfig) -> Self {
+        let (inputs, receiver) = mpsc::channel();
+        let view = Arc::new(Mutex::new(SenderView::default()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (vmm, peer) = (Arc::new(Mutex::new(None)), Arc::new(Mutex::new(None)));
+        let driver = Driver {
+            core: Sender::new(config.sender.clone(), Instant::now()),
+            inputs: receiver,
+            post: inputs.clone(),
+            view: view.clone(),
+            stop: stop.clone(),
+            vmm_twin: vmm.clone(),
+            peer_twin: peer.clone(),
+            vmm: None,
+            arena: None,
+            ram: None,
+            ram_pages: 0,
+            writer: None,
+            connection: 0,
+            next_peer: 0,
+            peer_name: None,
+            answer: None,
+            batch: BatchWriter::default(),
+            digest: EpochDigest::default(),
+            block: Vec::new(),
+            kept: Vec::new(),
+            keeping: false,
+            epoch: Epoch::ZERO,
+            bitmap: Vec::new(),
+            cursor: 0,
+            raw_bytes: 0,
+            wire_bytes: 0,
+            pauses: Vec::new(),
+            said: String::new(),
+            config,
+        };
+        let thread = thread::spawn(move || driver.run());
+        Self { inputs, view, stop, vmm, peer, thread: Some(thread) }
+    }
+
+    /// A copy of what it looks like now.
+    pub fn view(&self) -> SenderView {
+        lock(&self.view).clone()
+    }
+
+    /// Someone of a newer generation has shown itself.
+    pub fn newer_generation(&self, generation: Generation) {
+        let _ = self.inputs.send(Input::Event(Event::NewerGeneration(generation)));
+    }
+
+    /// Ask for the hand-over; the answer comes through the channel.
+    pub fn hand_over(&self) -> mpsc::Receiver<Result<HandedOver, String>> {
+        let (answer, receiver) = mpsc::channel();
+        let _ = self.inputs.send(Input::HandOver(answer));
+        receiver
+    }
+
+    /// End it: the VMM's session and the connection are closed when this returns.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let _ = self.inputs.send(Input::Stop);
+        if let Some(vmm) = lock(&self.vmm).take() {
+            let _ = vmm.shutdown(Shutdown::Both);
+        }
+        if let Some(peer) = lock(&self.peer).take() {
+            let _ = peer.shutdown(Shutdown::Both);
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for SenderHandle {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+struct Driver {
+    config: DriverConfig,
+    core: Sender,
+    inputs: mpsc::Receiver<Input>,
+    post: mpsc::Sender<Input>,
+    view: Arc<Mutex<SenderView>>,
+    stop: Arc<AtomicBool>,
+    vmm_twin: Arc<Mutex<Option<UnixStream>>>,
+    peer_twin: Arc<Mutex<Option<TcpStream>>>,
+
+    vmm: Option<ControlClient>,
+    arena: Option<File>,
+    ram: Option<File>,
+    ram_pages: u64,
+
+    writer: Option<SecureWriter>,
+    /// Number of the newest connection attempt; what older ones say is not heard.
+    connection: u64,
+    next_peer: usize,
+    peer_name: Option<String>,
+    answer: Option<mpsc::Sender<Result<HandedOver, String>>>,
+
+    batch: BatchWriter,
+    digest: EpochDigest,
+    block: Vec<u8>,
+    /// Frames of the epoch that is on its way.
+    kept: Vec<u8>,
+    keeping: bool,
+    epoch: Epoch,
+    bitmap: Vec<u8>,
+    /// Next page of the first copy or of the bitmap.
+    cursor: u64,
+
+    raw_bytes: u64,
+    wire_bytes: u64,
+    pauses: Vec<u64>,
+    said: String,
+}
+
+/// Why sending stopped.
+enum Trouble {
+    /// Our own side: RAM or arena could not be read.
+    Vmm(String),
+    Peer(String),
+}
+
+impl Driver {
+    fn run(mut self) {
+        while !self.stop.load(Ordering::SeqCst) {
+            while let Ok(input) = self.inputs.try_recv() {
+                self.take(input);
+            }
+            let action = self.core.next(Instant::now());
+            if let Action::Wait(until) = action {
+                self.publish();
+                match self.inputs.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                    Ok(input) => self.take(input),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            } else {
+                self.perform(action);
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        let now = Instant::now();
+        match input {
+            Input::Stop => {}
+            Input::Event(event) => self.core.event(event, now),
+            Input::Peer(connection, event) if connection == self.connection => self.core.event(event, now),
+            Input::Peer(..) => {}
+            Input::Connect(connection, _) if connection != self.connection => {}
+            Input::Connect(_, Err(why)) => self.core.event(Event::PeerLost(why), now),
+            Input::Connect(connection, Ok(stream)) => match self.adopt(connection, *stream) {
+                Ok(()) => self.core.event(Event::Connected, now),
+                Err(e) => self.core.event(Event::PeerLost(format!("the connection broke at once: {e}")), now),
+            },
+            Input::HandOver(answer) => {
+                self.answer = Some(answer);
+                self.core.event(Event::HandOver, now);
+            }
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        let event = match action {
+            Action::Wait(_) => None,
+            Action::Attach => Some(self.attach()),
+            Action::Detach => {
+                self.detach();
+                None
+            }
+            Action::Quit => Some(match self.call::<()>(&VmmRequest::Quit) {
+                // It may close the socket before the reply is read.
+                Ok(()) | Err(Event::VmmLost(_)) => Event::VmmDone,
+                Err(event) => event,
+            }),
+            Action::DirtyLogStart => Some(self.done(&VmmRequest::DirtyLogStart)),
+            Action::Committed(epoch) => Some(self.done(&VmmRequest::Committed { epoch })),
+            Action::GateOpen => Some(self.done(&VmmRequest::GateOpen)),
+            Action::Harvest { send } => Some(self.harvest(send)),
+            Action::SendDirty => Some(self.send_dirty().unwrap_or_else(Trouble::event)),
+            Action::CopySlice { first } => Some(self.copy_slice(first).unwrap_or_else(Trouble::event)),
+            Action::Cut { epoch, arm, last } => {
+                self.epoch = epoch;
+                self.kept.clear();
+                self.keeping = true;
+                Some(self.captured(&VmmRequest::Cut { epoch, arm, last }))
+            }
+            Action::CutContinue => Some(self.captured(&VmmRequest::CutContinue)),
+            Action::SendPiece(captured) => {
+                self.send_piece(captured);
+                None
+            }
+            Action::Resend => Some(match self.resend() {
+                Ok(()) => Event::Resent,
+                Err(trouble) => trouble.event(),
+            }),
+            Action::Connect => {
+                self.connect();
+                None
+            }
+            Action::Send(epoch, message) => {
+                if message == Message::SyncBegin {
+                    self.digest = EpochDigest::default();
+                    self.batch.clear();
+                }
+                self.send_message(epoch, &message).err().map(Trouble::event)
+            }
+            Action::Disconnect => {
+                self.disconnect();
+                None
+            }
+            Action::Hook(call) => {
+                let (hook, post) = (self.config.hook.clone(), self.post.clone());
+                let peer = self.peer_name.clone().or_else(|| self.config.peers.first().map(|(name, _)| name.clone()));
+                thread::spawn(move || {
+                    let result = hook.veto(call, peer.as_deref().unwrap_or("none"));
+                    let _ = post.send(Input::Event(Event::Hook(call, result)));
+                });
+                None
+            }
+            Action::AnswerHandOver(result) => {
+                if let Some(answer) = self.answer.take() {
+                    let _ = answer.send(result);
+                }
+                None
+            }
+        };
+        if let Some(event) = event {
+            // Whoever lost the VMM has no use for its files.
+            if matches!(event, Event::VmmLost(_)) {
+                self.detach();
+            }
+            self.core.event(event, Instant::now());
+        }
+    }
+
+    // The VMM.
+
+    fn attach(&mut self) -> Event {
+        let connected = ControlClient::connect(self.config.layout.vmm_socket(), VMM_TIMEOUT);
+        let client = match connected {
+            Ok(client) => client,
+            Err(e) => return Event::VmmRefused(e.to_string()),
+        };
+        *lock(&self.vmm_twin) = client.stream().try_clone().ok();
+        if self.stop.load(Ordering::SeqCst) {
+            return Event::VmmRefused("the replicator is stopping".into());
+        }
+        self.vmm = Some(client);
+        let attached: Attached = match self.call(&VmmRequest::Attach) {
+            Ok(attached) => attached,
+            Err(Event::VmmLost(why) | Event::VmmRefused(why)) => {
+                self.detach();
+                return Event::VmmRefused(why);
+            }
+            Err(other) => return other,
+        };
+        // Not every VMM answers this on the session's connection; zero then means that epochs begin at 1.
+        let last_cut = self.call::<VmmStatus>(&VmmRequest::Status).map_or(Epoch::ZERO, |status| status.last_cut);
+        let open =
+            |path: std::path::PathBuf| File::open(&path).map_err(|e| format!("cannot open {}: {e}", path.display()));
+        match (open(self.config.layout.ram()), open(self.config.layout.arena())) {
+            (Ok(ram), Ok(arena)) => (self.ram, self.arena) = (Some(ram), Some(arena)),
+            (Err(why), _) | (_, Err(why)) => {
+                self.detach();
+                return Event::VmmRefused(why);
+            }
+        }
+        self.ram_pages = attached.ram_bytes / PAGE as u64;
+        let newest = (self.config.attached)(attached.generation);
+        if newest > attached.generation {
+            let _ = self.post.send(Input::Event(Event::NewerGeneration(newest)));
+        }
+        let session = random();
+        Event::Attached { attached, last_cut, session }
+    }
+
+    fn detach(&mut self) {
+        if let Some(client) = self.vmm.take() {
+            let _ = client.stream().shutdown(Shutdown::Both);
+        }
+        *lock(&self.vmm_twin) = None;
+        (self.ram, self.arena) = (None, None);
+    }
+
+    fn call<R: serde::de::DeserializeOwned>(&mut self, request: &VmmRequest) -> Result<R, Event> {
+        let Some(client) = &mut self.vmm else { return Err(Event::VmmLost("it is not attached".into())) };
+        client.call(request).map_err(|e| match e {
+            ControlError::Refused(why) => Event::VmmRefused(why),
+            other => Event::VmmLost(other.to_string()),
+        })
+    }
+
+    fn done(&mut self, request: &VmmRequest) -> Event {
+        match self.call::<()>(request) {
+            Ok(()) => Event::VmmDone,
+            Err(event) => event,
+        }
+    }
+
+    fn captured(&mut self, request: &VmmRequest) -> Event {
+        match self.call::<Captured>(request) {
+            Ok(captured) => {
+                if !captured.more {
+                    self.pauses.push(captured.pause_us);
+                    let excess = self.pauses.len().saturating_sub(512);
+                    self.pauses.drain(..excess);
+                }
+                Event::Captured(captured)
+            }
+            Err(event) => event,
+        }
+    }
+
+    fn harvest(&mut self, send: bool) -> Event {
+        let harvested: Harvested = match self.call(&VmmRequest::Harvest) {
+            Ok(harvested) => harvested,
+            Err(event) => return event,
+        };
+        if send {
+            self.bitmap.resize(self.ram_pages.div_ceil(8) as usize, 0);
+            let n = self.bitmap.len();
+            if harvested.bitmap_bytes < n as u64 {
+                return Event::VmmLost(format!(
+                    "it gave a dirty log of {} bytes where {n} are needed",
+                    harvested.bitmap_bytes
+                ));
+            }
+            let Some(arena) = &self.arena else { return Event::VmmLost("it is not attached".into()) };
+            if let Err(e) = arena.read_exact_at(&mut self.bitmap, 0) {
+                return Event::VmmLost(format!("its arena cannot be read: {e}"));
+            }
+            self.cursor = 0;
+        }
+        Event::Harvested { pages: harvested.dirty_pages }
+    }
+
+    // Pages.
+
+    fn copy_slice(&mut self, first: bool) -> Result<Event, Trouble> {
+        if first {
+            self.cursor = 0;
+        }
+        let end = (self.cursor + SLICE).min(self.ram_pages);
+        while self.cursor < end {
+            let pages = BLOCK.min(end - self.cursor);
+            self.read_ram(self.cursor, pages)?;
+            for i in 0..pages {
+                let page = &self.block[i as usize * PAGE..][..PAGE];
+                self.batch.push(self.cursor + i, page, &mut self.digest);
+            }
+            self.cursor += pages;
+            if self.batch.len() >= BATCH_BYTES {
+                self.send_batch(Epoch::ZERO, false)?;
+            }
+        }
+        if self.cursor == self.ram_pages {
+            self.send_batch(Epoch::ZERO, false)?;
+        }
+        self.publish();
+        Ok(Event::Copied { done: self.cursor == self.ram_pages })
+    }
+
+    fn send_dirty(&mut self) -> Result<Event, Trouble> {
+        let mut sent = 0;
+        while self.cursor < self.ram_pages && sent < SLICE {
+            let byte = self.bitmap[(self.cursor / 8) as usize];
+            if byte == 0 {
+                self.cursor = (self.cursor / 8 + 1) * 8;
+                continue;
+            }
+            if byte >> (self.cursor % 8) & 1 == 1 {
+                self.read_ram(self.cursor, 1)?;
+                self.batch.push(self.cursor, &self.block[..PAGE], &mut self.digest);
+                sent += 1;
+                if self.batch.len() >= BATCH_BYTES {
+                    self.send_batch(Epoch::ZERO, false)?;
+                }
+            }
+            self.cursor += 1;
+        }
+        let done = self.cursor >= self.ram_pages;
+        if done {
+            self.send_batch(Epoch::ZERO, false)?;
+        }
+        Ok(Event::DirtySent { done })
+    }
+
+    fn read_ram(&mut self, page: u64, pages: u64) -> Result<(), Trouble> {
+        let Some(ram) = &self.ram else { return Err(Trouble::Vmm("it is not attached".into())) };
+        self.block.resize((BLOCK as usize) * PAGE, 0);
+        let room = &mut self.block[..pages as usize * PAGE];
+        ram.read_exact_at(room, page * PAGE as u64).map_err(|e| Trouble::Vmm(format!("RAM cannot be read: {e}")))
+    }
+
+    /// Encode everything even if the peer is gone: the kept epoch can then be sent to it when it is back.
+    fn send_piece(&mut self, captured: Captured) {
+        let mut trouble = None;
+        let encoded = self.encode_piece(captured, &mut trouble);
+        let now = Instant::now();
+        match encoded {
+            Ok(()) => self.core.event(Event::PieceSent { kept: self.keeping }, now),
+            Err(why) => {
+                self.detach();
+                self.core.event(Event::VmmLost(why), now);
+            }
+        }
+        if let Some(why) = trouble {
+            self.core.event(Event::PeerLost(why), now);
+        }
+    }
+
+    fn encode_piece(&mut self, captured: Captured, trouble: &mut Option<String>) -> Result<(), String> {
+        let unreadable = |e: std::io::Error| format!("its arena cannot be read: {e}");
+        let Some(arena) = self.arena.take() else { return Err("it is not attached".into()) };
+        let mut note = |sent: Result<(), Trouble>| match sent {
+            Ok(()) => {}
+            Err(Trouble::Peer(why) | Trouble::Vmm(why)) => *trouble = trouble.take().or(Some(why)),
+        };
+        let mut indices = [0; 8 * BLOCK as usize];
+        let mut at = 0;
+        while at < captured.pages {
+            let pages = BLOCK.min(captured.pages - at);
+            let indices = &mut indices[..8 * pages as usize];
+            arena.read_exact_at(indices, captured.indices_offset + 8 * at).map_err(unreadable)?;
+            self.block.resize((BLOCK as usize) * PAGE, 0);
+            let block = &mut self.block[..pages as usize * PAGE];
+            arena.read_exact_at(block, captured.pages_offset + PAGE as u64 * at).map_err(unreadable)?;
+            for (index, page) in indices.chunks_exact(8).zip(block.chunks_exact(PAGE)) {
+                let mut number = [0; 8];
+                number.copy_from_slice(index);
+                self.batch.push(u64::from_le_bytes(number), page, &mut self.digest);
+            }
+            if self.batch.len() >= BATCH_BYTES {
+                note(self.send_batch(self.epoch, true));
+            }
+            at += pages;
+        }
+        note(self.send_batch(self.epoch, true));
+        if !captured.more {
+            let mut at = 0;
+            let mut piece = vec![0; STATE_PIECE.min(captured.state_len as usize)];
+            while at < captured.state_len {
+                let n = (STATE_PIECE as u64).min(captured.state_len - at) as usize;
+                arena.read_exact_at(&mut piece[..n], captured.state_offset + at).map_err(unreadable)?;
+                self.digest.state(&piece[..n]);
+                note(self.send_epoch_message(&Message::State(&piece[..n])));
+                self.raw_bytes += n as u64;
+                at += n as u64;
+            }
+            let pages = self.digest.pages();
+            let digest = self.digest.finish();
+            note(self.send_epoch_message(&Message::End(End { pages, state_len: captured.state_len, digest })));
+        }
+        self.arena = Some(arena);
+        Ok(())
+    }
+
+    // The peer.
+
+    fn send_batch(&mut self, epoch: Epoch, keep: bool) -> Result<(), Trouble> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let batch = std::mem::take(&mut self.batch);
+        self.raw_bytes += batch.pages() * PAGE as u64;
+        let sent = if keep {
+            self.send_epoch_message(&Message::Pages(batch.bytes()))
+        } else {
+            self.send_message(epoch, &Message::SyncPages(batch.bytes()))
+        };
+        self.batch = batch;
+        self.batch.clear();
+        sent
+    }
+
+    /// Encode into the kept frames, and send from there.
+    fn send_epoch_message(&mut self, message: &Message<'_>) -> Result<(), Trouble> {
+        if self.kept.len() > KEEP_LIMIT {
+            self.keeping = false;
+        }
+        if !self.keeping {
+            self.kept.clear();
+        }
+        let start = self.kept.len();
+        let encoded = link::encode(self.core.generation(), self.epoch, message, &mut self.kept);
+        encoded.map_err(|e| Trouble::Peer(e.to_string()))?;
+        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
+        self.wire_bytes += (self.kept.len() - start) as u64;
+        writer.write_all(&self.kept[start..]).map_err(|e| {
+            self.writer = None;
+            Trouble::Peer(format!("the connection with the standby broke: {e}"))
+        })
+    }
+
+    fn send_message(&mut self, epoch: Epoch, message: &Message<'_>) -> Result<(), Trouble> {
+        let mut bytes = Vec::new();
+        let encoded = link::encode(self.core.generation(), epoch, message, &mut bytes);
+        encoded.map_err(|e| Trouble::Peer(e.to_string()))?;
+        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
+        self.wire_bytes += bytes.len() as u64;
+        writer.write_all(&bytes).map_err(|e| {
+            self.writer = None;
+            Trouble::Peer(format!("the connection with the standby broke: {e}"))
+        })
+    }
+
+    fn resend(&mut self) -> Result<(), Trouble> {
+        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
+        self.wire_bytes += self.kept.len() as u64;
+        writer.write_all(&self.kept).map_err(|e| Trouble::Peer(format!("the connection with the standby broke: {e}")))
+    }
+
+    fn connect(&mut self) {
+        self.connection += 1;
+        let connection = self.connection;
+        let count = self.config.peers.len();
+        if count == 0 {
+            let why = "no other node is configured (see --peers)".to_owned();
+            let _ = self.post.send(Input::Connect(connection, Err(why)));
+            return;
+        }
+        let (name, address) = self.config.peers[self.next_peer % count].clone();
+        self.next_peer += 1;
+        self.peer_name = Some(name.clone());
+        let (post, key, timeout) = (self.post.clone(), self.config.key.clone(), self.config.sender.peer_timeout);
+        thread::spawn(move || {
+            let result =
+                connect(&address, &key, timeout).map_err(|why| format!("cannot reach {name} at {address}: {why}"));
+            let _ = post.send(Input::Connect(connection, result));
+        });
+    }
+
+    fn adopt(&mut self, connection: u64, stream: SecureStream) -> std::io::Result<()> {
+        let twin = stream.socket()?;
+        let (reader, writer) = stream.split();
+        writer.set_timeout(Some(self.config.sender.peer_timeout))?;
+        *lock(&self.peer_twin) = Some(twin);
+        let post = self.post.clone();
+        thread::spawn(move || read_peer(connection, reader, &post));
+        self.writer = Some(writer);
+        Ok(())
+    }
+
+    fn disconnect(&mut self) {
+        // What its reader and its connector still say belongs to the past.
+        self.connection += 1;
+        self.writer = None;
+        if let Some(peer) = lock(&self.peer_twin).take() {
+            let _ = peer.shutdown(Shutdown::Both);
+        }
+    }
+
+    // What others see.
+
+    fn publish(&mut self) {
+        let (committed, current) = self.core.epochs();
+        let facts = self.core.facts();
+        if facts.note != self.said {
+            self.said = facts.note.clone();
+            log::line(&format!("sender: {}", self.said));
+        }
+        let progress = match (self.core.syncing(), self.core.peer_whole()) {
+            (true, _) => (self.cursor as f64 / self.ram_pages.max(1) as f64).min(0.999),
+            (false, true) => 1.0,
+            (false, false) => 0.0,
+        };
+        let peer = self.peer_name.as_ref().and_then(|name| {
+            let (_, address) = self.config.peers.iter().find(|(n, _)| n == name)?;
+            Some(format!("{name} {address}"))
+        });
+        let mut view = lock(&self.view);
+        view.facts = facts.clone();
+        view.generation = self.core.generation();
+        (view.committed, view.current) = (committed, current);
+        view.vetoed = self.core.vetoed();
+        view.protected = self.core.protected();
+        view.connected = self.core.connected();
+        view.finished = self.core.finished();
+        view.syncing = self.core.syncing();
+        view.peer_whole = self.core.peer_whole();
+        view.peer_up_to_date = self.core.peer_up_to_date();
+        view.source = Some(self.core.source());
+        view.peer = peer;
+        view.progress = progress;
+        view.raw_bytes = self.raw_bytes;
+        view.wire_bytes = self.wire_bytes;
+        view.pauses.clone_from(&self.pauses);
+    }
+}
+
+impl Trouble {
+    fn event(self) -> Event {
+        match self {
+            Self::Vmm(why) => Event::VmmLost(why),
+            Self::Peer(why) => Event::PeerLost(why),
+        }
+    }
+}
+
+fn connect(address: &str, key: &Key, peer_timeout: Duration) -> Result<Box<SecureStream>, String> {
+    let addresses = address.to_socket_addrs().map_err(|e| e.to_string())?;
+    let mut why = "the name has no address".to_owned();
+    for address in addresses {
+        match TcpStream::connect_timeout(&address, peer_timeout) {
+            Ok(stream) => {
+                let secured = SecureStream::connect(stream, key, REPLICATION, link::timeouts(peer_timeout));
+                return secured.map(Box::new).map_err(|e| e.to_string());
+            }
+            Err(e) => why = e.to_string(),
+        }
+    }
+    Err(why)
+}
+
+fn read_peer(connection: u64, mut reader: SecureReader, post: &mpsc::Sender<Input>) {
+    let mut payload = Vec::new();
+    let why = loop {
+        match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {
+            Ok(Some(header)) => match Message::parse(header.kind, &payload) {
+                Ok(message) => {
+                    let Some(message) = message.small() else { break "the standby sent pages".to_owned() };
+                    let event = Event::Message(header.generation, header.epoch, message);
+                    if post.send(Input::Peer(connection, event)).is_err() {
+                        return;
+                    }
+                }
+                Err(e) => break e.to_string(),
+            },
+            Ok(None) => break "the standby closed the connection".to_owned(),
+            Err(e) => break format!("the connection with the standby broke: {e}"),
+        }
+    };
+    let _ = post.send(Input::Peer(connection, Event::PeerLost(why)));
+}
+
+/// A number that two attachments do not share.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // The standard library's hasher keys are random per process and differ for each state.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // The data behind these locks is replaced as a whole: a panic elsewhere cannot leave it half done.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,264 @@
+//! `understudy-replicator`: the process of one machine on one node, and its commands for people.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use understudy_protocol::control::{HandedOver, ReplicatorRequest, ReplicatorStatus, Role, TakenOver, call_once};
+use understudy_protocol::ids::Generation;
+use understudy_protocol::key::{DEFAULT_KEY_FILE, Key};
+use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
+use understudy_replicator::hook::Arm;
+use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_offline};
+
+/// Keeps a whole image of a machine on another node: epochs out on the primary, commit and take-over on the standby.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run in the foreground, as receiver until it is promoted.
+    Run(Run),
+    /// Show what the replicator does.
+    Status {
+        #[command(flatten)]
+        place: Place,
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Become the sender: protect the machine that runs on this node.
+    Promote(Place),
+    /// Become a receiver again.
+    Demote(Place),
+    /// Take and commit the last checkpoint; the machine stays stopped here, the standby may run it.
+    HandOver(Place),
+    /// Make the image on this node whole for a machine of a new generation.
+    TakeOver {
+        #[command(flatten)]
+        place: Place,
+        /// Generation of the machine that will run here; higher than any before.
+        #[arg(long)]
+        generation: u64,
+        /// No replicator process runs: work on its files (under its lock).
+        #[arg(long)]
+        offline: bool,
+    },
+    /// Give the image on this node up (no replicator may run): the machine can only be booted cold here afterwards.
+    Discard(Place),
+    /// End the process.
+    Quit(Place),
+    /// Make a key file for all nodes and boards of the cluster.
+    Keygen {
+        /// The file to create.
+        #[arg(default_value = DEFAULT_KEY_FILE)]
+        file: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct Place {
+    /// Name of the machine.
+    #[arg(long)]
+    machine: String,
+    /// Parent of the machines' run directories.
+    #[arg(long, default_value = DEFAULT_RUN_ROOT)]
+    run_root: PathBuf,
+    /// Parent of the machines' shared-memory directories (a tmpfs).
+    #[arg(long, default_value = DEFAULT_SHM_ROOT)]
+    shm_root: PathBuf,
+}
+
+#[derive(Args)]
+struct Run {
+    #[command(flatten)]
+    place: Place,
+    /// Name of this node, as in --peers.
+    #[arg(long)]
+    node: String,
+    /// All nodes that may hold the machine, this one too: "n1=10.0.0.1:7790 n2=10.0.0.2:7790".
+    #[arg(long)]
+    peers: String,
+    /// File with the cluster's key.
+    #[arg(long, default_value = DEFAULT_KEY_FILE)]
+    key: PathBuf,
+    /// Milliseconds from one checkpoint to the next.
+    #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    interval_ms: u64,
+    /// Milliseconds of silence after which the other side counts as lost.
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
+    peer_timeout_ms: u64,
+    /// Command that makes vetoes durable and sets scores, with its first arguments, separated by blanks.
+    #[arg(long)]
+    hook: Option<String>,
+    /// There is no cluster: run unprotected without a durable record when the standby is lost. For trials by hand.
+    #[arg(long, conflicts_with = "hook")]
+    no_cluster: bool,
+    /// Most MiB that one epoch may take on this node while it arrives.
+    #[arg(long)]
+    stage_limit_mib: Option<u64>,
+}
+
+impl Place {
+    fn layout(&self) -> anyhow::Result<Layout> {
+        if !valid_machine_name(&self.machine) {
+            bail!(
+                "{:?} cannot be a machine's name: 1 to 63 of a-z A-Z 0-9 - _, beginning with a letter or digit",
+                self.machine
+            );
+        }
+        Ok(Layout::new(&self.run_root, &self.shm_root, &self.machine))
+    }
+
+    fn call<R: serde::de::DeserializeOwned>(
+        &self,
+        request: &ReplicatorRequest,
+        timeout: Duration,
+    ) -> anyhow::Result<R> {
+        Ok(call_once(self.layout()?.replicator_socket(), request, timeout)?)
+    }
+}
+
+const SHORT: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(70);
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("understudy-replicator: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Run(run) => serve(run),
+        Command::Status { place, json } => {
+            let status: ReplicatorStatus = place.call(&ReplicatorRequest::Status, SHORT)?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&status)?);
+            } else {
+                print_status(&status);
+            }
+            Ok(())
+        }
+        Command::Promote(place) => place.call(&ReplicatorRequest::Promote, SHORT),
+        Command::Demote(place) => place.call(&ReplicatorRequest::Demote, LONG),
+        Command::HandOver(place) => {
+            let done: HandedOver = place.call(&ReplicatorRequest::HandOver, LONG)?;
+            println!("handed over at epoch {}", done.epoch);
+            Ok(())
+        }
+        Command::TakeOver { place, generation, offline } => {
+            let generation = Generation(generation);
+            let taken: TakenOver = if offline {
+                take_over_offline(&place.layout()?, &place.machine, generation).map_err(anyhow::Error::msg)?
+            } else {
+                place.call(&ReplicatorRequest::TakeOver { generation }, LONG)?
+            };
+            println!("{}", serde_json::to_string(&taken)?);
+            Ok(())
+        }
+        Command::Discard(place) => discard_offline(&place.layout()?, &place.machine).map_err(anyhow::Error::msg),
+        Command::Quit(place) => place.call(&ReplicatorRequest::Quit, SHORT),
+        Command::Keygen { file } => {
+            Key::generate(&file)?;
+            println!("{} holds a new key: copy it to every node and board of the cluster", file.display());
+            Ok(())
+        }
+    }
+}
+
+fn serve(run: Run) -> anyhow::Result<()> {
+    let peers = parse_peers(&run.peers)?;
+    let key = Arc::new(Key::load(&run.key)?);
+    let arm = match (&run.hook, run.no_cluster) {
+        (Some(hook), _) => Arm::Command(hook.split_whitespace().map(str::to_owned).collect()),
+        (None, true) => Arm::NoCluster,
+        (None, false) => Arm::Nothing,
+    };
+    if arm == Arm::Command(Vec::new()) {
+        bail!("--hook is empty");
+    }
+    // Before any thread starts, so that no signal is missed.
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot wait for signals")?;
+    let replicator = Replicator::start(Config {
+        layout: run.place.layout()?,
+        machine: run.place.machine,
+        node: run.node,
+        peers,
+        key,
+        interval: Duration::from_millis(run.interval_ms),
+        peer_timeout: Duration::from_millis(run.peer_timeout_ms),
+        arm,
+        stage_limit: run.stage_limit_mib.map(|mib| mib << 20),
+    })?;
+    let stop = replicator.stopper();
+    thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            stop();
+        }
+    });
+    replicator.wait();
+    Ok(())
+}
+
+fn parse_peers(text: &str) -> anyhow::Result<Vec<(String, String)>> {
+    let pairs = text.split_whitespace().map(|pair| match pair.split_once('=') {
+        Some((name, address)) if !name.is_empty() && address.contains(':') => Ok((name.to_owned(), address.to_owned())),
+        _ => bail!("--peers: {pair:?} is not NODE=HOST:PORT"),
+    });
+    pairs.collect()
+}
+
+fn print_status(status: &ReplicatorStatus) {
+    let role = match status.role {
+        Role::Sender => "sender",
+        Role::Receiver => "receiver",
+    };
+    println!("{}: {role}, generation {}", status.machine, status.generation);
+    println!("  replica    {:?}, source {:?}", status.replica, status.source);
+    let peer = status.peer.as_deref().unwrap_or("none");
+    println!("  peer       {peer} ({})", if status.connected { "connected" } else { "not connected" });
+    if status.role == Role::Sender {
+        let protected = if status.protected { "yes" } else { "NO" };
+        println!("  protected  {protected}{}", if status.vetoed { ", a veto against the standby stands" } else { "" });
+        println!(
+            "  pauses     p50 {} µs, p99 {} µs, max {} µs",
+            status.pause_p50_us, status.pause_p99_us, status.pause_max_us
+        );
+    }
+    println!("  epochs     committed {}, current {}, {} ms ago", status.committed, status.current, status.lag_ms);
+    println!("  first copy {:.0} %, the last took {} ms", status.sync_progress * 100.0, status.last_sync_ms);
+    let ratio = status.raw_bytes as f64 / status.wire_bytes.max(1) as f64;
+    println!("  bytes      {} before encoding, {} on the wire ({ratio:.1} : 1)", status.raw_bytes, status.wire_bytes);
+    println!("  since start {} epochs, {} losses", status.epochs, status.losses);
+    println!("  note       {}", status.note);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_are_names_with_addresses() {
+        let peers = parse_peers(" n1=10.0.0.1:7790  n2=[fe80::1]:7790 ").unwrap();
+        assert_eq!(peers[1], ("n2".to_owned(), "[fe80::1]:7790".to_owned()));
+        for bad in ["n1", "n1=10.0.0.1", "=1:2"] {
+            assert!(parse_peers(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,613 @@
+//! The process: listens for peers and on the control socket, and is sender or receiver as it is told.
+//!
+//! [`Replicator::start`] does everything that `understudy-replicator run` does apart from waiting for signals, so that tests
+//! can run several in one process.
+
+use std::fs::{self, File};
+use std::io::{BufReader, Write};
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use thiserror::Error;
+use understudy_protocol::control::{
+    ReplicaState, ReplicatorRequest, ReplicatorStatus, Reply, Role, SourceState, TakenOver, encode_line, read_line,
+};
+use understudy_protocol::frame;
+use understudy_protocol::ids::Generation;
+use understudy_protocol::key::Key;
+use understudy_protocol::layout::Layout;
+use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream};
+
+use crate::driver::{DriverConfig, SenderHandle, SenderView};
+use crate::hook::{Arm, Hook, Reporter};
+use crate::image::{FRAME_LIMIT, ImageError};
+use crate::link;
+use crate::log;
+use crate::message::Message;
+use crate::receiver::{Conn, Standing};
+use crate::sender::SenderConfig;
+use crate::standby::{Line, Standby};
+
+/// Connections that may be in their handshake or idle at once, from peers and on the control socket.
+const MAX_CONNECTIONS: usize = 32;
+/// A hand-over that takes longer is reported as failed (the sender itself gives up earlier, bounded by its timeouts).
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What `run` is told.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The machine.
+    pub machine: String,
+    /// This node.
+    pub node: String,
+    /// All nodes, this one included: name and `host:port`.
+    pub peers: Vec<(String, String)>,
+    /// The cluster's key.
+    pub key: Arc<Key>,
+    /// From cut to cut.
+    pub interval: Duration,
+    /// Silence after which a peer counts as lost.
+    pub peer_timeout: Duration,
+    /// The cluster's arm.
+    pub arm: Arm,
+    /// Files.
+    pub layout: Layout,
+    /// Most bytes of one epoch's stage; `None` = as much as the file system gives.
+    pub stage_limit: Option<u64>,
+}
+
+/// Why it cannot run.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// A second one.
+    #[error("a replicator for this machine runs already on this node (it holds {0})")]
+    AlreadyRuns(String),
+    /// This node's own address is not among the peers, or cannot be used.
+    #[error("{0}")]
+    Address(String),
+    /// A file or socket.
+    #[error("cannot {what} {file}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// To which file.
+        file: String,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The image directory.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+/// A running replicator. Dropping it stops it.
+pub struct Replicator {
+    shared: Arc<Shared>,
+    _lock: Flock<File>,
+    listen: std::net::SocketAddr,
+}
+
+struct Shared {
+    config: Config,
+    standby: Mutex<Standby>,
+    sender: Mutex<Option<SenderHandle>>,
+    /// Role changes and take-overs one at a time.
+    roles: Mutex<()>,
+    sending: AtomicBool,
+    stop: AtomicBool,
+    stopped: (Mutex<bool>, Condvar),
+    next_conn: AtomicU64,
+    connections: AtomicUsize,
+}
+
+impl Replicator {
+    /// Lock, repair the image, listen; a receiver from here on.
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        let lock = lock_machine(&config.layout)?;
+        let own = config.peers.iter().find(|(name, _)| *name == config.node);
+        let Some((_, own)) = own else {
+            return Err(StartError::Address(format!("--peers does not name this node, {}", config.node)));
+        };
+        let listener = listen(own)?;
+        let address = listener.local_addr().map_err(|e| StartError::Address(format!("cannot listen on {own}: {e}")))?;
+        let control = listen_control(&config.layout.replicator_socket())?;
+        let pid = config.layout.replicator_pid();
+        fs::write(&pid, format!("{}\n", std::process::id())).map_err(|e| io_error("write", &pid, e))?;
+
+        let standby = Standby::open(&config.machine, &config.node, &config.layout, config.stage_limit)?;
+        let hook = Hook::new(config.arm.clone(), &config.machine);
+        let shared = Arc::new(Shared {
+            config,
+            standby: Mutex::new(standby),
+            sender: Mutex::new(None),
+            roles: Mutex::new(()),
+            sending: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            stopped: (Mutex::new(false), Condvar::new()),
+            next_conn: AtomicU64::new(1),
+            connections: AtomicUsize::new(0),
+        });
+        let (told, failed) = (Arc::downgrade(&shared), Arc::downgrade(&shared));
+        let reporter = Reporter::start(
+            hook,
+            move |standing| {
+                if let Some(shared) = told.upgrade() {
+                    shared.standby().reported(standing);
+                }
+            },
+            move |why| {
+                if let Some(shared) = failed.upgrade() {
+                    shared.standby().note(why);
+                }
+            },
+        );
+        shared.standby().set_reporter(reporter);
+
+        let for_peers = shared.clone();
+        thread::spawn(move || for_peers.accept_peers(&listener));
+        let for_control = shared.clone();
+        thread::spawn(move || for_control.accept_control(&control));
+        let for_watch = shared.clone();
+        thread::spawn(move || for_watch.watch());
+        log::line(&format!(
+            "replicator of machine {} on {} is ready, receiver, listening on {address}",
+            shared.config.machine, shared.config.node
+        ));
+        Ok(Self { shared, _lock: lock, listen: address })
+    }
+
+    /// The address that it listens on.
+    pub fn listen_address(&self) -> std::net::SocketAddr {
+        self.listen
+    }
+
+    /// Wait until it was told to quit.
+    pub fn wait(&self) {
+        let (stopped, changed) = &self.shared.stopped;
+        let mut stopped = lock(stopped);
+        while !*stopped {
+            stopped = changed.wait(stopped).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Something that ends it from another thread.
+    pub fn stopper(&self) -> impl Fn() + Send + 'static {
+        let shared = self.shared.clone();
+        move || shared.quit()
+    }
+}
+
+impl Drop for Replicator {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        let sender = lock(&self.shared.sender).take();
+        drop(sender);
+        self.shared.standby().close_all();
+        let layout = &self.shared.config.layout;
+        // The accepting threads see the flag with one last connection each.
+        let _ = UnixStream::connect(layout.replicator_socket());
+        let _ = TcpStream::connect_timeout(&self.listen, Duration::from_millis(200));
+        let _ = fs::remove_file(layout.replicator_socket());
+        let _ = fs::remove_file(layout.replicator_pid());
+        log::line("replicator stopped");
+    }
+}
+
+impl Shared {
+    fn standby(&self) -> MutexGuard<'_, Standby> {
+        lock(&self.standby)
+    }
+
+    fn quit(&self) {
+        let (stopped, changed) = &self.stopped;
+        *lock(stopped) = true;
+        changed.notify_all();
+    }
+
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// One more connection, if there are not too many.
+    fn admit(self: &Arc<Self>) -> Option<Admission> {
+        let before = self.connections.fetch_add(1, Ordering::SeqCst);
+        let admission = Admission(self.clone());
+        (before < MAX_CONNECTIONS).then_some(admission)
+    }
+
+    // Peers.
+
+    fn accept_peers(self: Arc<Self>, listener: &TcpListener) {
+        for stream in listener.incoming() {
+            if self.stopping() {
+                return;
+            }
+            match stream {
+                Ok(stream) => {
+                    let Some(admission) = self.admit() else { continue };
+                    thread::spawn(move || admission.0.serve_peer(stream));
+                }
+                // Out of file descriptors, for example: it may pass.
+                Err(_) => thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+
+    fn serve_peer(&self, stream: TcpStream) {
+        let timeouts = link::timeouts(self.config.peer_timeout);
+        let address = stream.peer_addr().map_or_else(|_| "(gone)".into(), |a| a.to_string());
+        let secured = match SecureStream::accept(stream, &self.config.key, REPLICATION, timeouts) {
+            Ok(secured) => secured,
+            Err(e) => return self.standby().note(format!("a connection was refused: {e}")),
+        };
+        let Ok(socket) = secured.socket() else { return };
+        let conn = self.next_conn.fetch_add(1, Ordering::SeqCst);
+        let (reader, writer) = secured.split();
+        if writer.set_timeout(Some(self.config.peer_timeout)).is_err() {
+            return;
+        }
+        self.standby().connected(conn, Line { writer, socket, heard: Instant::now(), address });
+        let why = self.read_peer(conn, reader);
+        self.standby().lost(conn, &why);
+    }
+
+    fn read_peer(&self, conn: Conn, reader: SecureReader) -> String {
+        let mut reader = BufReader::with_capacity(1 << 16, reader);
+        let mut payload = Vec::new();
+        loop {
+            match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {
+                Ok(None) => return "it closed the connection".into(),
+                Err(e) => return e.to_string(),
+                Ok(Some(header)) if self.sending.load(Ordering::SeqCst) => {
+                    self.answer_as_sender(conn, header.generation);
+                    return "this node is a sender".into();
+                }
+                Ok(Some(header)) => self.standby().frame(conn, &header, &payload),
+            }
+            if self.stopping() {
+                return "the replicator stops".into();
+            }
+        }
+    }
+
+    /// Two primaries: the older generation must end.
+    fn answer_as_sender(&self, conn: Conn, theirs: Generation) {
+        let running = lock(&self.sender).as_ref().map_or(Generation::ZERO, |s| s.view().generation);
+        let ours = running.max(self.standby().core().durable().newest());
+        if theirs > ours
+            && let Some(sender) = lock(&self.sender).as_ref()
+        {
+            sender.newer_generation(theirs);
+        }
+        let mut standby = self.standby();
+        if theirs > ours {
+            let why = format!("{} is still the sender of generation {ours}, which ends now", self.config.node);
+            standby.turn_away(conn, ours, Message::Refused(why));
+        } else if theirs < ours {
+            standby.turn_away(conn, ours, Message::Stale);
+        } else {
+            let why = format!("{} is a sender itself", self.config.node);
+            standby.turn_away(conn, ours, Message::Refused(why));
+        }
+    }
+
+    /// Ends silent connections and retries repairs.
+    fn watch(&self) {
+        // The sender pings four times in a timeout; twice the time is for its own stalls.
+        let limit = self.config.peer_timeout * 2;
+        while !self.stopping() {
+            thread::sleep(Duration::from_millis(100));
+            let mut standby = self.standby();
+            standby.end_silent(limit);
+            standby.retry();
+        }
+    }
+
+    // Control.
+
+    fn accept_control(self: Arc<Self>, listener: &UnixListener) {
+        for stream in listener.incoming() {
+            if self.stopping() {
+                return;
+            }
+            match stream {
+                Ok(stream) => {
+                    let Some(admission) = self.admit() else { continue };
+                    thread::spawn(move || admission.0.serve_control(stream));
+                }
+                Err(_) => thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+
+    fn serve_control(self: &Arc<Self>, stream: UnixStream) {
+        let Ok(reading) = stream.try_clone() else { return };
+        let (mut reader, mut writer) = (BufReader::new(reading), stream);
+        while let Ok(Some(line)) = read_line(&mut reader) {
+            let request = serde_json::from_slice(&line);
+            let reply = match &request {
+                Ok(request) => self.control(request),
+                Err(e) => encode_line(&Reply::<()>::Error(format!("the request is not understood: {e}"))),
+            };
+            let written = writer.write_all(&reply);
+            if matches!(request, Ok(ReplicatorRequest::Quit)) {
+                // Not before the reply is out: the process ends as soon as it knows.
+                self.quit();
+            }
+            if written.is_err() {
+                break;
+            }
+        }
+    }
+
+    fn control(self: &Arc<Self>, request: &ReplicatorRequest) -> Vec<u8> {
+        match request {
+            ReplicatorRequest::Status => encode_line(&Reply::Ok(self.status())),
+            ReplicatorRequest::Promote => answer(self.promote()),
+            ReplicatorRequest::Demote => answer(self.demote()),
+            ReplicatorRequest::HandOver => answer(self.hand_over()),
+            ReplicatorRequest::TakeOver { generation } => answer(self.take_over(*generation)),
+            ReplicatorRequest::Quit => answer(Ok(())),
+        }
+    }
+
+    fn promote(self: &Arc<Self>) -> Result<(), String> {
+        let _roles = lock(&self.roles);
+        let finished = lock(&self.sender).as_ref().map(|sender| sender.view().finished);
+        if finished == Some(false) {
+            return Ok(());
+        }
+        // A sender that handed over, or was ended by a newer generation, has nothing more to say: begin afresh.
+        let old = lock(&self.sender).take();
+        drop(old);
+        let mut standby = self.standby();
+        standby.may_send()?;
+        standby.stop_reporting();
+        self.sending.store(true, Ordering::SeqCst);
+        standby.note("promoted: sender from here on".into());
+        drop(standby);
+        *lock(&self.sender) = Some(SenderHandle::start(self.driver_config()));
+        Ok(())
+    }
+
+    fn demote(&self) -> Result<(), String> {
+        let _roles = lock(&self.roles);
+        let sender = lock(&self.sender).take();
+        let was = sender.is_some();
+        drop(sender);
+        self.sending.store(false, Ordering::SeqCst);
+        if was {
+            let mut standby = self.standby();
+            standby.note("demoted: receiver from here on".into());
+            standby.report_again();
+        }
+        Ok(())
+    }
+
+    fn hand_over(&self) -> Result<understudy_protocol::control::HandedOver, String> {
+        let answer = match lock(&self.sender).as_ref() {
+            Some(sender) => sender.hand_over(),
+            None => return Err("this replicator is a receiver: there is nothing to hand over".into()),
+        };
+        let late = "the hand-over was not finished in time; see the status of both nodes";
+        answer.recv_timeout(HAND_OVER_TIMEOUT).unwrap_or_else(|_| Err(late.into()))
+    }
+
+    fn take_over(&self, generation: Generation) -> Result<TakenOver, String> {
+        let _roles = lock(&self.roles);
+        if self.sending.load(Ordering::SeqCst) {
+            return Err("this replicator is the sender: demote it before its image can be taken over".into());
+        }
+        self.standby().take_over(generation)
+    }
+
+    fn driver_config(self: &Arc<Self>) -> DriverConfig {
+        let config = &self.config;
+        let hook = Hook::new(config.arm.clone(), &config.machine);
+        let shared = Arc::downgrade(self);
+        let attached = move |generation| match shared.upgrade() {
+            Some(shared) => shared.standby().in_use(generation),
+            None => generation,
+        };
+        DriverConfig {
+            attached: Box::new(attached),
+            sender: SenderConfig {
+                machine: config.machine.clone(),
+                node: config.node.clone(),
+                interval: config.interval,
+                peer_timeout: config.peer_timeout,
+                clustered: hook.clustered(),
+            },
+            peers: config.peers.iter().filter(|(name, _)| *name != config.node).cloned().collect(),
+            key: config.key.clone(),
+            layout: config.layout.clone(),
+            hook,
+        }
+    }
+}
+
+/// Holds a place among the connections.
+struct Admission(Arc<Shared>);
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Shared {
+    fn status(&self) -> ReplicatorStatus {
+        let view = lock(&self.sender).as_ref().map(SenderHandle::view);
+        match view {
+            Some(view) => self.sender_status(view),
+            None => self.receiver_status(),
+        }
+    }
+
+    fn sender_status(&self, view: SenderView) -> ReplicatorStatus {
+        let replica = match (view.syncing, view.peer_whole, view.peer_up_to_date) {
+            (true, ..) => ReplicaState::Syncing,
+            (false, true, true) => ReplicaState::UpToDate,
+            (false, true, false) => ReplicaState::Outdated,
+            (false, false, _) => ReplicaState::Inconsistent,
+        };
+        let (p50, p99, max) = percentiles(&view.pauses);
+        ReplicatorStatus {
+            machine: self.config.machine.clone(),
+            role: Role::Sender,
+            replica,
+            source: view.source.unwrap_or(SourceState::Collapsed),
+            connected: view.connected,
+            peer: view.peer,
+            generation: view.generation,
+            committed: view.committed,
+            current: view.current,
+            lag_ms: since(view.facts.committed_at),
+            vetoed: view.vetoed,
+            protected: view.protected,
+            sync_progress: view.progress,
+            last_sync_ms: view.facts.last_sync.as_millis() as u64,
+            raw_bytes: view.raw_bytes,
+            wire_bytes: view.wire_bytes,
+            epochs: view.facts.epochs,
+            losses: view.facts.losses,
+            pause_p50_us: p50,
+            pause_p99_us: p99,
+            pause_max_us: max,
+            note: view.facts.note,
+        }
+    }
+
+    fn receiver_status(&self) -> ReplicatorStatus {
+        let standby = self.standby();
+        let (core, counters) = (standby.core(), &standby.counters);
+        let record = &core.durable().record;
+        let standing = core.standing();
+        ReplicatorStatus {
+            machine: self.config.machine.clone(),
+            role: Role::Receiver,
+            replica: match standing {
+                Standing::Inconsistent => ReplicaState::Inconsistent,
+                Standing::Syncing => ReplicaState::Syncing,
+                Standing::UpToDate | Standing::Disconnected => ReplicaState::UpToDate,
+                Standing::Outdated => ReplicaState::Outdated,
+            },
+            source: match (core.sender(), standing) {
+                (None, _) => SourceState::Collapsed,
+                (Some(_), Standing::Syncing) => SourceState::Startup,
+                (Some(_), _) => SourceState::Migrating,
+            },
+            connected: core.sender().is_some(),
+            peer: core.sender().map(|(_, _, node)| format!("{node} {}", standby.sender_address().unwrap_or("(gone)"))),
+            generation: core.sender().map_or(record.generation, |(_, generation, _)| generation),
+            committed: record.epoch,
+            current: core.current(),
+            lag_ms: since(counters.committed_at),
+            vetoed: false,
+            protected: false,
+            sync_progress: core.sync_progress(),
+            last_sync_ms: counters.last_sync.as_millis() as u64,
+            raw_bytes: counters.raw_bytes,
+            wire_bytes: counters.wire_bytes,
+            epochs: counters.epochs,
+            losses: counters.losses,
+            pause_p50_us: 0,
+            pause_p99_us: 0,
+            pause_max_us: 0,
+            note: counters.note.clone(),
+        }
+    }
+}
+
+/// Make the image whole and take it over while no replicator process runs. As [`ReplicatorRequest::TakeOver`].
+pub fn take_over_offline(layout: &Layout, machine: &str, generation: Generation) -> Result<TakenOver, String> {
+    let _lock = lock_machine(layout).map_err(|e| format!("{e}; ask that replicator instead"))?;
+    let mut standby = Standby::open(machine, "this node", layout, None).map_err(|e| e.to_string())?;
+    standby.take_over(generation)
+}
+
+/// Give the image up while no replicator process runs: the machine can only be booted cold here afterwards. The highest
+/// generation stays known.
+pub fn discard_offline(layout: &Layout, machine: &str) -> Result<(), String> {
+    let _lock = lock_machine(layout).map_err(|e| format!("{e}; stop that replicator first"))?;
+    let mut standby = Standby::open(machine, "this node", layout, None).map_err(|e| e.to_string())?;
+    standby.discard().map_err(|e| e.to_string())
+}
+
+/// Hold the machine's replicator lock: at most one process touches the image.
+fn lock_machine(layout: &Layout) -> Result<Flock<File>, StartError> {
+    let dir = layout.run_dir();
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| io_error("create", dir, e))?;
+    let path = dir.join("replicator.lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|e| io_error("open", &path, e))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+        Errno::EWOULDBLOCK => StartError::AlreadyRuns(path.display().to_string()),
+        other => io_error("lock", &path, other.into()),
+    })
+}
+
+fn listen(own: &str) -> Result<TcpListener, StartError> {
+    let cannot = |e: std::io::Error| {
+        StartError::Address(format!("cannot listen on this node's own address {own} (from --peers): {e}"))
+    };
+    let addresses: Vec<_> = own.to_socket_addrs().map_err(cannot)?.collect();
+    TcpListener::bind(&addresses[..]).map_err(cannot)
+}
+
+fn listen_control(path: &Path) -> Result<UnixListener, StartError> {
+    // The lock is ours: a socket that is there belongs to a process that is gone.
+    let _ = fs::remove_file(path);
+    let listener = UnixListener::bind(path).map_err(|e| io_error("listen on", path, e))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(|e| io_error("protect", path, e))?;
+    Ok(listener)
+}
+
+fn io_error(what: &'static str, file: &Path, source: std::io::Error) -> StartError {
+    StartError::Io { what, file: file.display().to_string(), source }
+}
+
+fn answer<T: serde::Serialize>(result: Result<T, String>) -> Vec<u8> {
+    match result {
+        Ok(value) => encode_line(&Reply::Ok(value)),
+        Err(why) => encode_line(&Reply::<()>::Error(why)),
+    }
+}
+
+fn since(time: Option<Instant>) -> u64 {
+    time.map_or(0, |time| time.elapsed().as_millis() as u64)
+}
+
+/// Nearest-rank percentiles.
+fn percentiles(values: &[u64]) -> (u64, u64, u64) {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    let rank = |percent: usize| sorted.get((sorted.len() * percent).div_ceil(100).max(1) - 1).copied().unwrap_or(0);
+    (rank(50), rank(99), sorted.last().copied().unwrap_or(0))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic in another thread must not take the others with it; each holder leaves the data usable at every step.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_by_nearest_rank() {
+        assert_eq!(percentiles(&[]), (0, 0, 0));
+        assert_eq!(percentiles(&[7]), (7, 7, 7));
+        let hundred: Vec<u64> = (1..=100).rev().collect();
+        assert_eq!(percentiles(&hundred), (50, 99, 100));
+    }
+}
