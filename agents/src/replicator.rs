@@ -9,6 +9,7 @@ use ocf::action::{Action, ActionSpec, Role};
 use ocf::parameter::{Declaration, Param, Parameters};
 use ocf::{Agent, CheckLevel, Context, Description, ExitCode, Failure, Status};
 use understudy_protocol::control::{ControlError, ReplicatorRequest, ReplicatorStatus, Role as Doing};
+use understudy_protocol::key::DEFAULT_KEY_FILE;
 use understudy_protocol::layout::Layout;
 
 use crate::binaries;
@@ -29,7 +30,7 @@ pub static PEERS: Param<String> = Param::text("peers").required().check(peers).s
 );
 /// Key.
 pub static KEY: Param<String> = Param::text("key")
-    .default("/etc/understudy/key")
+    .default(DEFAULT_KEY_FILE)
     .check(absolute)
     .short("Key file")
     .long("File with the key that the nodes know each other by and encrypt with. The same on every node, readable by root only.");
@@ -39,22 +40,27 @@ pub static INTERVAL_MS: Param<u64> = Param::integer("interval_ms", 1, 60_000)
     .short("Checkpoint interval (ms)")
     .long("Time from checkpoint to checkpoint. Outputs of the machine wait for about this long; shorter costs more.");
 /// Silence.
-pub static PEER_TIMEOUT_MS: Param<u64> = Param::integer("peer_timeout_ms", 50, 600_000)
-    .default("1000")
+pub static PEER_TIMEOUT_MS: Param<u64> = Param::integer("peer_timeout_ms", 100, 60_000)
+    .default("2000")
     .short("Peer timeout (ms)")
     .long(
         "Silence after which the standby counts as lost. Then the machine's outputs wait until the standby's promotion is vetoed \
          in the cluster, and it goes on unprotected.",
     );
+/// Stage.
+pub static STAGE_LIMIT: Param<u64> = Param::integer("stage_limit", 1, 1 << 20)
+    .short("Largest checkpoint (MiB)")
+    .long("Most MiB that one checkpoint may take on the standby while it arrives. Not set: chosen by the replicator.");
 /// Whose score.
 pub static VMM_RESOURCE: Param<String> = Param::text("vmm_resource").short("The vmm's primitive").long(
     "Name of the primitive of type ocf:understudy:vmm that runs the machine: its promotion scores are kept by this resource. Not \
      set: found in the configuration by the machine's name.",
 );
-/// Without a cluster.
+/// Hook.
 pub static HOOK: Param<String> = Param::text("hook").short("Hook").long(
-    "Command that is called for what only the cluster can do (veto, clear-veto, replica-state); none for no command. Not set: \
-     this agent's own, which is what everybody wants.",
+    "Command that is called for what only the cluster can do (veto, clear-veto, replica-state). Not set: this agent's own, which \
+     is what everybody wants. none: nothing is called, and a machine that loses its standby goes on although the standby \
+     may be promoted too; for trials only.",
 );
 
 /// The agent.
@@ -83,6 +89,7 @@ fn declarations() -> Vec<&'static Declaration> {
         KEY.declaration(),
         INTERVAL_MS.declaration(),
         PEER_TIMEOUT_MS.declaration(),
+        STAGE_LIMIT.declaration(),
         VMM_RESOURCE.declaration(),
         HOOK.declaration(),
         RUN_ROOT.declaration(),
@@ -100,25 +107,19 @@ fn command_line(p: &Parameters, node: &str, own_hook: Option<String>) -> ocf::Re
     if !peers.split_whitespace().any(|e| e.split_once('=').is_some_and(|(n, _)| n == node)) {
         return Err(Failure::arguments(format!("parameter peers has no address for this node ({node})")));
     }
-    for (name, address) in peers.split_whitespace().filter_map(|e| e.split_once('=')) {
-        if name == node {
-            option("listen", address.to_owned());
-        } else {
-            option("peer", format!("{name}={address}"));
-        }
-    }
+    option("peers", peers);
     option("key", p.get(&KEY)?);
     option("interval-ms", p.get(&INTERVAL_MS)?.to_string());
     option("peer-timeout-ms", p.get(&PEER_TIMEOUT_MS)?.to_string());
     option("run-root", p.get(&RUN_ROOT)?);
     option("shm-root", p.get(&SHM_ROOT)?);
-    let hook = match p.find(&HOOK)? {
-        Some(hook) if hook == "none" => None,
-        Some(hook) => Some(hook),
-        None => own_hook,
-    };
-    if let Some(hook) = hook {
-        option("hook", hook);
+    if let Some(mib) = p.find(&STAGE_LIMIT)? {
+        option("stage-limit-mib", mib.to_string());
+    }
+    match p.find(&HOOK)?.or(own_hook) {
+        Some(hook) if hook == "none" => line.push("--no-cluster".into()),
+        Some(hook) => option("hook", hook),
+        None => {}
     }
     Ok(line)
 }
@@ -372,17 +373,23 @@ mod tests {
     }
 
     #[test]
-    fn a_node_listens_on_its_own_address_and_knows_the_others() {
+    fn a_node_that_is_not_among_the_peers_cannot_take_part() {
         let p = parameters(&[("name", "m1"), ("peers", "n1=10.0.0.1:7790 n2=10.0.0.2:7790")]);
-        let line = command_line(&p, "n2", Some("x hook".into())).unwrap().join(" ");
-        assert!(
-            line.contains("--listen 10.0.0.2:7790 ") || line.contains("--peer n1=10.0.0.1:7790 --listen 10.0.0.2:7790"),
-            "{line}"
-        );
-        assert!(line.contains("--peer n1=10.0.0.1:7790"), "{line}");
-        assert!(!line.contains("--peer n2"), "{line}");
-        assert!(line.ends_with("--hook x hook"), "{line}");
+        let line = command_line(&p, "n2", Some("x hook".into())).unwrap();
+        assert!(line.contains(&"n1=10.0.0.1:7790 n2=10.0.0.2:7790".to_owned()), "{line:?}");
+        assert_eq!(line[line.len() - 2..], ["--hook", "x hook"]);
         assert_eq!(command_line(&p, "n3", None).unwrap_err().code, ExitCode::Arguments);
+    }
+
+    #[test]
+    fn without_a_hook_there_is_no_cluster_only_if_somebody_said_so() {
+        let pairs = [("name", "m1"), ("peers", "n1=h:1")];
+        let line = command_line(&parameters(&pairs), "n1", None).unwrap().join(" ");
+        assert!(!line.contains("--no-cluster") && !line.contains("--hook"), "{line}");
+        let none = [pairs[0], pairs[1], ("hook", "none")];
+        assert!(
+            command_line(&parameters(&none), "n1", Some("own".into())).unwrap().contains(&"--no-cluster".to_owned())
+        );
     }
 
     #[test]

@@ -31,7 +31,8 @@ pub fn document(description: &Description) -> String {
 type Xml = Writer<Vec<u8>>;
 
 fn write(xml: &mut Xml, d: &Description) -> io::Result<()> {
-    xml.write_event(Event::Decl(BytesDecl::new("1.0", Some("UTF-8"), None)))?;
+    // No encoding: UTF-8 is the default, and crmsh hands the text to a parser that refuses a declared one.
+    xml.write_event(Event::Decl(BytesDecl::new("1.0", None, None)))?;
     xml.write_event(Event::DocType(BytesText::from_escaped(DOCTYPE)))?;
     let root = BytesStart::new("resource-agent").with_attributes([("name", d.name), ("version", d.version)]);
     xml.write_event(Event::Start(root))?;

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use ocf::action::{Action, ActionSpec, Role};
-use ocf::{Agent, CheckLevel, Context, Description, ExitCode, Failure, Status};
+use ocf::{Agent, CheckLevel, Context, Description, Environment, ExitCode, Failure, Status};
 use understudy_protocol::control::{VmmState, VmmStatus};
 
 use crate::binaries;
@@ -88,7 +88,7 @@ impl Agent for Vmm {
             return Ok(());
         }
         binaries::locate(&context.environment, PROGRAM)?;
-        kvm_usable()?;
+        kvm_usable(&context.environment)?;
         for (name, path) in
             [("kernel", context.parameters.find(&KERNEL)?), ("initrd", context.parameters.find(&INITRD)?)]
         {
@@ -237,7 +237,7 @@ fn absent(machine: &Machine<'_>) -> ocf::Result<Status> {
     }
     if context.is_probe() {
         binaries::locate(&context.environment, PROGRAM)?;
-        kvm_present()?;
+        kvm_present(&context.environment)?;
         return Ok(Status::NotRunning);
     }
     if machine.recorded() {
@@ -268,21 +268,28 @@ fn unprotected_too_long(machine: &Machine<'_>) -> bool {
     }
 }
 
-fn kvm_present() -> ocf::Result {
-    if Path::new("/dev/kvm").exists() {
-        return Ok(());
-    }
-    Err(Failure::not_installed(
-        "this node has no /dev/kvm: load kvm_intel or kvm_amd, or enable virtualisation in its firmware",
-    ))
+/// Where KVM is; tests on hosts without it say otherwise.
+fn kvm_device(environment: &Environment) -> &str {
+    environment.variable("UNDERSTUDY_KVM_DEVICE").unwrap_or("/dev/kvm")
 }
 
-fn kvm_usable() -> ocf::Result {
-    kvm_present()?;
+fn kvm_present(environment: &Environment) -> ocf::Result {
+    let device = kvm_device(environment);
+    if Path::new(device).exists() {
+        return Ok(());
+    }
+    Err(Failure::not_installed(format!(
+        "this node has no {device}: load kvm_intel or kvm_amd, or enable virtualisation in its firmware"
+    )))
+}
+
+fn kvm_usable(environment: &Environment) -> ocf::Result {
+    kvm_present(environment)?;
+    let device = kvm_device(environment);
     OpenOptions::new()
         .read(true)
         .write(true)
-        .open("/dev/kvm")
+        .open(device)
         .map(drop)
-        .map_err(|e| Failure::not_installed(format!("/dev/kvm cannot be used on this node: {e}")))
+        .map_err(|e| Failure::not_installed(format!("{device} cannot be used on this node: {e}")))
 }
