@@ -68,7 +68,10 @@ enum Cmd {
     Vm(VmCmd),
     /// The lab's daemon
     #[command(hide = true)]
-    Bmc,
+    Bmc {
+        #[arg(long)]
+        tied: bool,
+    },
     /// A node's keeper
     #[command(hide = true)]
     NodeStart { node: String },
@@ -80,7 +83,7 @@ enum Cmd {
     VmInit { stage: Option<String> },
     /// The lab VM's agent
     #[command(hide = true)]
-    VmAgent { token: String },
+    VmAgent,
 }
 
 #[derive(Subcommand)]
@@ -139,8 +142,8 @@ fn run(command: Cmd) -> Result<i32> {
         }
         Cmd::Vm(command) => vm_command(command),
         Cmd::VmInit { .. } => vm_init::second(),
-        Cmd::VmAgent { token } => vm_init::agent(&token).map(|()| 0),
-        Cmd::Bmc => bmc::serve().map(|()| 0),
+        Cmd::VmAgent => vm_init::agent().map(|()| 0),
+        Cmd::Bmc { tied } => bmc::serve(tied).map(|()| 0),
         Cmd::NodeStart { node } => node::start(&node).map(|()| 0),
         Cmd::NodeInit { node } => node::init(&node).map(|()| 0),
         command => match host::choose()? {
@@ -245,12 +248,12 @@ fn vm_command(command: VmCmd) -> Result<i32> {
             if host::choose()?.0 == host::Where::Here {
                 return vm::here(&argv);
             }
-            let was_up = Vm::running()?.is_some();
-            let vm = Vm::ensure(&size)?;
-            let code = vm.exec(&argv);
-            if !was_up {
-                vm.down()?;
+            if let Some(vm) = Vm::running()? {
+                return vm.exec(&argv);
             }
+            let vm = Vm::tied(&size)?;
+            let code = vm.exec(&argv);
+            vm.down()?;
             return code;
         }
     }

@@ -52,10 +52,13 @@ pub enum BmcRequest {
     Heal { node: Option<String> },
     /// Choose what fencing "off" does.
     SetFenceMode { mode: FenceMode },
-    /// Fencing: `on`, `off`, `reboot` as the mode says.
-    Fence { action: String, node: String, by: String },
+    /// Fencing of `node`, asked for by the node `from`: `on`, `off`, `reboot` as the mode says. The BMC sits on the management
+    /// plane: whoever is cut off from that does not reach it.
+    Fence { action: String, node: String, from: String },
     /// Write a line of the caller's into the event log.
     Note { text: String },
+    /// Do not end with the program that brought the lab up.
+    Keep,
     /// Kill all nodes and end.
     Quit,
 }
@@ -81,6 +84,13 @@ pub struct LabStatus {
     pub nodes: BTreeMap<String, NodeStatus>,
 }
 
+impl LabStatus {
+    /// Whether `node` is cut off from the BMC.
+    pub fn is_deaf(&self, node: &str) -> bool {
+        self.nodes.get(node).is_some_and(|n| n.cut.contains(&Plane::Management))
+    }
+}
+
 /// One node in [`LabStatus`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct NodeStatus {
@@ -104,7 +114,7 @@ pub struct Event {
     /// The node it happened to; empty for notes.
     pub node: String,
     /// `on`, `power-cut`, `off`, `went-off`, `shutdown`, `freeze`, `thaw`, `cut PLANE`, `heal`, `fence-request ACTION`,
-    /// `fence-done ACTION`, `note TEXT`.
+    /// `fence-refused ACTION`, `fence-done ACTION`, `note TEXT`.
     pub event: String,
     /// Who caused it.
     pub by: String,
@@ -123,6 +133,7 @@ struct NodeState {
 
 struct State {
     mode: FenceMode,
+    kept: bool,
     nodes: BTreeMap<&'static str, NodeState>,
     events: Vec<Event>,
 }
@@ -134,8 +145,9 @@ pub struct Bmc {
     log: Mutex<fs::File>,
 }
 
-/// Run the daemon until `Quit`. Called single-threaded: it moves into a network namespace of its own first.
-pub fn serve() -> Result<()> {
+/// Run the daemon until `Quit`, or, when `tied`, until its standard input ends: the program that started it holds the other
+/// end. Called single-threaded: it moves into a network namespace of its own first.
+pub fn serve(tied: bool) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).context("making the lab's network namespace")?;
     net::make_planes()?;
     let socket = places::bmc_socket();
@@ -147,6 +159,7 @@ pub fn serve() -> Result<()> {
     let bmc = Arc::new(Bmc {
         state: Mutex::new(State {
             mode: FenceMode::Power,
+            kept: !tied,
             nodes: NODES.iter().map(|n| (n.name, NodeState::default())).collect(),
             events: Vec::new(),
         }),
@@ -154,6 +167,15 @@ pub fn serve() -> Result<()> {
         log: Mutex::new(log),
     });
     let listener = UnixListener::bind(&socket).with_context(|| format!("listening on {}", socket.display()))?;
+    let holder = bmc.clone();
+    thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        if !holder.lock().kept {
+            // The nodes' inits see their power supply go and end too.
+            let _ = fs::remove_file(places::bmc_socket());
+            std::process::exit(0);
+        }
+    });
     for stream in listener.incoming() {
         let Ok(stream) = stream else { continue };
         let bmc = bmc.clone();
@@ -202,8 +224,9 @@ impl Bmc {
             BmcRequest::Heal { node: Some(node) } => self.heal(net::node(&node)?)?,
             BmcRequest::Heal { node: None } => NODES.into_iter().try_for_each(|n| self.heal(n))?,
             BmcRequest::SetFenceMode { mode } => self.lock().mode = mode,
-            BmcRequest::Fence { action, node, by } => self.fence(&action, net::node(&node)?, &by)?,
+            BmcRequest::Fence { action, node, from } => self.fence(&action, net::node(&node)?, &from)?,
             BmcRequest::Note { text } => self.record("", &format!("note {text}"), ""),
+            BmcRequest::Keep => self.lock().kept = true,
             BmcRequest::Quit => NODES.into_iter().try_for_each(|n| self.off(n, "off", "lab"))?,
         }
         Ok(serde_json::Value::Null)
@@ -416,8 +439,13 @@ impl Bmc {
 
     // ---------------------------------------------------------------------------------------------------------- fencing
 
-    fn fence(self: &Arc<Self>, action: &str, node: Node, by: &str) -> Result<()> {
+    fn fence(self: &Arc<Self>, action: &str, node: Node, from: &str) -> Result<()> {
+        let by = &format!("fencing from {from}");
         self.record(node.name, &format!("fence-request {action}"), by);
+        if self.status().is_deaf(from) {
+            self.record(node.name, &format!("fence-refused {action}"), by);
+            bail!("{from} cannot reach the BMC: its management cable is pulled");
+        }
         let mode = self.lock().mode;
         match (action, mode) {
             ("off", FenceMode::Power) => self.off(node, "off", by)?,

@@ -5,7 +5,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{ChildStdin, Command, Output, Stdio};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -33,11 +34,14 @@ pub struct LabOptions {
     /// Leave the cluster without any configuration: no fencing device, no remote node
     #[arg(long)]
     pub bare: bool,
+    /// The lab is this program's own: what was up before is taken down, and it ends with the program, however that ends.
+    #[arg(skip)]
+    pub tied: bool,
 }
 
 impl Default for LabOptions {
     fn default() -> Self {
-        Self { token_ms: default_token_ms(), bare: false }
+        Self { token_ms: default_token_ms(), bare: false, tied: true }
     }
 }
 
@@ -57,16 +61,19 @@ impl Lab {
     }
 
     /// Bring the lab up: the network, the BMC, all nodes; wait until the cluster's nodes see each other; give it fencing and
-    /// the board as a remote node unless `bare`. A lab that is up is left as it is.
+    /// the board as a remote node unless `bare`. A lab that is up is left as it is, unless this one is to be `tied`.
     pub fn up(options: &LabOptions) -> Result<Self> {
         if let Ok(lab) = Self::running() {
-            return Ok(lab);
+            if !options.tied {
+                return Ok(lab);
+            }
+            Self::down()?;
         }
         host::need_root("The lab")?;
         host::need_tools(&[("ip", "iproute2"), ("nsenter", "util-linux")])?;
         let lab_root = root::ensure()?;
         prepare_run_dir(&Settings { token_ms: options.token_ms, root: lab_root, authkey: vm::random_token()? })?;
-        start_daemon()?;
+        start_daemon(options.tied)?;
         let lab = Self(());
         for node in NODES {
             lab.boot(node.name)?;
@@ -150,6 +157,11 @@ impl Lab {
     /// Write a line into the event log.
     pub fn note(&self, text: &str) -> Result<()> {
         Ok(ask(&BmcRequest::Note { text: text.into() })?)
+    }
+
+    /// Let the lab outlive this program.
+    pub fn keep(&self) -> Result<()> {
+        Ok(ask(&BmcRequest::Keep)?)
     }
 
     /// Whether a node is on.
@@ -342,14 +354,24 @@ fn prepare_run_dir(settings: &Settings) -> Result<()> {
     Ok(())
 }
 
-fn start_daemon() -> Result<()> {
+/// The daemon's standard input, of a lab that is tied to this program.
+static LIFELINE: Mutex<Option<ChildStdin>> = Mutex::new(None);
+
+fn start_daemon(tied: bool) -> Result<()> {
     let log = fs::File::create(places::run_dir().join("bmc.log")).context("creating the BMC's log")?;
     let mut command = Command::new(places::run_dir().join("bin/understudy-lab"));
     command.arg("bmc").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).current_dir("/");
     command.env(places::ENV_LAB_DIR, places::lab_dir()?);
+    if tied {
+        command.arg("--tied").stdin(Stdio::piped());
+    }
     // A session's interrupt (Ctrl-C in `up`) is not the lab's end: it goes down when it is told to.
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     let mut child = command.spawn().context("starting the lab's daemon")?;
+    // Held until this program ends: its end, of whatever kind, closes the pipe.
+    if let Ok(mut holder) = LIFELINE.lock() {
+        *holder = child.stdin.take();
+    }
     wait_until("the lab's daemon", Duration::from_secs(30), || {
         if let Some(status) = child.try_wait()? {
             let log = root::tail(&places::run_dir().join("bmc.log"), 10);

@@ -71,13 +71,20 @@ pub fn run(arguments: &[String], input: &mut impl BufRead) -> Result<i32> {
     let action = option(&["action", "option"]).unwrap_or_else(|| "off".into());
     let plug = || option(&["plug", "port", "nodename"]).context("no node named: fence_lab needs plug=NODE");
     let ask = |request: &BmcRequest| call_once::<_, serde_json::Value>(places::bmc_socket(), request, BOUND);
+    let status = || -> Result<LabStatus> {
+        let status: LabStatus = serde_json::from_value(ask(&BmcRequest::Status)?)?;
+        if status.is_deaf(&own_name()?) {
+            bail!("the BMC cannot be reached: the management cable is pulled");
+        }
+        Ok(status)
+    };
     match action.as_str() {
         "metadata" | "meta-data" => print!("{METADATA}"),
         "validate-all" => {}
         "list" => NODES.iter().for_each(|n| println!("{},", n.name)),
-        "monitor" => drop(ask(&BmcRequest::Status)?),
+        "monitor" => drop(status()?),
         "status" => {
-            let status: LabStatus = serde_json::from_value(ask(&BmcRequest::Status)?)?;
+            let status = status()?;
             let plug = plug()?;
             let node = status.nodes.get(&plug).with_context(|| format!("there is no node {plug}"))?;
             let isolated = status.fence_mode == FenceMode::Fabric && node.cut.len() == Plane::ALL.len();
@@ -86,12 +93,15 @@ pub fn run(arguments: &[String], input: &mut impl BufRead) -> Result<i32> {
             }
         }
         "on" | "off" | "reboot" => {
-            let by = format!("fencing from {}", nix::unistd::gethostname()?.to_string_lossy());
-            ask(&BmcRequest::Fence { action, node: plug()?, by })?;
+            ask(&BmcRequest::Fence { action, node: plug()?, from: own_name()? })?;
         }
         other => bail!("fence_lab does not know the action \"{other}\""),
     }
     Ok(0)
+}
+
+fn own_name() -> Result<String> {
+    Ok(nix::unistd::gethostname().context("finding this node's name")?.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use nix::fcntl::{Flock, FlockArg};
+
 use super::{host, places};
 
 /// The release: Pacemaker 3.0, Corosync 3.1.9, crmsh 5, kernel 6.12.
@@ -64,8 +66,25 @@ pub fn ensure() -> Result<PathBuf> {
     if places::in_vm() {
         bail!("the lab VM has no lab root at {}: run `understudy-lab root` on the host", root.display());
     }
-    build(&root)?;
+    let _one_at_a_time = lock()?;
+    if !is_current(&root) {
+        build(&root)?;
+    }
     Ok(root)
+}
+
+/// Two builds at once would tear each other's trees down.
+fn lock() -> Result<Flock<fs::File>> {
+    let dir = places::lab_dir()?;
+    fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+    let file = fs::File::create(dir.join("lock")).with_context(|| format!("creating the lock in {}", dir.display()))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((file, _)) => {
+            eprintln!("lab: waiting for another process that builds the lab root");
+            Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e).context("waiting for the lock")
+        }
+    }
 }
 
 fn stamp_file(root: &Path) -> PathBuf {
@@ -151,6 +170,10 @@ pub fn ensure_image() -> Result<PathBuf> {
         let time = |p: &Path| fs::metadata(p).and_then(|m| m.modified()).ok();
         matches!((time(a), time(b)), (Some(a), Some(b)) if a >= b)
     };
+    if newer(&image, &stamp_file(&root)) {
+        return Ok(image);
+    }
+    let _one_at_a_time = lock()?;
     if newer(&image, &stamp_file(&root)) {
         return Ok(image);
     }

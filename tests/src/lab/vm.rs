@@ -8,6 +8,7 @@
 use std::fs;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -31,6 +32,7 @@ pub struct Vm {
     pid: i32,
     port: u16,
     token: String,
+    pid_file: PathBuf,
 }
 
 /// Size of the VM.
@@ -75,11 +77,16 @@ impl Vm {
     pub fn ensure(size: &VmSize) -> Result<Self> {
         match Self::running()? {
             Some(vm) => Ok(vm),
-            None => Self::up(size),
+            None => Self::up(size, false),
         }
     }
 
-    fn up(size: &VmSize) -> Result<Self> {
+    /// A new VM that ends with this process, however that ends. Must be called in the main thread.
+    pub fn tied(size: &VmSize) -> Result<Self> {
+        Self::up(size, true)
+    }
+
+    fn up(size: &VmSize, tied: bool) -> Result<Self> {
         host::need_root("The lab VM")?;
         host::need_tools(&[("qemu-system-x86_64", "qemu-system-x86")])?;
         let image = root::ensure_image()?;
@@ -89,30 +96,42 @@ impl Vm {
         let out = dir.join("out");
         fs::create_dir_all(&out)?;
         let started = Instant::now();
-        let init = vm_image::build(&lab_root, &std::env::current_exe().context("finding this executable")?)?;
-        let init_path = dir.join("initramfs");
-        fs::write(&init_path, init).with_context(|| format!("writing {}", init_path.display()))?;
         let token = random_token()?;
+        let exe = std::env::current_exe().context("finding this executable")?;
+        let init_path = dir.join("initramfs");
+        // The token goes this way because the kernel's command line is on QEMU's, which every user can read.
+        private_file(&init_path, &vm_image::build(&lab_root, &exe, &token)?)?;
         let port = free_port()?;
         let console = dir.join("console.log");
         let pid_file = dir.join("qemu.pid");
         let _ = fs::remove_file(&pid_file);
         let bin = places::bin_dir()?;
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = if tied {
+            let mut command = Command::new("setpriv");
+            command.args(["--pdeathsig", "SIGKILL", "qemu-system-x86_64"]);
+            command
+        } else {
+            let mut command = Command::new("qemu-system-x86_64");
+            command.arg("-daemonize");
+            command
+        };
         command.args(["-name", "understudy-lab", "-machine", "pc,graphics=off", "-nodefaults", "-no-user-config"]);
         command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,+svm,+npt"]);
         command.args(["-smp", &size.cpus.to_string(), "-m", &format!("{}M", size.memory)]);
-        command.args(["-display", "none", "-no-reboot", "-daemonize", "-pidfile"]).arg(&pid_file);
+        command.args(["-display", "none", "-no-reboot", "-pidfile"]).arg(&pid_file);
         command.arg("-kernel").arg(lab_root.join("boot/vmlinuz")).arg("-initrd").arg(&init_path);
         command.args([
             "-append",
             &format!(
                 "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 random.trust_cpu=on \
-                 net.ifnames=0 lab.vm={} lab.token={token}",
+                 net.ifnames=0 lab.vm={}",
                 vm_name()?
             ),
         ]);
-        command.arg("-serial").arg(format!("file:{}", console.display()));
+        // Appended to: QEMU's own complaints come first.
+        command.arg("-chardev").arg(format!("file,id=console,append=on,path={}", console.display()));
+        command.args(["-serial", "chardev:console"]);
+        let _ = fs::remove_file(&console);
         command.arg("-drive").arg(format!("if=virtio,format=raw,readonly=on,file={}", image.display()));
         command.args(["-device", "virtio-rng-pci", "-device", "virtio-net-pci,netdev=host,romfile="]);
         command.args([
@@ -131,14 +150,18 @@ impl Vm {
             share("workspace", &workspace, "off");
         }
         eprintln!("lab: starting the lab VM");
-        host::run_quiet(&mut command).context("starting the lab VM")?;
-        let pid = fs::read_to_string(&pid_file)
-            .ok()
-            .and_then(|t| t.trim().parse().ok())
-            .context("QEMU wrote no process id")?;
-        let vm = Self { pid, port, token };
+        let pid = if tied {
+            let log = fs::File::create(&console).context("creating the lab VM's console log")?;
+            let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+            i32::try_from(child.context("starting the lab VM")?.id()).context("a process id out of range")?
+        } else {
+            host::run_quiet(&mut command).context("starting the lab VM")?;
+            let written = fs::read_to_string(&pid_file).ok().and_then(|t| t.trim().parse().ok());
+            written.context("QEMU wrote no process id")?
+        };
+        let vm = Self { pid, port, token, pid_file };
         let record = serde_json::to_vec(&vm).context("writing down the lab VM")?;
-        fs::write(dir.join("vm.json"), record).context("writing down the lab VM")?;
+        private_file(&dir.join("vm.json"), &record)?;
         while !vm.answers() {
             let failed = !vm.is_alive();
             if failed || started.elapsed() > BOOT_BOUND {
@@ -155,7 +178,7 @@ impl Vm {
     fn is_alive(&self) -> bool {
         // The pid may have been given to another process since: look at what it is.
         fs::read(format!("/proc/{}/cmdline", self.pid))
-            .is_ok_and(|c| c.windows(self.token.len()).any(|w| w == self.token.as_bytes()))
+            .is_ok_and(|c| c.split(|b| *b == 0).any(|w| w == self.pid_file.as_os_str().as_encoded_bytes()))
     }
 
     fn answers(&self) -> bool {
@@ -250,6 +273,12 @@ impl Vm {
             }
         }
     }
+}
+
+fn private_file(path: &Path, content: &[u8]) -> Result<()> {
+    let _ = fs::remove_file(path);
+    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    file.and_then(|mut f| f.write_all(content)).with_context(|| format!("writing {}", path.display()))
 }
 
 fn free_port() -> Result<u16> {

@@ -15,8 +15,11 @@ const MODULES: &[&str] =
 /// Where in the initramfs the modules' load order is written: one path a line.
 pub const MODULE_LIST: &str = "/modules.order";
 
+/// The token that proves a client's right to give commands (see [`super::channel`]).
+pub const TOKEN: &str = "/token";
+
 /// Build the archive for `root`'s kernel with `exe` as first process.
-pub fn build(root: &Path, exe: &Path) -> Result<Vec<u8>> {
+pub fn build(root: &Path, exe: &Path, token: &str) -> Result<Vec<u8>> {
     let mut archive = Cpio::new();
     for dir in ["dev", "proc", "sys", "root", "lower", "upper"] {
         archive.directory(dir);
@@ -42,6 +45,7 @@ pub fn build(root: &Path, exe: &Path) -> Result<Vec<u8>> {
         archive.file(&format!("modules/{name}"), 0o644, &read_module(&kernel.modules.join(module))?);
         order.push_str(&format!("/modules/{name}\n"));
     }
+    archive.file(TOKEN, 0o600, token.as_bytes());
     archive.file(MODULE_LIST, 0o644, order.as_bytes());
     Ok(archive.finish())
 }

@@ -73,7 +73,9 @@ fn stage_one() -> Result<std::convert::Infallible> {
     {
         moved(from, to)?;
     }
-    fs::copy("/init", "/root/lab/init").context("copying this executable into the root")?;
+    for file in ["/init", vm_image::TOKEN] {
+        fs::copy(file, format!("/root/lab{file}")).with_context(|| format!("copying {file} into the root"))?;
+    }
     std::env::set_current_dir("/root").context("entering the root")?;
     moved(".", "/")?;
     nix::unistd::chroot(".").context("changing to the root")?;
@@ -139,7 +141,6 @@ fn stage_two() -> Result<()> {
     for (name, at) in [("guest", "guest".to_string()), ("out", format!("vm-{vm}/out"))] {
         symlink(Path::new(HOST_LAB_DIR).join(at), Path::new(LAB_DIR).join(name)).context("linking the lab's parts")?;
     }
-    let token = parameters.get("token").context("no lab.token on the kernel command line")?.clone();
     for command in
         ["ip link set lo up", "ip link set eth0 up", "ip addr add 10.0.2.15/24 dev eth0", "modprobe kvm_amd nested=1"]
     {
@@ -151,7 +152,7 @@ fn stage_two() -> Result<()> {
     }
     let exe = std::env::current_exe().context("finding this executable")?;
     Command::new(exe)
-        .args(["vm-agent", &token])
+        .arg("vm-agent")
         .env("PATH", PATH)
         .env("HOME", "/root")
         .env("LANG", "C.UTF-8")
@@ -168,6 +169,7 @@ fn stage_two() -> Result<()> {
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/lab/bin";
 
 /// What `vm-agent` does.
-pub fn agent(token: &str) -> Result<()> {
-    vm_agent::serve(token)
+pub fn agent() -> Result<()> {
+    let token = fs::read_to_string(format!("{LAB_DIR}{}", vm_image::TOKEN)).context("reading the VM's token")?;
+    vm_agent::serve(&token)
 }
