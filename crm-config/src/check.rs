@@ -103,7 +103,9 @@ impl Checker<'_> {
         if text.is_empty() || !text.starts_with(|c: char| c.is_ascii_alphabetic()) || !text.chars().all(ok) {
             self.error(
                 name,
-                format!("{what} {text:?}: use letters, digits, '.', '-' and '_', beginning with a letter (it becomes an id)"),
+                format!(
+                    "{what} {text:?}: use letters, digits, '.', '-' and '_', beginning with a letter (it becomes an id)"
+                ),
             );
         }
     }
@@ -126,12 +128,18 @@ pub fn check(policy: &Policy, text: &str) -> Vec<Finding> {
         serial(&mut c, policy, machine);
         let port = ports.replication(index);
         if machine.protection == Protection::Protected
-            && let Some(other) = policy.machines.iter().take(index).enumerate().find(|(i, m)| {
-                m.protection == Protection::Protected && ports.replication(*i) == port
-            })
+            && let Some(other) = policy
+                .machines
+                .iter()
+                .take(index)
+                .enumerate()
+                .find(|(i, m)| m.protection == Protection::Protected && ports.replication(*i) == port)
         {
             let at = machine.port.as_ref().map_or(machine.name.span(), |p| p.span());
-            let what = format!("replication port {port} is that of machine {} already; choose another", other.1.name.get_ref());
+            let what = format!(
+                "replication port {port} is that of machine {} already; choose another",
+                other.1.name.get_ref()
+            );
             c.error(&toml::Spanned::new(at, ()), what);
         }
     }
@@ -189,7 +197,13 @@ fn fencing(c: &mut Checker, policy: &Policy) {
         return;
     }
     for node in policy.nodes.iter().filter(|n| !covered.contains(n.name.get_ref().as_str())) {
-        c.warn(&node.name, format!("no fencing device covers node {0}: if it dies, nothing that ran on {0} is taken over", node.name.get_ref()));
+        c.warn(
+            &node.name,
+            format!(
+                "no fencing device covers node {0}: if it dies, nothing that ran on {0} is taken over",
+                node.name.get_ref()
+            ),
+        );
     }
     for board in policy.boards.iter().filter(|b| !covered.contains(b.name.get_ref().as_str())) {
         let what = format!(
@@ -226,8 +240,13 @@ fn names(c: &mut Checker, policy: &Policy) {
     for (name, kind) in seen {
         for machine in &policy.machines {
             let m = machine.name.get_ref();
-            if [format!("vm-{m}"), format!("vm-{m}-clone"), format!("repl-{m}"), format!("repl-{m}-clone")].contains(&name.to_string()) {
-                c.error(&machine.name, format!("the {kind} {name} has the name of a resource of machine {m}; rename one"));
+            if [format!("vm-{m}"), format!("vm-{m}-clone"), format!("repl-{m}"), format!("repl-{m}-clone")]
+                .contains(&name.to_string())
+            {
+                c.error(
+                    &machine.name,
+                    format!("the {kind} {name} has the name of a resource of machine {m}; rename one"),
+                );
             }
         }
     }
@@ -238,7 +257,9 @@ fn machine_alone(c: &mut Checker, machine: &Machine) {
     if !valid_machine_name(name) {
         c.error(
             &machine.name,
-            format!("machine name {name:?}: use 1 to 63 letters, digits, '-' and '_', beginning with a letter or digit"),
+            format!(
+                "machine name {name:?}: use 1 to 63 letters, digits, '-' and '_', beginning with a letter or digit"
+            ),
         );
     }
     if !(1..=32).contains(machine.vcpus.get_ref()) {
@@ -315,14 +336,21 @@ fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
         }
         for node in candidates.iter().filter(|n| n.replication_address().is_none()) {
             let (node, machine) = (node.name.clone(), machine.name.get_ref());
-            let what = format!("node {} has neither a storage nor a management address, so {machine}'s checkpoints cannot reach it", node.get_ref());
+            let what = format!(
+                "node {} has neither a storage nor a management address, so {machine}'s checkpoints cannot reach it",
+                node.get_ref()
+            );
             c.error(&node, what);
         }
     }
     for node in &candidates {
         if node.memory.is_some_and(|memory| memory < machine.memory) {
             let (name, m) = (node.name.get_ref(), machine.name.get_ref());
-            let what = format!("node {name} cannot hold machine {m}: it has {} MiB, {m} needs {}", node.memory.unwrap_or(0), machine.memory);
+            let what = format!(
+                "node {name} cannot hold machine {m}: it has {} MiB, {m} needs {}",
+                node.memory.unwrap_or(0),
+                machine.memory
+            );
             c.warn(&machine.name, what);
         }
     }
@@ -332,24 +360,41 @@ fn serial(c: &mut Checker, policy: &Policy, machine: &Machine) {
     let mut guest_ports = BTreeSet::new();
     for line in &machine.serial {
         if !guest_ports.insert(line.guest) {
-            c.error(&line.device, format!("{:?} of machine {} has two lines; say guest = \"com2\"", line.guest, machine.name.get_ref()));
+            c.error(
+                &line.device,
+                format!("{:?} of machine {} has two lines; say guest = \"com2\"", line.guest, machine.name.get_ref()),
+            );
         }
         if !policy.boards.iter().any(|b| b.name == line.board) {
             c.error(&line.board, format!("{} is not a board of this policy", line.board.get_ref()));
         }
         let device = line.device.get_ref();
-        if device.is_empty() || !device.chars().all(|ch| ch.is_ascii_alphanumeric() || matches!(ch, '-' | '_' | '.')) {
-            c.error(&line.device, format!("device {device:?}: use letters, digits, '-', '_' and '.' (it becomes part of an id)"));
+        if !valid_machine_name(device) {
+            let what = format!(
+                "device {device:?}: use 1 to 63 letters, digits, '-' and '_', beginning with a letter or digit"
+            );
+            c.error(&line.device, what);
         }
-        let place = line.line.get_ref();
-        let absolute = place.strip_prefix("pty:").unwrap_or(place).starts_with('/');
-        let tcp = place.strip_prefix("tcp:").is_some_and(|a| {
-            a.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-        });
-        if !(absolute || tcp) || place.contains(char::is_whitespace) {
-            c.error(&line.line, format!("line {place:?}: give a tty's absolute path, pty:/LINK or tcp:HOST:PORT"));
+        if !is_line(line.line.get_ref()) {
+            let what = format!(
+                "line {:?}: give tty:/dev/ttyS0,115200 or pty:/LINK or tcp:HOST:PORT or tcp-listen:ADDRESS:PORT",
+                line.line.get_ref()
+            );
+            c.error(&line.line, what);
         }
     }
+}
+
+/// What the board's service can open.
+fn is_line(text: &str) -> bool {
+    let endpoint =
+        |a: &str| a.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    !text.contains(char::is_whitespace)
+        && match text.split_once(':') {
+            Some(("tty" | "pty", path)) => path.starts_with('/'),
+            Some(("tcp" | "tcp-listen", address)) => endpoint(address),
+            _ => false,
+        }
 }
 
 /// One device and one port of a board serve one line.
@@ -360,11 +405,17 @@ fn serial_ports(c: &mut Checker, policy: &Policy, ports: &Ports) {
         for (s, line) in machine.serial.iter().enumerate() {
             let (board, name) = (line.board.get_ref(), machine.name.get_ref());
             if let Some(other) = devices.insert((board, line.device.get_ref()), name) {
-                c.error(&line.device, format!("device {} of {board} belongs to machine {other} already", line.device.get_ref()));
+                c.error(
+                    &line.device,
+                    format!("device {} of {board} belongs to machine {other} already", line.device.get_ref()),
+                );
             }
             let port = ports.serial(m, s);
             if let Some(other) = taken.insert((board, port), line.device.get_ref()) {
-                c.error(&line.device, format!("port {port} of {board} is that of line {other} already; choose another"));
+                c.error(
+                    &line.device,
+                    format!("port {port} of {board} is that of line {other} already; choose another"),
+                );
             }
         }
     }

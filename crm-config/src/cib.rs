@@ -4,6 +4,7 @@
 //! configuration that was loaded with `crm` and one that was applied look the same.
 
 use crate::model::{Agent, Configuration, Constraint, Operation, Pair, Primitive, Resource, Role};
+use crate::policy::Policy;
 use crate::xml::Element;
 
 /// Id of the property set that Pacemaker itself uses; there can be only one that counts.
@@ -13,16 +14,49 @@ pub const DEFAULTS: &str = "understudy-defaults";
 /// Id of the tag that lists our resources.
 pub const TAG: &str = "understudy";
 
-/// A whole CIB, for `crm_verify` and `crm_simulate`.
-pub fn document(configuration: &Configuration) -> Element {
+/// A whole CIB as if every node of the policy were up, for `crm_verify` and `crm_simulate`.
+pub fn document(policy: &Policy, configuration: &Configuration) -> Element {
+    let mut all = sections(configuration);
+    let mut status = Element::new("status");
+    let nodes = all.child_or_new("nodes");
+    for (i, node) in policy.nodes.iter().enumerate() {
+        let (id, name) = (i + 1, node.name.get_ref());
+        nodes.children.push(Element::new("node").with("id", id).with("uname", name));
+        let state = Element::new("node_state").with("id", id).with("uname", name);
+        let state =
+            state.with("in_ccm", "true").with("crmd", "online").with("join", "member").with("expected", "member");
+        status.children.push(state.and(features(name)).and(history(&id.to_string())));
+    }
+    for name in policy.boards.iter().map(|b| b.name.get_ref()) {
+        nodes.children.push(Element::new("node").with("id", name).with("uname", name).with("type", "remote"));
+        let state = Element::new("node_state").with("id", name).with("uname", name).with("remote_node", "true");
+        status.children.push(state.with("in_ccm", "true").and(features(name)).and(history(name)));
+    }
     Element::new("cib")
         .with("crm_feature_set", "3.16.1")
         .with("validate-with", "pacemaker-3.9")
         .with("epoch", 1)
         .with("num_updates", 0)
         .with("admin_epoch", 0)
-        .and(sections(configuration))
-        .and(Element::new("status"))
+        .with("have-quorum", 1)
+        .with("dc-uuid", 1)
+        .and(all)
+        .and(status)
+}
+
+/// A node that has told its feature set is a node that has joined.
+fn features(node: &str) -> Element {
+    let pair = [("#feature-set".to_string(), "3.16.1".to_string())];
+    Element::new("transient_attributes").with("id", node).and(set(
+        "instance_attributes",
+        &format!("status-{node}"),
+        &pair,
+    ))
+}
+
+/// Nothing has happened on it yet.
+fn history(node: &str) -> Element {
+    Element::new("lrm").with("id", node).and(Element::new("lrm_resources"))
 }
 
 /// `<configuration>` with all our sections.
@@ -54,7 +88,12 @@ fn tag(configuration: &Configuration) -> Element {
 fn set(kind: &str, id: &str, pairs: &[Pair]) -> Element {
     let mut set = Element::new(kind).with("id", id);
     for (name, value) in pairs {
-        set.children.push(Element::new("nvpair").with("id", format!("{id}-{name}")).with("name", name).with("value", value));
+        set.children.push(
+            Element::new("nvpair")
+                .with("id", format!("{id}-{}", name.replace('#', "")))
+                .with("name", name)
+                .with("value", value),
+        );
     }
     set
 }
@@ -143,7 +182,8 @@ fn constraint(constraint: &Constraint) -> Element {
             order
         }
         Constraint::Colocation { id, resource, with } => {
-            let mut colocation = Element::new("rsc_colocation").with("id", id).with("score", "INFINITY").with("rsc", &resource.0);
+            let mut colocation =
+                Element::new("rsc_colocation").with("id", id).with("score", "INFINITY").with("rsc", &resource.0);
             let role = |role: Option<Role>| role.map(Role::as_str);
             if let Some(role) = role(resource.1) {
                 colocation = colocation.with("rsc-role", role);

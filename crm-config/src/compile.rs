@@ -9,7 +9,7 @@
 //!                promote vm → promote repl        one way
 //!                demote vm → demote repl          one way: the last checkpoint needs the sender
 //!   colocation   repl with vm, Promoted repl with Promoted vm
-//!   location     only on the machine's nodes, never on boards; primary: score 1 for Promoted
+//!   location     only on the machine's nodes, never on boards; Promoted elsewhere than on the primary: -1
 //! ```
 //! What must hold, and by what:
 //! * *The replicator never takes the machine with it.* It is the dependent in both colocations and `critical=false`, so
@@ -18,14 +18,18 @@
 //!   `failure-timeout` the node is a standby again soon after.
 //! * *No fail-back by itself.* The running node's score is only 1 above an up-to-date standby's (agents), and the
 //!   preference is 1: a draw, which the node that runs the machine wins.
+//! * *A node without a promotion score is never promoted.* A positive score for the role Promoted would make such a node
+//!   promotable (tried with Pacemaker 3.0.0); so the primary is preferred by a negative score for all others.
 //! * *The loss of a board stops no machine*: serial lines have no constraint with machines at all.
 
-use crate::model::{Agent, Configuration, Constraint, FencingLevel, Operation, Pair, Primitive, Resource, Role, Score, Test};
+use crate::model::{
+    Agent, Configuration, Constraint, FencingLevel, Operation, Pair, Primitive, Resource, Role, Score, Test,
+};
 use crate::policy::{Board, Fencing, Machine, Node, Policy, Protection};
 
-/// Preference for the primary in the role Promoted. Must not exceed the distance between the agents' scores for "runs
-/// here" and "up to date", or machines would move back by themselves.
-const PRIMARY_SCORE: i32 = 1;
+/// Score of every other node than the primary for the role Promoted. Must not exceed the distance between the agents'
+/// scores for "runs here" and "up to date", or machines would move back by themselves; must not be positive, see above.
+const NOT_PRIMARY_SCORE: i32 = -1;
 /// Preference for the primary of a machine without standby; far below any sensible stickiness.
 const HOME_SCORE: i32 = 10;
 
@@ -299,14 +303,21 @@ fn placement(machine: &Machine, policy: &Policy, resource: &str) -> Constraint {
     }
 }
 
-fn preference(machine: &Machine, resource: &str, role: Option<Role>, score: i32) -> Option<Constraint> {
+/// The primary, when there is a choice.
+fn preference(
+    machine: &Machine,
+    resource: &str,
+    role: Option<Role>,
+    score: i32,
+    test: fn(&str) -> Test,
+) -> Option<Constraint> {
     let primary = machine.primary.as_ref()?;
     Some(Constraint::Location {
         id: format!("understudy-primary-{resource}"),
         resource: resource.into(),
         role,
         score: Score::Finite(score),
-        tests: vec![Test::is_node(primary.get_ref())],
+        tests: vec![test(primary.get_ref())],
         never_probe: false,
     })
 }
@@ -351,7 +362,9 @@ fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machi
 
     let peers: Vec<String> = policy
         .candidates(machine)
-        .filter_map(|n| Some(format!("{}={}", n.name.get_ref(), endpoint(n.replication_address()?, ports.replication(index)))))
+        .filter_map(|n| {
+            Some(format!("{}={}", n.name.get_ref(), endpoint(n.replication_address()?, ports.replication(index))))
+        })
         .collect();
     let mut parameters =
         vec![pair("name", name), pair("peers", peers.join(" ")), pair("key", policy.cluster.key.get_ref())];
@@ -390,7 +403,13 @@ fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machi
         together("instances", None),
         together("promoted", Some(Role::Promoted)),
     ]);
-    configuration.constraints.extend(preference(machine, &vm_clone, Some(Role::Promoted), PRIMARY_SCORE));
+    configuration.constraints.extend(preference(
+        machine,
+        &vm_clone,
+        Some(Role::Promoted),
+        NOT_PRIMARY_SCORE,
+        Test::is_not_node,
+    ));
 }
 
 fn unprotected(configuration: &mut Configuration, policy: &Policy, machine: &Machine, index: usize, ports: &Ports) {
@@ -403,5 +422,5 @@ fn unprotected(configuration: &mut Configuration, policy: &Policy, machine: &Mac
         operations: vec![once("start", 60), once("stop", 90), monitor(machine.monitor.primary.0, 20, None)],
     }));
     configuration.constraints.push(placement(machine, policy, &vm));
-    configuration.constraints.extend(preference(machine, &vm, None, HOME_SCORE));
+    configuration.constraints.extend(preference(machine, &vm, None, HOME_SCORE, Test::is_node));
 }

@@ -90,7 +90,8 @@ fn constraint_line(constraint: &Constraint) -> String {
             let discovery = if *never_probe { " resource-discovery=never" } else { "" };
             let role = role.map(|r| format!(" $role={}", r.as_str())).unwrap_or_default();
             let score = score.to_string().replace("INFINITY", "inf");
-            let tests: Vec<String> = tests.iter().map(|t| format!("{} {} {}", t.attribute, t.operation, t.value)).collect();
+            let tests: Vec<String> =
+                tests.iter().map(|t| format!("{} {} {}", t.attribute, t.operation, t.value)).collect();
             format!("location {id} {resource}{discovery} rule{role} {score}: {}", tests.join(" and "))
         }
         Constraint::Order { id, first, then, symmetrical } => {

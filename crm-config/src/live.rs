@@ -35,10 +35,9 @@ pub fn apply(current: &Element, wanted: &Element) -> Result<bool> {
 }
 
 fn run(program: &str, arguments: &[&str], good: &[i32]) -> Result<String> {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .with_context(|| format!("running {program}, one of Pacemaker's command line tools (package pacemaker-cli-utils)"))?;
+    let output = Command::new(program).args(arguments).output().with_context(|| {
+        format!("running {program}, one of Pacemaker's command line tools (package pacemaker-cli-utils)")
+    })?;
     let code = output.status.code();
     if !code.is_some_and(|code| good.contains(&code)) {
         let why = String::from_utf8_lossy(&output.stderr);
@@ -78,6 +77,9 @@ impl Drop for Scratch {
 
 /// A CIB that can be merged into.
 pub fn ensure_cib(cib: &Element) -> Result<()> {
-    ensure!(cib.name == "cib" && cib.child("configuration").is_some(), "the cluster's configuration has no <configuration>");
+    ensure!(
+        cib.name == "cib" && cib.child("configuration").is_some(),
+        "the cluster's configuration has no <configuration>"
+    );
     Ok(())
 }

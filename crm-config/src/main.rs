@@ -10,6 +10,7 @@ use understudy_crm::check::{self, Finding, Severity};
 use understudy_crm::compile::compile;
 use understudy_crm::merge::{Change, canonical, merge};
 use understudy_crm::model::Configuration;
+use understudy_crm::policy::Policy;
 use understudy_crm::xml::Element;
 use understudy_crm::{cib, crm, live, pcs};
 
@@ -86,16 +87,16 @@ fn run(command: &Command) -> Result<ExitCode> {
             Ok(if policy.is_some() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
         Command::Show { file, format } => {
-            let configuration = configuration(file)?;
+            let (policy, configuration) = configuration(file)?;
             match format {
-                Format::Cib => println!("{}", cib::document(&configuration)),
+                Format::Cib => println!("{}", cib::document(&policy, &configuration)),
                 Format::Crm => print!("{}", crm::text(&configuration)),
                 Format::Pcs => print!("{}", pcs::script(&configuration)),
             }
             Ok(ExitCode::SUCCESS)
         }
         Command::Diff { file } => {
-            let configuration = configuration(file)?;
+            let (_, configuration) = configuration(file)?;
             let current = live::query()?;
             live::ensure_cib(&current)?;
             let (_, changes) = merge(&current, &configuration);
@@ -103,7 +104,7 @@ fn run(command: &Command) -> Result<ExitCode> {
             Ok(if changes.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
         Command::Apply { file } => {
-            let configuration = configuration(file)?;
+            let (_, configuration) = configuration(file)?;
             let current = live::query()?;
             live::ensure_cib(&current)?;
             let (wanted, changes) = merge(&current, &configuration);
@@ -128,12 +129,15 @@ fn report(file: &Path, findings: &[Finding]) {
 }
 
 /// The configuration of a policy without errors; complaints go to standard error.
-fn configuration(file: &Path) -> Result<Configuration> {
+fn configuration(file: &Path) -> Result<(Policy, Configuration)> {
     let (policy, findings) = check::read(&text(file)?);
     report(file, &findings);
     let errors = findings.iter().filter(|f| f.severity == Severity::Error).count();
     match policy {
-        Some(policy) => Ok(compile(&policy)),
+        Some(policy) => {
+            let configuration = compile(&policy);
+            Ok((policy, configuration))
+        }
         None => bail!("{} has {errors} error{}; nothing was done", file.display(), if errors == 1 { "" } else { "s" }),
     }
 }

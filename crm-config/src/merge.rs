@@ -146,14 +146,18 @@ pub fn same(a: &Element, b: &Element) -> bool {
 
 /// A text that is equal for elements that mean the same.
 pub fn canonical(element: &Element, top: bool) -> String {
-    let keeps_id = top || matches!(element.name.as_str(), "primitive" | "clone" | "obj_ref" | "rsc_location" | "rsc_order" | "rsc_colocation" | "tag");
+    let keeps_id = top
+        || matches!(
+            element.name.as_str(),
+            "primitive" | "clone" | "obj_ref" | "rsc_location" | "rsc_order" | "rsc_colocation" | "tag"
+        );
     let mut attributes: Vec<String> = element
         .attributes
         .iter()
         .filter(|(name, value)| match name.as_str() {
             "id" => keeps_id,
             // What Pacemaker assumes anyway; one tool writes it, the next does not.
-            "boolean-op" => value != "and" || element.children.len() > 1,
+            "boolean-op" => value != "and",
             "kind" => value != "Mandatory",
             "symmetrical" => value != "true",
             _ => true,
@@ -168,7 +172,8 @@ pub fn canonical(element: &Element, top: bool) -> String {
 }
 
 fn is_empty_set(element: &Element) -> bool {
-    element.children.is_empty() && matches!(element.name.as_str(), "meta_attributes" | "instance_attributes" | "operations")
+    element.children.is_empty()
+        && matches!(element.name.as_str(), "meta_attributes" | "instance_attributes" | "operations")
 }
 
 fn normal(name: &str, value: &str) -> String {

@@ -57,7 +57,7 @@ fn create(p: &Primitive, clone: Option<(&str, &[Pair])>) -> String {
     if let Some((id, meta)) = clone {
         // `promotable` says promotable=true by itself.
         let meta: Vec<Pair> = meta.iter().filter(|(name, _)| name != "promotable").cloned().collect();
-        parts.push(format!("promotable {id} meta {}", pairs(&meta)));
+        parts.push(format!("promotable {id} {}", pairs(&meta)));
     }
     match &p.agent {
         // All operations are ours: the agent's defaults would come on top of them.
@@ -92,9 +92,11 @@ fn constraint(constraint: &Constraint) -> String {
             let discovery = if *never_probe { " resource-discovery=never" } else { "" };
             let role = role.map(|r| format!(" role={}", r.as_str())).unwrap_or_default();
             let tests: Vec<String> =
-                tests.iter().map(|t| format!("{} {} {}", quoted(t.attribute), t.operation, quoted(&t.value))).collect();
-            let tests = tests.join(" and ");
-            format!("pcs constraint location {resource} rule id={id}-rule constraint-id={id}{discovery}{role} score={score} {tests}")
+                tests.iter().map(|t| format!("{} {} {}", t.attribute, t.operation, t.value)).collect();
+            let tests = quoted(&tests.join(" and "));
+            format!(
+                "pcs constraint location {resource} rule id={id}-rule constraint-id={id}{discovery}{role} score={score} {tests}"
+            )
         }
         Constraint::Order { id, first, then, symmetrical } => {
             let one_way = if *symmetrical { "" } else { " symmetrical=false" };
@@ -104,7 +106,8 @@ fn constraint(constraint: &Constraint) -> String {
             )
         }
         Constraint::Colocation { id, resource, with } => format!(
-            "pcs constraint colocation add {} with {} INFINITY id={id}",
+            // Without a score it is INFINITY; how to say so differs from version to version.
+            "pcs constraint colocation add {} with {} id={id}",
             with_role(&resource.0, resource.1),
             with_role(&with.0, with.1)
         ),

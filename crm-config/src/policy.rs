@@ -268,7 +268,7 @@ pub struct Serial {
     pub board: Spanned<String>,
     /// The line's name on the board.
     pub device: Spanned<String>,
-    /// What the board opens: a tty's path, `pty:LINK` or `tcp:HOST:PORT`.
+    /// What the board opens: `tty:/dev/ttyS0,115200`, `pty:/LINK`, `tcp:HOST:PORT` or `tcp-listen:ADDRESS:PORT`.
     pub line: Spanned<String>,
     /// TCP port at which the board offers it; chosen if not given.
     pub port: Option<Spanned<u16>>,
@@ -314,7 +314,9 @@ impl<'de> Deserialize<'de> for Seconds {
             Text(String),
         }
         let wrong = |text: &str| {
-            serde::de::Error::custom(format!("{text:?} is not a time: write \"5s\", \"2min\", \"1h\" or a whole number of seconds"))
+            serde::de::Error::custom(format!(
+                "{text:?} is not a time: write \"5s\", \"2min\", \"1h\" or a whole number of seconds"
+            ))
         };
         match Form::deserialize(deserializer)? {
             Form::Number(seconds) => Ok(Self(seconds)),

@@ -168,7 +168,10 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        let element = Element::new("a").with("x", "1 < 2 & \"three\"'").and(Element::new("b")).and(Element::new("c").with("y", ""));
+        let element = Element::new("a")
+            .with("x", "1 < 2 & \"three\"'")
+            .and(Element::new("b"))
+            .and(Element::new("c").with("y", ""));
         assert_eq!(Element::parse(&element.to_string()).unwrap(), element);
     }
 
