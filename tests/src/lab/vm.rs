@@ -176,9 +176,15 @@ impl Vm {
     }
 
     fn is_alive(&self) -> bool {
+        let proc = PathBuf::from(format!("/proc/{}", self.pid));
         // The pid may have been given to another process since: look at what it is.
-        fs::read(format!("/proc/{}/cmdline", self.pid))
-            .is_ok_and(|c| c.split(|b| *b == 0).any(|w| w == self.pid_file.as_os_str().as_encoded_bytes()))
+        let Ok(words) = fs::read(proc.join("cmdline")) else { return false };
+        if words.is_empty() {
+            // Dead and not yet reaped, or alive in the middle of its exec.
+            let stat = fs::read_to_string(proc.join("stat")).unwrap_or_default();
+            return stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with(['Z', 'X']));
+        }
+        words.split(|b| *b == 0).any(|w| w == self.pid_file.as_os_str().as_encoded_bytes())
     }
 
     fn answers(&self) -> bool {
