@@ -26,6 +26,9 @@ pub struct Hook {
     /// The vmm primitive; looked for in the cluster's configuration if not given
     #[arg(long, global = true)]
     vmm_resource: Option<String>,
+    /// This node's name; asked of the cluster if not given
+    #[arg(long, global = true)]
+    node: Option<String>,
     /// Parent of the run directories
     #[arg(long, global = true, default_value = DEFAULT_RUN_ROOT)]
     run_root: String,
@@ -95,7 +98,7 @@ impl Standing {
 
 /// Carry out a hook; what went wrong is said on stderr.
 pub fn run(hook: &Hook, environment: &Environment) -> ExitCode {
-    let cluster = Pacemaker::new(environment);
+    let cluster = Pacemaker::new(environment).on_node(hook.node.clone());
     match carry_out(hook, &cluster, Deadline::after(LIMIT)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

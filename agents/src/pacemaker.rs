@@ -18,12 +18,20 @@ const NO_SUCH: i32 = 105;
 #[derive(Debug)]
 pub struct Pacemaker<'a> {
     env: &'a Environment,
+    node: Option<String>,
 }
 
 impl<'a> Pacemaker<'a> {
     /// With the environment that says where the tools are.
     pub fn new(env: &'a Environment) -> Self {
-        Self { env }
+        Self { env, node: env.meta("on_node").map(str::to_owned) }
+    }
+
+    /// On a node whose name is known already.
+    #[must_use]
+    pub fn on_node(mut self, name: Option<String>) -> Self {
+        self.node = name.or(self.node);
+        self
     }
 
     fn run(&self, program: &str, arguments: &[&str], deadline: Deadline) -> Result<Output> {
@@ -44,8 +52,8 @@ impl<'a> Pacemaker<'a> {
 
 impl Cluster for Pacemaker<'_> {
     fn node_name(&self, deadline: Deadline) -> Result<String> {
-        if let Some(name) = self.env.meta("on_node") {
-            return Ok(name.to_owned());
+        if let Some(name) = &self.node {
+            return Ok(name.clone());
         }
         let name = self.ask("say this node's name", "crm_node", &["-n"], deadline)?.trim().to_owned();
         if name.is_empty() {

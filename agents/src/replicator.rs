@@ -192,7 +192,8 @@ impl<'a> Instance<'a> {
         let me = std::env::current_exe()
             .map_err(|e| Failure::generic(format!("cannot tell where understudy-ocf is: {e}")))?;
         let run_root = self.context.parameters.get(&RUN_ROOT)?;
-        let mut hook = format!("{} hook --run-root {run_root}", me.display());
+        let node = self.context.environment.node();
+        let mut hook = format!("{} hook --run-root {run_root} --node {node}", me.display());
         if let Some(resource) = self.context.parameters.find(&VMM_RESOURCE)? {
             hook += &format!(" --vmm-resource {resource}");
         }

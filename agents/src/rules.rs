@@ -87,13 +87,16 @@ pub enum Leaving {
     ShutDown,
 }
 
-/// Hand over if another node is about to be promoted. Where the cluster does not say (no `notify=true`), hand over if there is
+/// Hand over if the machine is to go on: another node is about to be promoted, or this one again after a recovery and the standby
+/// can take the machine (the promotion here then gives way to the standby). Where the cluster does not say (no `notify=true`), hand over if there is
 /// somebody to take it: nothing is lost that way.
 pub fn leaving(members: Option<&Members>, node: &str, replicator: Option<&ReplicatorStatus>) -> Leaving {
     let ready =
         replicator.is_some_and(|r| r.role == Role::Sender && r.connected && r.replica == ReplicaState::UpToDate);
     match members {
         Some(members) if members.promotes_elsewhere(node) => Leaving::HandOver,
+        // A recovery in place. What runs now is lost with this process; the standby can have it.
+        Some(members) if !members.promote.is_empty() && ready => Leaving::HandOver,
         Some(_) => Leaving::ShutDown,
         None if ready => Leaving::HandOver,
         None => Leaving::ShutDown,
@@ -202,7 +205,8 @@ mod tests {
         let ready = sender(ReplicaState::UpToDate, true);
         assert_eq!(leaving(Some(&promoting(&["n2"])), "n1", Some(&ready)), Leaving::HandOver);
         assert_eq!(leaving(Some(&promoting(&["n2"])), "n1", None), Leaving::HandOver);
-        assert_eq!(leaving(Some(&promoting(&["n1"])), "n1", Some(&ready)), Leaving::ShutDown);
+        assert_eq!(leaving(Some(&promoting(&["n1"])), "n1", Some(&ready)), Leaving::HandOver);
+        assert_eq!(leaving(Some(&promoting(&["n1"])), "n1", None), Leaving::ShutDown);
         assert_eq!(leaving(Some(&promoting(&[])), "n1", Some(&ready)), Leaving::ShutDown);
         assert_eq!(leaving(None, "n1", Some(&ready)), Leaving::HandOver);
         assert_eq!(leaving(None, "n1", Some(&sender(ReplicaState::UpToDate, false))), Leaving::ShutDown);

@@ -19,8 +19,8 @@ use understudy_protocol::ids::Generation;
 
 use crate::cluster::{Cib, Cluster, ClusterError, Member, Veto, generation_attribute, veto_constraint, veto_id};
 
-/// Reading the peer's CIB takes milliseconds, or the peer does not answer at all.
-const PEER_PATIENCE: Duration = Duration::from_millis(1500);
+/// Reading the peer's CIB takes milliseconds (a second where everything is emulated), or the peer does not answer at all.
+const PEER_PATIENCE: Duration = Duration::from_millis(2500);
 
 /// Why there is no proof of a veto.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

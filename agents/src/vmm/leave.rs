@@ -14,7 +14,7 @@ use crate::rules::{self, Leaving, SCORE_COLD};
 use crate::service::{Observed, ask};
 
 /// Kept back from an operation's time for ending the process and starting a fresh standby.
-const RESERVE: Duration = Duration::from_secs(6);
+const RESERVE: Duration = Duration::from_secs(10);
 
 /// Promoted to unpromoted: the machine is handed over or shut down, and a fresh standby takes the VMM's place.
 pub fn demote(machine: &Machine<'_>) -> ocf::Result {
@@ -67,7 +67,7 @@ fn leave(machine: &Machine<'_>, status: &VmmStatus) {
 }
 
 fn hand_over(machine: &Machine<'_>) -> Result<HandedOver, ControlError> {
-    let patience = machine.context.deadline.leaving(RESERVE).remaining().max(Duration::from_secs(1));
+    let patience = shutdown_deadline(machine.context.deadline).remaining().max(Duration::from_secs(1));
     ask(&machine.layout.replicator_socket(), &ReplicatorRequest::HandOver, patience)
 }
 

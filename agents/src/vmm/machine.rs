@@ -19,7 +19,7 @@ use crate::service::{Observed, Service, ask};
 /// The VMM's executable.
 pub const PROGRAM: &str = "understudy-vmm";
 /// Longest that a score may take to be written: it is advice, not a condition.
-const SCORE_PATIENCE: Duration = Duration::from_secs(2);
+const SCORE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The machine that a call is about.
 pub struct Machine<'a> {
@@ -86,6 +86,13 @@ impl<'a> Machine<'a> {
         self.service.launch(self.context, &program, &arguments, |patience| self.status(patience).map(drop))
     }
 
+    /// The last thing that the VMM said, as the end of a sentence.
+    pub fn last_words(&self) -> String {
+        crate::daemon::last_words(&self.layout.vmm_log())
+            .map(|words| format!("; the last it said was: {words}"))
+            .unwrap_or_default()
+    }
+
     /// Whether a pid file says that the VMM should be running.
     pub fn recorded(&self) -> bool {
         self.service.identity.recorded()
@@ -145,7 +152,7 @@ impl<'a> Machine<'a> {
         if !self.promotable {
             return;
         }
-        let deadline = self.context.deadline.within(SCORE_PATIENCE);
+        let deadline = self.context.deadline.within(SCORE_PATIENCE.min(self.context.deadline.remaining() / 3));
         let resource = self.context.environment.resource();
         match self.cluster.set_score(resource, score, deadline) {
             Ok(()) => self.context.log.debug(format!("promotion score {score:?}")),

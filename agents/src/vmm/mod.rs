@@ -37,7 +37,7 @@ Configure it as a clone with promotable=true promoted-max=1 clone-node-max=1 int
 cannot see whether another node is to be promoted). Let the replicator's Promoted role follow this one's, never the other way \
 round: a fault of the replicator must not stop the machine.
 
-The timeouts of demote and stop are the time that the guest has to shut down: six seconds of them are kept for the agent.
+The timeouts of demote and stop are the time that the guest has to shut down: ten seconds of them are kept for the agent.
 
 As a plain primitive the machine is started, monitored and shut down without a standby.";
 
@@ -232,7 +232,7 @@ fn absent(machine: &Machine<'_>) -> ocf::Result<Status> {
         machine.set_score(None);
         return Err(Failure::new(
             ExitCode::FailedPromoted,
-            format!("the VMM of {} has crashed while it ran the machine", machine.name),
+            format!("the VMM of {} has gone while it ran the machine{}", machine.name, machine.last_words()),
         ));
     }
     if context.is_probe() {
@@ -241,7 +241,7 @@ fn absent(machine: &Machine<'_>) -> ocf::Result<Status> {
         return Ok(Status::NotRunning);
     }
     if machine.recorded() {
-        return Err(Failure::generic(format!("the VMM of {} has crashed", machine.name)));
+        return Err(Failure::generic(format!("the VMM of {} has crashed{}", machine.name, machine.last_words())));
     }
     Ok(Status::NotRunning)
 }

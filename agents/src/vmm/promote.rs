@@ -127,11 +127,9 @@ fn cluster_view(machine: &Machine<'_>) -> ocf::Result<Option<Cib>> {
 
 fn store(machine: &Machine<'_>, in_cluster: bool, generation: Generation) -> ocf::Result {
     if in_cluster {
-        let node = match machine.cluster.node_name(machine.context.deadline) {
-            Ok(node) => node,
-            Err(ClusterError::Absent(_)) => machine.context.environment.node(),
-            Err(e) => return Err(not_stored(machine, generation, &e)),
-        };
+        // A wrong guess cannot do harm: the cluster refuses attributes of nodes that it does not know.
+        let node =
+            machine.cluster.node_name(machine.context.deadline).unwrap_or_else(|_| machine.context.environment.node());
         let attribute = generation_attribute(&machine.name);
         machine
             .cluster

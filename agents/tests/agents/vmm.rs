@@ -140,7 +140,7 @@ fn crash_promoted() {
     node.crash(node.vmm_pid());
     let answer = node.monitor();
     assert_eq!(answer.code, 9);
-    assert!(answer.reason().contains("crashed"), "{}", answer.reason());
+    assert!(answer.reason().contains("has gone"), "{}", answer.reason());
     assert!(node.cluster_told().ends_with("crm_attribute --promotion=vm-m1 -l reboot -D\n"), "{}", node.cluster_told());
     assert_eq!(node.probe(), 9);
     assert_eq!((node.act("demote"), node.monitor().code), (0, 0));
