@@ -30,5 +30,5 @@ mod message;
 mod port;
 
 pub use machine::{MachineEvent, MachinePort};
-pub use message::{Attach, Attached, Cell, Direction, Event, MAX_DATA, MAX_PAYLOAD, Message, MessageError};
+pub use message::{Attach, Attached, Cell, Direction, Event, MAX_DATA, MAX_OFFSET, MAX_PAYLOAD, Message, MessageError};
 pub use port::{BoardPort, Output, Ownership, PortConfig, Saved, SessionId, Verdict};

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::message::{Attach, Attached, Cell, MAX_DATA, Message};
+use super::message::{Attach, Attached, Cell, MAX_DATA, MAX_OFFSET, Message};
 use crate::ids::Generation;
 
 /// What the machine's owner has to know.
@@ -238,7 +238,8 @@ impl MachinePort {
     }
 
     fn attached(&mut self, attached: &Attached) -> Result<(), String> {
-        if attached.applied < self.tx_base || attached.in_base > attached.in_end {
+        let Attached { applied, in_base, in_end, .. } = *attached;
+        if applied < self.tx_base || in_base > in_end || applied.max(in_end) > MAX_OFFSET {
             return Err("the board contradicts what it acknowledged before".into());
         }
         self.state = State::Attached;

@@ -9,6 +9,8 @@ use crate::ids::{Epoch, Generation};
 
 /// Most data bytes in one `Out` or `In`.
 pub const MAX_DATA: usize = 16 * 1024;
+/// Offsets above this are nonsense: a gigabit line reaches it after a thousand years. (So sums cannot overflow.)
+pub const MAX_OFFSET: u64 = 1 << 62;
 /// Largest payload of any message: the limit for the frame decoder.
 pub const MAX_PAYLOAD: usize = MAX_DATA + 1024;
 
@@ -371,9 +373,9 @@ impl Message {
             DETACH => Self::Detach,
             other => return Err(MessageError::Unknown(other)),
         };
-        if let (Self::Out { offset, bytes } | Self::In { offset, bytes }, ..) = (&message,) {
-            if offset.checked_add(bytes.len() as u64).is_none() {
-                return Err(take.bad("its offsets run past 2^64"));
+        if let Self::Out { offset, bytes } | Self::In { offset, bytes } = &message {
+            if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > MAX_OFFSET) {
+                return Err(take.bad("its offsets are out of range"));
             }
         }
         if !take.rest.is_empty() {

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use super::message::{Attach, Attached, Cell, Direction, Event, MAX_DATA, Message};
+use super::message::{Attach, Attached, Cell, Direction, Event, MAX_DATA, MAX_OFFSET, Message};
 use crate::ids::Generation;
 
 /// One connection, numbered by the service; never used twice in one run.
@@ -322,7 +322,8 @@ impl BoardPort {
         }
         let sane = generation > Generation::ZERO
             && (Generation(1)..=generation).contains(&attach.life)
-            && attach.rx_acked <= attach.rx_next;
+            && attach.rx_acked <= attach.rx_next
+            && attach.rx_next.max(attach.tx_acked) <= MAX_OFFSET;
         if !sane {
             self.refuse(id, "its attach contradicts itself".into());
             return Verdict::Nothing;
