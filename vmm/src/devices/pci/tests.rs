@@ -235,13 +235,13 @@ fn msix_messages_wait_for_enable_and_both_masks() {
     let mut bench = with_msix();
     bench.probe().msix.signal(0);
     bench.write(3, 0x42, &0xc000u16.to_le_bytes());
-    assert_eq!(bench.bus.take_msi(), [], "what was signalled before MSI-X was on is not pending");
+    assert_eq!(bench.bus.take_msi(), Vec::new(), "what was signalled before MSI-X was on is not pending");
     bench.probe().msix.signal(0);
     bench.probe().msix.signal(1);
     bench.probe().msix.signal(0xffff);
     assert_eq!(bench.mmio_read(0xc000_0c00), Some(0b11), "pending bits");
     bench.mmio_write(0xc000_081c, 0);
-    assert_eq!(bench.bus.take_msi(), [], "still masked as a whole");
+    assert_eq!(bench.bus.take_msi(), Vec::new(), "still masked as a whole");
     bench.write(3, 0x42, &0x8000u16.to_le_bytes());
     assert_eq!(bench.bus.take_msi(), [MsiMessage { address: 0xfee0_1000, data: 0x42 }]);
     assert_eq!(bench.mmio_read(0xc000_0c00), Some(0b01));

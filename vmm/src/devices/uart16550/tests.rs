@@ -143,13 +143,13 @@ fn without_output_room_the_transmitter_stalls_and_loses_nothing() {
     write(&mut uart, THR, 1, 0);
     write(&mut uart, THR, 2, 0);
     uart.tick(VmTime(1_000_000_000));
-    assert_eq!(uart.take_output(), []);
+    assert_eq!(uart.take_output(), b"");
     assert_eq!(read(&mut uart, LSR, 1_000_000_000) & 0x20, 0, "THR stays full");
     assert_eq!(uart.deadline(), None, "nothing happens before there is room");
     uart.set_output_room(100, VmTime(2_000_000_000));
     assert_eq!(uart.take_output(), [1]);
     uart.tick(VmTime(2_000_000_000 + CHAR - 1));
-    assert_eq!(uart.take_output(), [], "the next character takes its time from the end of the stall");
+    assert_eq!(uart.take_output(), b"", "the next character takes its time from the end of the stall");
     uart.tick(VmTime(2_000_000_000 + CHAR));
     assert_eq!(uart.take_output(), [2]);
 }
@@ -334,7 +334,7 @@ fn loopback_returns_bytes_to_the_guest_and_not_to_the_line() {
     write(&mut uart, THR, 0x42, 0);
     assert_eq!(read(&mut uart, LSR, CHAR) & 1, 1);
     assert_eq!(read(&mut uart, RBR, CHAR), 0x42);
-    assert_eq!(uart.take_output(), []);
+    assert_eq!(uart.take_output(), b"");
     assert_eq!((uart.tx_total(), uart.rx_total()), (0, 0));
     for i in 0..40 {
         write(&mut uart, THR, i, CHAR * (2 + u64::from(i)));

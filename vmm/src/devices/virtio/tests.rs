@@ -263,7 +263,7 @@ fn without_room_output_waits_in_the_guest_and_nothing_is_lost() {
     guest.send(TX, 0x5000, b"0123456789");
     guest.send(TX, 0x5100, b"abc");
     guest.kick(TX);
-    assert_eq!(guest.device().take_output(), []);
+    assert_eq!(guest.device().take_output(), b"");
     assert_eq!(guest.used(TX).0, 0);
     guest.with(|d, ctx| d.set_output_room(4, ctx));
     assert_eq!(guest.device().take_output(), b"0123");
