@@ -113,7 +113,11 @@ impl Connection {
             VmmRequest::Cut { epoch, arm, last } => ok(self.session()?.cut(epoch, arm, last)?),
             VmmRequest::CutContinue => ok(self.session()?.cut_continue()?),
             VmmRequest::Committed { epoch } => ok(self.session()?.committed(epoch)?),
-            VmmRequest::GateOpen => ok(self.session()?.gate_open()?),
+            VmmRequest::GateOpen => match &mut self.session {
+                Some(session) => ok(session.gate_open()?),
+                // By a person, for a machine that no cluster protects.
+                None => ok(machine.open_gate_by_hand()?),
+            },
         })
     }
 

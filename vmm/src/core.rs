@@ -27,6 +27,8 @@ pub enum Event {
     Fenced(Generation),
     /// KVM cannot run the machine any further.
     Broken(String),
+    /// The guest is off and there is no use for the process any more.
+    Ended,
     /// Somebody asked for the end over the control socket.
     Quit,
 }
@@ -164,8 +166,12 @@ impl Exits for Core {
             Action::Reset => (Asked::Reset, Event::Reset),
             Action::PowerOff => (Asked::PowerOff, Event::PowerOff),
         };
-        self.hardware().asked.get_or_insert(asked);
-        self.tell(event);
+        let mut hardware = self.hardware();
+        // Several vCPUs may ask; once is enough.
+        if hardware.asked.is_none() {
+            hardware.asked = Some(asked);
+            self.tell(event);
+        }
     }
 
     fn broken(&self, vcpu: usize, why: String) {

@@ -50,8 +50,15 @@ const PAUSES: usize = 512;
 /// What a machine runs from when it is powered on.
 #[derive(Debug, Clone)]
 pub enum BootSource {
-    /// Linux, directly.
-    Linux(LinuxBoot),
+    /// Linux, directly. The files are read at power on and at every reset, and not kept in memory.
+    Linux {
+        /// bzImage.
+        kernel: PathBuf,
+        /// Initial RAM disk.
+        initrd: Option<PathBuf>,
+        /// Command line.
+        cmdline: String,
+    },
     /// Flat 64-bit code in ring 3, on all vCPUs, for tests and benchmarks: RDI is the vCPU's number.
     Flat {
         /// The code.
@@ -106,8 +113,8 @@ pub struct Life {
     /// A cut is under way, or a last cut waits for its commit: nobody else may start, stop or change the machine.
     pub cutting: bool,
     /// A session is attached.
-    pub session: Option<u64>,
-    /// Newest cut of the session.
+    pub session: bool,
+    /// Newest cut, counted on over the sessions.
     pub last_cut: Epoch,
     /// Newest commit.
     pub last_committed: Epoch,
@@ -150,6 +157,9 @@ impl Machine {
         );
         config.serial.iter().chain(&config.console).try_for_each(BackendConfig::validate)?;
         ensure!(config.serial.len() <= 4, "a machine has at most 4 serial ports");
+        if let BootSource::Linux { kernel, initrd, cmdline } = &config.boot {
+            LinuxBoot::read(kernel, initrd.as_deref(), cmdline)?;
+        }
         let kvm = open_kvm()?;
         let ram = Ram::open(&config.ram_file, config.memory_mib)?;
         let vm = kvm.create_vm().context("KVM refuses to create a machine")?;
@@ -196,7 +206,7 @@ impl Machine {
             generation: Generation::ZERO,
             born: Generation::ZERO,
             cutting: false,
-            session: None,
+            session: false,
             last_cut: Epoch::ZERO,
             last_committed: Epoch::ZERO,
             resets: 0,
@@ -222,14 +232,19 @@ impl Machine {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The life when no cut is under way; waits for the end of one.
-    fn quiet_life(&self) -> Result<MutexGuard<'_, Life>> {
+    /// The life when no cut is under way; waits for the end of one, however long.
+    fn settled_life(&self) -> MutexGuard<'_, Life> {
+        self.life_changed.wait_while(self.life(), |l| l.cutting).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Machine::settled_life`], for callers who cannot wait for ever.
+    pub fn quiet_life(&self) -> Result<MutexGuard<'_, Life>> {
         const AT_MOST: Duration = Duration::from_secs(30);
         let (life, timeout) = self
             .life_changed
             .wait_timeout_while(self.life(), AT_MOST, |l| l.cutting)
             .unwrap_or_else(PoisonError::into_inner);
-        ensure!(!timeout.timed_out(), "a checkpoint of the machine is being taken and does not end; try again");
+        ensure!(!timeout.timed_out(), "the machine is being captured or saved and that does not end; try again later");
         Ok(life)
     }
 
@@ -307,7 +322,8 @@ impl Machine {
         vm_state::load(&self.core.vm, &self.pristine.vm)?;
         let ram = &self.core.ram;
         let entry = match &self.config.boot {
-            BootSource::Linux(linux) => {
+            BootSource::Linux { kernel, initrd, cmdline } => {
+                let linux = LinuxBoot::read(kernel, initrd.as_deref(), cmdline)?;
                 hardware.as_firmware_leaves_it()?;
                 let serial_ports = self.config.serial.len();
                 let rsdp = acpi::write(ram, Platform { vcpus: self.config.vcpus, serial_ports })?;
@@ -465,6 +481,19 @@ impl Machine {
         self.go(&mut hardware)
     }
 
+    /// Open the gate of a machine that nobody replicates (one that was restored or promoted by hand).
+    pub fn open_gate_by_hand(&self) -> Result<()> {
+        let life = self.quiet_life()?;
+        ensure!(!life.session, "a replicator protects this machine; only it may open the gate");
+        ensure!(
+            matches!(life.state, VmmState::Running | VmmState::Paused | VmmState::ShutDown),
+            "there is no output to let out: the machine is {}",
+            name(life.state)
+        );
+        self.core.hardware().set_gate(Gate::Open);
+        Ok(())
+    }
+
     /// Press the ACPI power button.
     pub fn power_button(&self) -> Result<()> {
         let life = self.quiet_life()?;
@@ -478,12 +507,18 @@ impl Machine {
     pub fn save(&self, dir: &Path) -> Result<()> {
         let was_running = self.life().state == VmmState::Running;
         self.pause()?;
-        let result = (|| {
-            let life = self.quiet_life()?;
-            let state = Self::paused_state(&life).context("the machine is not paused")?;
-            std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-            crate::save::write(&self.core.ram, state, dir)
-        })();
+        let state = {
+            let mut life = self.quiet_life()?;
+            let state = Self::paused_state(&life).context("the machine is not paused")?.to_vec();
+            // Nobody lets it run meanwhile, and its status can still be asked for.
+            life.cutting = true;
+            state
+        };
+        let result = std::fs::create_dir_all(dir)
+            .with_context(|| format!("cannot create {}", dir.display()))
+            .and_then(|()| crate::save::write(&self.core.ram, &state, dir));
+        self.life().cutting = false;
+        self.life_changed();
         if was_running {
             self.resume()?;
         }
@@ -494,7 +529,7 @@ impl Machine {
 
     /// The guest asked for a reset: power-on state, boot program loaded again. Clocks go on.
     pub fn reset(&self) -> Result<()> {
-        let mut life = self.quiet_life()?;
+        let mut life = self.settled_life();
         if life.state != VmmState::Running {
             return Ok(());
         }
@@ -510,7 +545,7 @@ impl Machine {
 
     /// The guest switched itself off.
     pub fn shut_down(&self) -> Result<()> {
-        let mut life = self.quiet_life()?;
+        let mut life = self.settled_life();
         if life.state != VmmState::Running {
             return Ok(());
         }
@@ -533,11 +568,25 @@ impl Machine {
         self.life_changed();
     }
 
+    /// The machine runs elsewhere: end the links to the boards, which belong to the other one now. Never waits for them.
+    pub fn retire(self: &Arc<Self>) {
+        let machine = self.clone();
+        let spawned = std::thread::Builder::new().name("retire".into()).spawn(move || machine.stop_pumps());
+        if let Err(e) = spawned {
+            eprintln!("warning: the links to the boards stay until the process ends: {e}");
+        }
+    }
+
+    fn stop_pumps(&self) {
+        let pumps = std::mem::take(&mut *self.pumps.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(pumps);
+    }
+
     /// Stop everything for the end of the process.
     pub fn halt(&self) {
         self.vcpus.stop_all();
         self.core.hardware().frozen = true;
-        self.pumps.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.stop_pumps();
     }
 
     /// Whether all released output has arrived at the other end; for a polite end after a power-off.
@@ -597,7 +646,7 @@ impl Machine {
         let (state, generation, last_cut, last_committed, replicated, resets, recent) = {
             let l = self.life();
             let recent = l.pauses.iter().copied().collect();
-            (l.state, l.generation, l.last_cut, l.last_committed, l.session.is_some(), l.resets, recent)
+            (l.state, l.generation, l.last_cut, l.last_committed, l.session, l.resets, recent)
         };
         let links: Vec<_> = {
             let pumps = self.pumps.lock().unwrap_or_else(PoisonError::into_inner);
@@ -679,7 +728,7 @@ fn open_kvm() -> Result<Kvm> {
         }
         Err(e) => return Err(anyhow::Error::from(e).context("cannot open /dev/kvm")),
     };
-    ensure!(kvm.get_api_version() == 12, "/dev/kvm speaks API {}, not 12", kvm.get_api_version());
+    ensure!(kvm.get_api_version() == 12, "/dev/kvm is not KVM (API version {}, not 12)", kvm.get_api_version());
     Ok(kvm)
 }
 

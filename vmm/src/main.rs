@@ -1,16 +1,17 @@
 //! `understudy-vmm`: run one machine, and talk to one that runs.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, Parser, Subcommand};
-use understudy_protocol::control::{PromoteFrom, VmmRequest, VmmStatus, call_once};
+use serde::de::DeserializeOwned;
+use understudy_protocol::control::{ControlError, PromoteFrom, VmmRequest, VmmState, VmmStatus, call_once};
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 use understudy_vmm::backend::BackendConfig;
-use understudy_vmm::boot::LinuxBoot;
 use understudy_vmm::machine::{BootSource, MachineConfig};
 use understudy_vmm::run::{self, RunConfig};
 use understudy_vmm::save;
@@ -79,7 +80,10 @@ enum Command {
     Resume(Which),
     /// Press the ACPI power button: the guest is asked to shut down.
     PowerButton(Which),
-    /// Make a standby the running machine by booting it.
+    /// Let outputs leave without waiting for a standby. Only for a machine that no cluster protects (restored or promoted by hand): its
+    /// standby, if there is one, must never run afterwards.
+    OpenGate(Which),
+    /// Make a standby the running machine by booting it. Its outputs wait: for a replicator, or for open-gate.
     Promote {
         #[command(flatten)]
         which: Which,
@@ -98,7 +102,7 @@ enum Command {
         #[arg(long)]
         dir: PathBuf,
     },
-    /// Let a standby continue from a directory that `save` wrote.
+    /// Let a standby continue from a directory that `save` wrote. Its outputs wait: for a replicator, or for open-gate.
     Restore {
         #[command(flatten)]
         which: Which,
@@ -167,7 +171,7 @@ fn dispatch(command: Command) -> Result<i32> {
     match command {
         Command::Run(run) => return start(*run),
         Command::Status { which, json } => {
-            let status: VmmStatus = call_once(which.layout()?.vmm_socket(), &VmmRequest::Status, QUICK)?;
+            let status: VmmStatus = call(&which.layout()?, &VmmRequest::Status, QUICK)?;
             if json {
                 println!("{}", serde_json::to_string(&status).context("cannot write the status")?);
             } else {
@@ -176,6 +180,7 @@ fn dispatch(command: Command) -> Result<i32> {
         }
         Command::Pause(which) => ask(&which, &VmmRequest::Pause, QUICK)?,
         Command::Resume(which) => ask(&which, &VmmRequest::Resume, QUICK)?,
+        Command::OpenGate(which) => ask(&which, &VmmRequest::GateOpen, QUICK)?,
         Command::PowerButton(which) => ask(&which, &VmmRequest::PowerButton, QUICK)?,
         Command::Quit(which) => ask(&which, &VmmRequest::Quit, QUICK)?,
         Command::Promote { which, generation, state } => {
@@ -188,9 +193,9 @@ fn dispatch(command: Command) -> Result<i32> {
         Command::Save { which, dir } => ask(&which, &VmmRequest::Save { dir: absolute(&dir)? }, SLOW)?,
         Command::Restore { which, dir, generation } => {
             let layout = which.layout()?;
-            let status: VmmStatus = call_once(layout.vmm_socket(), &VmmRequest::Status, QUICK)?;
+            let status: VmmStatus = call(&layout, &VmmRequest::Status, QUICK)?;
             ensure!(
-                status.state == understudy_protocol::control::VmmState::Standby,
+                status.state == VmmState::Standby,
                 "only a standby can be restored into; start one with: understudy-vmm run --standby …"
             );
             save::restore_ram(&dir, &layout.ram())?;
@@ -208,19 +213,32 @@ fn absolute(path: &Path) -> Result<String> {
 }
 
 fn ask(which: &Which, request: &VmmRequest, timeout: Duration) -> Result<()> {
-    Ok(call_once(which.layout()?.vmm_socket(), request, timeout)?)
+    call(&which.layout()?, request, timeout)
+}
+
+/// One request to the machine's VMM.
+fn call<R: DeserializeOwned>(layout: &Layout, request: &VmmRequest, timeout: Duration) -> Result<R> {
+    call_once(layout.vmm_socket(), request, timeout).map_err(|e| match &e {
+        ControlError::Io { socket, source } if source.kind() == ErrorKind::NotFound => {
+            anyhow!("no VMM of this machine runs on this node ({socket} does not exist)")
+        }
+        ControlError::Io { socket, source } if source.kind() == ErrorKind::ConnectionRefused => {
+            anyhow!("the VMM of this machine has died (nobody listens on {socket})")
+        }
+        // Its sentence names its cause already.
+        other => anyhow!("{other}"),
+    })
 }
 
 fn start(run: Run) -> Result<i32> {
     let layout = run.which.layout()?;
-    let boot = LinuxBoot::read(&run.kernel, run.initrd.as_deref(), &run.cmdline)?;
     let mut serial = vec![run.serial0];
     serial.extend(run.serial1);
     let machine = MachineConfig {
         name: run.which.machine.clone(),
         memory_mib: run.memory,
         vcpus: run.vcpus,
-        boot: BootSource::Linux(boot),
+        boot: BootSource::Linux { kernel: run.kernel, initrd: run.initrd, cmdline: run.cmdline },
         serial,
         console: run.console,
         ram_file: layout.ram(),

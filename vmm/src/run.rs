@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
-use understudy_protocol::control::{Gate, PromoteFrom};
+use understudy_protocol::control::{Gate, PromoteFrom, VmmState};
 use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::Layout;
 
@@ -81,8 +81,8 @@ pub fn run(config: RunConfig) -> Result<i32> {
     let (events, inbox) = channel();
     on_signals(events.clone())?;
     let mib = config.arena_mib.unwrap_or((config.machine.memory_mib / 4).max(64));
-    let arena = Arena::open(&layout.arena(), mib.saturating_mul(1 << 20))?;
     let machine = Arc::new(Machine::build(config.machine.clone(), events)?);
+    let arena = Arena::open(&layout.arena(), mib.saturating_mul(1 << 20))?;
 
     let mut cleanup = Cleanup { files: vec![layout.vmm_pid(), layout.vmm_socket()], keep: false };
     write_pid(&layout.vmm_pid())?;
@@ -106,27 +106,29 @@ pub fn run(config: RunConfig) -> Result<i32> {
     Ok(code)
 }
 
-/// Act on events until one of them ends the process.
-fn supervise(machine: &Machine, inbox: &Receiver<Event>, standby: bool) -> i32 {
+/// Act on events until one of them ends the process. What the guest asks for is done on a thread of its own, because it may have to wait
+/// for the end of a cut, and fencing must not.
+fn supervise(machine: &Arc<Machine>, inbox: &Receiver<Event>, standby: bool) -> i32 {
+    let (wishes, granted) = channel::<Event>();
+    let worker = {
+        let machine = machine.clone();
+        std::thread::Builder::new().name("supervisor".into()).spawn(move || {
+            for wish in granted {
+                grant(&machine, &wish, standby);
+            }
+        })
+    };
+    if let Err(e) = worker {
+        eprintln!("error: cannot start the supervisor's thread: {e}");
+        return EXIT_BROKEN;
+    }
     while let Ok(event) = inbox.recv() {
         match event {
-            Event::Reset => {
-                eprintln!("the guest resets the machine");
-                if let Err(e) = machine.reset() {
-                    eprintln!("error: {e:#}");
-                    return EXIT_BROKEN;
-                }
+            Event::Reset | Event::PowerOff => {
+                let _ = wishes.send(event);
             }
-            Event::PowerOff => {
-                eprintln!("the guest has switched the machine off");
-                if let Err(e) = machine.shut_down() {
-                    eprintln!("error: {e:#}");
-                    return EXIT_BROKEN;
-                }
-                if !standby {
-                    drain(machine);
-                    return 0;
-                }
+            Event::Fenced(newer) if machine.life().state == VmmState::HandedOver => {
+                eprintln!("the boards belong to generation {newer} now, to which this machine was handed over");
             }
             Event::Fenced(newer) => {
                 machine.fence();
@@ -137,10 +139,31 @@ fn supervise(machine: &Machine, inbox: &Receiver<Event>, standby: bool) -> i32 {
                 eprintln!("error: the machine cannot run any further: {why}");
                 return EXIT_BROKEN;
             }
-            Event::Quit => return 0,
+            Event::Quit | Event::Ended => return 0,
         }
     }
     0
+}
+
+fn grant(machine: &Machine, wish: &Event, standby: bool) {
+    let result = match wish {
+        Event::Reset => {
+            eprintln!("the guest resets the machine");
+            machine.reset()
+        }
+        _ => {
+            eprintln!("the guest has switched the machine off");
+            machine.shut_down()
+        }
+    };
+    match result {
+        Err(e) => machine.core.tell(Event::Broken(format!("{e:#}"))),
+        Ok(()) if *wish == Event::PowerOff && !standby => {
+            drain(machine);
+            machine.core.tell(Event::Ended);
+        }
+        Ok(()) => {}
+    }
 }
 
 /// Give the last output a little time to arrive.

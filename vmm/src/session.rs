@@ -56,7 +56,7 @@ impl Session {
     /// Attach to `machine`; refused while another session lives or when there is nothing to replicate.
     pub fn attach(machine: Arc<Machine>, arena: SharedArena) -> Result<(Self, Attached)> {
         let mut life = machine.life();
-        if life.session.is_some() {
+        if life.session {
             bail!("a replicator is attached already; its connection must end first");
         }
         match life.state {
@@ -65,9 +65,8 @@ impl Session {
             VmmState::HandedOver => bail!("the machine was handed over to another node"),
             VmmState::Fenced => bail!("the machine is fenced; a newer generation of it runs elsewhere"),
         }
-        life.session = Some(1);
-        life.last_cut = Epoch::ZERO;
-        life.last_committed = Epoch::ZERO;
+        // Epochs count on over all sessions of a generation; the standby compares them.
+        life.session = true;
         drop(life);
         let attached = Attached {
             generation: machine.generation(),
@@ -122,7 +121,7 @@ impl Session {
         ensure!(self.last.is_none(), "the last cut was taken; commit it or close the connection");
         let machine = self.machine.clone();
         {
-            let mut life = machine.life();
+            let mut life = machine.quiet_life()?;
             ensure!(
                 matches!(life.state, VmmState::Running | VmmState::Paused | VmmState::ShutDown),
                 "the machine cannot be cut any more ({:?})",
@@ -237,6 +236,7 @@ impl Session {
             self.last = None;
             if life.state != VmmState::Fenced {
                 life.state = VmmState::HandedOver;
+                self.machine.retire();
             }
             life.cutting = false;
             self.machine.life_changed();
@@ -282,7 +282,7 @@ impl Drop for Session {
         {
             eprintln!("warning: the dirty log stays on: {e:#}");
         }
-        machine.life().session = None;
+        machine.life().session = false;
     }
 }
 

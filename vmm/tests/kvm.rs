@@ -178,11 +178,12 @@ fn cuts_of_a_running_machine_capture_exactly_its_ram() {
         for page in (0..MIB as usize * 256).filter(|p| bitmap[p / 8] >> (p % 8) & 1 == 1) {
             image[page * PAGE..][..PAGE].copy_from_slice(&ram[page * PAGE..][..PAGE]);
         }
-        for epoch in 1..=30 {
+        for epoch in (1..=30).map(|e| 100 * round + e) {
             rig.cut(&mut session, epoch, false, &mut image);
             session.committed(Epoch(epoch)).unwrap();
         }
-        rig.cut(&mut session, 31, true, &mut image);
+        assert!(session.cut(Epoch(100 * round + 30), false, false).is_err(), "an epoch was cut twice");
+        rig.cut(&mut session, 100 * round + 31, true, &mut image);
         rig.stands_still();
         assert_eq!(first_difference(&image, &rig.ram_file()), None, "round {round}: page differs");
         drop(session);
@@ -233,13 +234,13 @@ fn an_aborted_cut_loses_no_page_and_the_machine_runs_on() {
     wait("all pages were written", || rig.counter(0) > from + 5000);
     assert!(session.cut(Epoch(1), false, false).unwrap().more);
     // Nothing but the connection's end aborts an open cut; then a new session starts over from a full copy. Within the session:
-    assert!(session.cut(Epoch(2), false, false).unwrap_err().to_string().contains("cut-continue"));
+    assert!(session.cut(Epoch(9), false, false).unwrap_err().to_string().contains("cut-continue"));
     while session.cut_continue().unwrap().more {}
     rig.counts_on(0);
     drop(session);
     let mut session = rig.attach();
     image.copy_from_slice(&rig.ram_file());
-    let _ = session.cut(Epoch(1), false, false).unwrap();
+    let _ = session.cut(Epoch(2), false, false).unwrap();
     drop(session);
     rig.counts_on(0);
 }
@@ -406,7 +407,7 @@ fn one_session_at_a_time_and_its_end_frees_the_machine() {
     drop(session);
     rig.counts_on(0);
     let mut session = rig.attach();
-    rig.cut(&mut session, 1, false, &mut image);
+    rig.cut(&mut session, 3, false, &mut image);
 }
 
 #[test]
