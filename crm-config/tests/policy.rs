@@ -38,7 +38,8 @@ fn complaints(text: &str) -> Vec<String> {
 #[track_caller]
 fn refused(text: &str, line: usize, words: &str) {
     let (policy, findings) = check::read(text);
-    let found = findings.iter().any(|f| f.severity == Severity::Error && f.line == Some(line) && f.what.contains(words));
+    let found =
+        findings.iter().any(|f| f.severity == Severity::Error && f.line == Some(line) && f.what.contains(words));
     assert!(found && policy.is_none(), "no error in line {line} with {words:?} among {findings:#?}");
 }
 
@@ -245,7 +246,8 @@ fn ports_that_are_given_stay_and_the_others_keep_out_of_their_way() {
     );
     let c = compiled(&text);
     let port = |m: &str| {
-        let peers = value(&resource(&c, &format!("repl-{m}-clone")).primitive().parameters, "peers").unwrap().to_string();
+        let peers =
+            value(&resource(&c, &format!("repl-{m}-clone")).primitive().parameters, "peers").unwrap().to_string();
         peers.rsplit_once(':').unwrap().1.to_string()
     };
     assert_eq!([port("m1"), port("m2"), port("m3")], ["7791", "7790", "7792"]);
@@ -253,7 +255,9 @@ fn ports_that_are_given_stay_and_the_others_keep_out_of_their_way() {
 
 #[test]
 fn several_devices_of_one_node_become_levels() {
-    let text = format!("{SMALL}[[fencing]]\nname = \"pdu\"\nagent = \"fence_apc\"\nnodes = [\"n1\"]\nlevel = 2\n[fencing.parameters]\nport = 4\n");
+    let text = format!(
+        "{SMALL}[[fencing]]\nname = \"pdu\"\nagent = \"fence_apc\"\nnodes = [\"n1\"]\nlevel = 2\n[fencing.parameters]\nport = 4\n"
+    );
     let c = compiled(&text);
     let levels: Vec<_> = c.levels.iter().map(|l| (l.target.as_str(), l.index, l.devices.clone())).collect();
     assert_eq!(levels, [("n1", 1, vec!["ipmi".to_string()]), ("n1", 2, vec!["pdu".to_string()])]);
@@ -311,7 +315,8 @@ fn a_machine_that_left_the_policy_leaves_the_cluster_and_nothing_else_does() {
     let (merged, _) = merge(&cluster(), &compiled(DEMO));
     let text = DEMO.split("[[machines]]").next().unwrap();
     let (without, changes) = merge(&merged, &compiled(text));
-    let gone: Vec<&str> = changes.iter().filter_map(|c| if let Change::Remove(e) = c { Some(e.id()) } else { None }).collect();
+    let gone: Vec<&str> =
+        changes.iter().filter_map(|c| if let Change::Remove(e) = c { Some(e.id()) } else { None }).collect();
     assert!(gone.contains(&"vm-demo-clone") && gone.contains(&"understudy-order-demo-start"), "{gone:?}");
     assert_eq!(ids(&without, "resources"), ["web", "fence-n1", "fence-n2", "fence-b1", "b1"]);
     assert!(ids(&without, "constraints").contains(&"understudy-veto-demo".to_string()), "the machine lifts it, not we");
