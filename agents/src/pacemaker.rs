@@ -9,7 +9,8 @@ use ocf::{Deadline, Environment};
 use crate::cluster::{Cib, Cluster, ClusterError, Member, Result};
 use crate::xml::Element;
 
-/// Longest that one tool may take, whatever the deadline allows.
+/// Longest that a question to the local daemons may take, whatever the deadline allows. (What is *stored* goes through the
+/// membership, and waits while that is being formed anew.)
 const STEP: Duration = Duration::from_secs(5);
 /// `CRM_EX_NOSUCH`: what was to be deleted is not there.
 const NO_SUCH: i32 = 105;
@@ -35,7 +36,7 @@ impl<'a> Pacemaker<'a> {
     }
 
     fn run(&self, program: &str, arguments: &[&str], deadline: Deadline) -> Result<Output> {
-        command::run(self.env, program, arguments, deadline.within(STEP)).map_err(|e| match e {
+        command::run(self.env, program, arguments, deadline).map_err(|e| match e {
             CommandError::Missing { .. } => ClusterError::Absent(e.to_string()),
             e => ClusterError::Failed(e.to_string()),
         })
@@ -55,7 +56,7 @@ impl Cluster for Pacemaker<'_> {
         if let Some(name) = &self.node {
             return Ok(name.clone());
         }
-        let name = self.ask("say this node's name", "crm_node", &["-n"], deadline)?.trim().to_owned();
+        let name = self.ask("say this node's name", "crm_node", &["-n"], deadline.within(STEP))?.trim().to_owned();
         if name.is_empty() {
             return Err(ClusterError::Failed("crm_node did not say this node's name".into()));
         }
@@ -63,11 +64,11 @@ impl Cluster for Pacemaker<'_> {
     }
 
     fn quorate(&self, deadline: Deadline) -> Result<bool> {
-        Ok(self.ask("say whether there is quorum", "crm_node", &["-q"], deadline)?.trim() == "1")
+        Ok(self.ask("say whether there is quorum", "crm_node", &["-q"], deadline.within(STEP))?.trim() == "1")
     }
 
     fn cib(&self, deadline: Deadline) -> Result<Cib> {
-        let text = self.ask("read the CIB", "cibadmin", &["--query"], deadline)?;
+        let text = self.ask("read the CIB", "cibadmin", &["--query"], deadline.within(STEP))?;
         Cib::parse(&text).map_err(|e| ClusterError::Failed(format!("cibadmin printed an unreadable CIB: {e}")))
     }
 
@@ -78,7 +79,7 @@ impl Cluster for Pacemaker<'_> {
     }
 
     fn members(&self, deadline: Deadline) -> Result<Vec<Member>> {
-        let text = self.ask("list the nodes", "crm_mon", &["--one-shot", "--output-as=xml"], deadline)?;
+        let text = self.ask("list the nodes", "crm_mon", &["--one-shot", "--output-as=xml"], deadline.within(STEP))?;
         let root =
             Element::parse(&text).map_err(|e| ClusterError::Failed(format!("crm_mon's answer is unreadable: {e}")))?;
         let member = |node: &&Element| {

@@ -8,7 +8,7 @@ use understudy_protocol::control::{ControlError, HandedOver, ReplicatorRequest, 
 
 use super::machine::Machine;
 use super::parameters::SHUTDOWN_MODE;
-use crate::cluster::ended_attribute;
+use crate::cluster::{ended_attribute, veto_id};
 use crate::machine_runs as runs;
 use crate::rules::{self, Leaving, SCORE_COLD};
 use crate::service::{Observed, ask};
@@ -118,7 +118,8 @@ fn shutdown_deadline(deadline: Deadline) -> Deadline {
     deadline.leaving(RESERVE.min(left / 2))
 }
 
-/// Say durably that this generation was shut down on purpose: images of it that lie about are not to be resumed.
+/// Say durably that this generation was shut down on purpose: images of it that lie about are not to be resumed, and a veto
+/// that stands for it protects nothing any more.
 fn record_ended(machine: &Machine<'_>, status: &VmmStatus) {
     if !machine.promotable || status.generation.0 == 0 {
         return;
@@ -128,6 +129,13 @@ fn record_ended(machine: &Machine<'_>, status: &VmmStatus) {
         let value = status.generation.to_string();
         machine.cluster.set_node_attribute(&node, &ended_attribute(&machine.name), &value, deadline)
     });
+    if stored.is_ok()
+        && let Err(e) = machine
+            .cluster
+            .delete_constraint(&veto_id(&machine.name), machine.context.deadline.within(Duration::from_secs(3)))
+    {
+        machine.context.log.warning(format!("the veto for {} still stands: {e}", machine.name));
+    }
     if let Err(e) = stored {
         let level = format!("that generation {} was shut down is not stored: {e}", status.generation);
         if machine.context.environment.under_pacemaker() {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use ocf::command;
 use ocf::{Deadline, Failure};
 use understudy_protocol::control::{
-    ControlError, PromoteFrom, ReplicatorRequest, TakenImage, TakenOver, VmmRequest, VmmState,
+    ControlError, PromoteFrom, ReplicatorRequest, Role, TakenImage, TakenOver, VmmRequest, VmmState,
 };
 use understudy_protocol::ids::Generation;
 
@@ -62,12 +62,21 @@ pub fn promote(machine: &Machine<'_>) -> ocf::Result {
 
     let cib = cluster_view(machine)?;
     let generations = cib.as_ref().map(|c| c.generations(&generation_attribute(&machine.name))).unwrap_or_default();
-    let replica = machine.replicator(Duration::from_secs(2)).map(|r| r.generation);
-    let seen = generations.iter().map(|(_, g)| *g).chain(replica).chain([machine.noted_generation()]);
+    let replicator = machine.replicator(Duration::from_secs(2));
+    let seen = generations
+        .iter()
+        .map(|(_, g)| *g)
+        .chain(replicator.as_ref().map(|r| r.generation))
+        .chain([machine.noted_generation()]);
     let highest = seen.max().unwrap_or_default();
     let generation = rules::next_generation([highest]);
     store(machine, cib.is_some(), generation)?;
 
+    // After a recovery in place it may still be the sender that it was: the cluster sees no reason to demote it.
+    let sends = replicator.is_some_and(|r| r.role == Role::Sender);
+    if sends {
+        change_replicator(machine, &ReplicatorRequest::Demote);
+    }
     let image = take_over(machine, generation)?;
     let ended = cib.as_ref().and_then(|c| c.generations(&ended_attribute(&machine.name)).first().map(|(_, g)| *g));
     let node = context.environment.node();
@@ -94,7 +103,19 @@ pub fn promote(machine: &Machine<'_>) -> ocf::Result {
             )));
         }
     };
-    run(machine, generation, from)
+    run(machine, generation, from)?;
+    if sends {
+        change_replicator(machine, &ReplicatorRequest::Promote);
+    }
+    Ok(())
+}
+
+/// Change the replicator's role on the cluster's behalf. Should it fail, the cluster sees that when it monitors the replicator.
+fn change_replicator(machine: &Machine<'_>, request: &ReplicatorRequest) {
+    let patience = (machine.context.deadline.remaining() / 4).max(Duration::from_millis(500));
+    if let Err(error) = ask::<_, ()>(&machine.layout.replicator_socket(), request, patience) {
+        machine.context.log.warning(format!("the replicator of {} did not change its role: {error}", machine.name));
+    }
 }
 
 fn run(machine: &Machine<'_>, generation: Generation, from: PromoteFrom) -> ocf::Result {

@@ -32,6 +32,7 @@ pub const TESTS: &[Test] = &[
     ("promote refuses to boot while another node holds an image", promote_refused),
     ("promote does not run a machine whose generation cannot be stored", promote_without_cib),
     ("promote takes over without a replicator process", promote_offline),
+    ("promote after a recovery in place finds its replicator still sending", promote_with_sender),
     ("promote of what does not run is 7", promote_stopped),
     ("demote hands over when another node is promoted", demote_hands_over),
     ("demote to nobody shuts the guest down and says so to the cluster", demote_shuts_down),
@@ -323,6 +324,20 @@ fn promote_offline() {
     assert!(node.vmm_told().contains(r#""kind":"image""#), "{}", node.vmm_told());
 }
 
+fn promote_with_sender() {
+    let node = primary();
+    node.crash(node.vmm_pid());
+    assert_eq!((node.act("demote"), node.act("stop"), node.act("start"), node.act("promote")), (0, 0, 0, 0));
+    let told = node.replicator_told();
+    let lines: Vec<&str> = told.lines().collect();
+    let last: Vec<_> = lines.iter().rev().take(3).rev().copied().collect();
+    assert_eq!(
+        last,
+        [r#"{"cmd":"demote"}"#, r#"{"cmd":"take-over","generation":2}"#, r#"{"cmd":"promote"}"#],
+        "{told}"
+    );
+}
+
 fn promote_stopped() {
     assert_eq!(CLONE().act("promote"), 7);
 }
@@ -360,6 +375,7 @@ fn demote_shuts_down() {
     assert!(!node.replicator_told().contains("hand-over"), "{}", node.replicator_told());
     assert!(node.vmm_told().contains("power-button"), "{}", node.vmm_told());
     assert!(node.cluster_told().contains("--name understudy-ended-m1 --update 1"), "{}", node.cluster_told());
+    assert!(node.cluster_told().contains("--delete --scope constraints"), "{}", node.cluster_told());
     assert_eq!(node.monitor().code, 0);
 }
 
