@@ -114,7 +114,9 @@ impl BackendConfig {
         let name = self.describe();
         Ok(match self {
             Self::None => (Box::new(Nothing), name),
-            Self::File(path) => (Box::new(FileEnd { file: open_for_append(path)?, path: path.clone(), failed: false }), name),
+            Self::File(path) => {
+                (Box::new(FileEnd { file: open_for_append(path)?, path: path.clone(), failed: false }), name)
+            }
             Self::Pty => {
                 let pty = Pty::open(at.rx_delivered, events)?;
                 let name = format!("pty {}", pty.name);
@@ -181,7 +183,10 @@ impl Backend for FileEnd {
     fn send(&mut self, offset: u64, bytes: &[u8]) -> Option<u64> {
         let result = self.file.write_all(bytes);
         if let (Err(e), false) = (&result, self.failed) {
-            eprintln!("warning: cannot write a port's output to {}: {e}; output is lost until it can", self.path.display());
+            eprintln!(
+                "warning: cannot write a port's output to {}: {e}; output is lost until it can",
+                self.path.display()
+            );
         }
         self.failed = result.is_err();
         Some(offset + bytes.len() as u64)
@@ -229,10 +234,8 @@ impl Backend for Pty {
     fn send(&mut self, offset: u64, bytes: &[u8]) -> Option<u64> {
         let mut rest = bytes;
         while !rest.is_empty() {
-            let mut fds = [nix::poll::PollFd::new(
-                std::os::fd::AsFd::as_fd(&self.master),
-                nix::poll::PollFlags::POLLOUT,
-            )];
+            let mut fds =
+                [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&self.master), nix::poll::PollFlags::POLLOUT)];
             let ready = nix::poll::poll(&mut fds, 100u16).unwrap_or(0);
             if ready == 0 {
                 break;

@@ -106,7 +106,11 @@ impl LinuxBoot {
         ensure!(h.u16(0x236)? & 1 != 0, "it has no 64-bit entry point");
         ensure!(!cmdline.as_bytes().contains(&0), "the command line contains a NUL");
         let max = h.u32(0x238)?;
-        ensure!(cmdline.len() as u64 <= max, "the command line is {} bytes long, this kernel takes {max}", cmdline.len());
+        ensure!(
+            cmdline.len() as u64 <= max,
+            "the command line is {} bytes long, this kernel takes {max}",
+            cmdline.len()
+        );
         Ok(Self { kernel, initrd, cmdline: cmdline.as_bytes().to_vec() })
     }
 
@@ -117,7 +121,8 @@ impl LinuxBoot {
             0 => 4,
             n => n,
         };
-        let payload = self.kernel.get(((setup_sectors + 1) * 512) as usize..).context("the kernel image is truncated")?;
+        let payload =
+            self.kernel.get(((setup_sectors + 1) * 512) as usize..).context("the kernel image is truncated")?;
         let low_end = ram.low_end();
         let preferred = h.u64(0x258)?;
         let start = if h.u8(0x234)? != 0 { KERNEL_DEFAULT.max(preferred) } else { preferred };

@@ -24,7 +24,9 @@ pub enum ContainerError {
     #[error("this is not the saved state of a machine")]
     NotAState,
     /// Another format.
-    #[error("the saved state has format {0}, this program reads format {FORMAT}: use the program that saved it or a newer one")]
+    #[error(
+        "the saved state has format {0}, this program reads format {FORMAT}: use the program that saved it or a newer one"
+    )]
     Format(u32),
     /// Damaged.
     #[error("the saved state is damaged: {0}")]

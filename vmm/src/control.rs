@@ -39,10 +39,11 @@ pub fn serve(socket: PathBuf, machine: Arc<Machine>, arena: SharedArena) -> Resu
                 }
                 open.fetch_add(1, Ordering::Relaxed);
                 let (machine, arena, open) = (machine.clone(), arena.clone(), open.clone());
-                let spawned = std::thread::Builder::new().name("client".into()).stack_size(512 * 1024).spawn(move || {
-                    Connection { machine, arena, session: None }.serve(stream);
-                    open.fetch_sub(1, Ordering::Relaxed);
-                });
+                let spawned =
+                    std::thread::Builder::new().name("client".into()).stack_size(512 * 1024).spawn(move || {
+                        Connection { machine, arena, session: None }.serve(stream);
+                        open.fetch_sub(1, Ordering::Relaxed);
+                    });
                 if let Err(e) = spawned {
                     eprintln!("warning: cannot serve a control connection: {e}");
                 }

@@ -50,14 +50,7 @@ pub struct Core {
 impl Core {
     /// Put the parts together.
     pub fn new(machine: String, vm: VmFd, ram: Ram, hardware: Hardware, events: Sender<Event>) -> Self {
-        Self {
-            machine,
-            vm,
-            ram,
-            hardware: Mutex::new(hardware),
-            timer: Condvar::new(),
-            events: Mutex::new(events),
-        }
+        Self { machine, vm, ram, hardware: Mutex::new(hardware), timer: Condvar::new(), events: Mutex::new(events) }
     }
 
     /// The devices, frozen or not.

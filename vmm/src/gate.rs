@@ -72,7 +72,9 @@ pub enum StreamError {
         limit: u64,
     },
     /// It has forgotten bytes that it had acknowledged.
-    #[error("the other end stands at output byte {applied}, but had acknowledged up to {acked}: what lies between is lost")]
+    #[error(
+        "the other end stands at output byte {applied}, but had acknowledged up to {acked}: what lies between is lost"
+    )]
     Behind {
         /// Its position.
         applied: u64,
@@ -126,11 +128,7 @@ impl Stream {
     pub fn save(&self) -> state::V1 {
         // `gate`, `limit` and `seals` belong to the session that takes the checkpoint; `rx_covered` follows from it.
         let Self { gate: _, acked, limit: _, bytes, seals: _, rx_delivered, rx_covered: _ } = self;
-        state::V1 {
-            acked: *acked,
-            unacked: bytes.iter().copied().collect(),
-            rx_delivered: *rx_delivered,
-        }
+        state::V1 { acked: *acked, unacked: bytes.iter().copied().collect(), rx_delivered: *rx_delivered }
     }
 
     /// Offset behind the last byte that the guest wrote.
@@ -305,7 +303,11 @@ mod tests {
         assert_eq!(r.released(0, 100), b"llo world");
         r.write(b"!");
         assert_eq!(r.released(0, 100), b"llo world");
-        assert_eq!(r.save(), { let mut t = s.save(); t.unacked.push(b'!'); t });
+        assert_eq!(r.save(), {
+            let mut t = s.save();
+            t.unacked.push(b'!');
+            t
+        });
     }
 
     #[test]

@@ -409,7 +409,21 @@ impl Hardware {
     /// Everything, for a checkpoint. The devices are frozen.
     pub fn save(&self) -> Result<Vec<Payload>> {
         // `stopwatch` goes with the clock; `gate` belongs to the session; `lines` follow from the devices; `pci` has its own payloads.
-        let Self { stopwatch: _, serial, console: _, asked, frozen: _, armed: _, gate: _, rtc, i8042, port92, pm, pci, lines: _ } = self;
+        let Self {
+            stopwatch: _,
+            serial,
+            console: _,
+            asked,
+            frozen: _,
+            armed: _,
+            gate: _,
+            rtc,
+            i8042,
+            port92,
+            pm,
+            pci,
+            lines: _,
+        } = self;
         let streams = state::V1 { ports: self.ports().map(|p| p.stream.save()).collect(), asked: *asked };
         let mut payloads = vec![crate::container::payload(KIND, "all", VERSION, &streams)?];
         payloads.extend(serial.iter().map(|s| Payload::of(&s.uart, &s.port.name)));

@@ -150,11 +150,7 @@ pub struct Machine {
 impl Machine {
     /// Build everything; nothing runs. Events go to `events`.
     pub fn build(config: MachineConfig, events: Sender<Event>) -> Result<Self> {
-        ensure!(
-            (1..=MAX_VCPUS).contains(&config.vcpus),
-            "a machine has 1 to {MAX_VCPUS} vCPUs, not {}",
-            config.vcpus
-        );
+        ensure!((1..=MAX_VCPUS).contains(&config.vcpus), "a machine has 1 to {MAX_VCPUS} vCPUs, not {}", config.vcpus);
         config.serial.iter().chain(&config.console).try_for_each(BackendConfig::validate)?;
         ensure!(config.serial.len() <= 4, "a machine has at most 4 serial ports");
         if let BootSource::Linux { kernel, initrd, cmdline } = &config.boot {
@@ -176,9 +172,8 @@ impl Machine {
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .context("KVM does not say which CPU features it supports")?;
         let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        let cpuids: Vec<_> = (0..config.vcpus)
-            .map(|id| cpuid::for_vcpu(offered.as_slice(), id, config.vcpus, deadline))
-            .collect();
+        let cpuids: Vec<_> =
+            (0..config.vcpus).map(|id| cpuid::for_vcpu(offered.as_slice(), id, config.vcpus, deadline)).collect();
         let mut fds = Vec::new();
         for (id, cpuid) in (0u64..).zip(&cpuids) {
             let fd = vm.create_vcpu(id).with_context(|| format!("KVM refuses to create vCPU {id}"))?;
@@ -189,7 +184,10 @@ impl Machine {
         let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let can = Arc::new(Abilities::probe(listed.as_slice(), xsave, &fds[0]));
 
-        let hardware = Hardware::new(HardwareConfig { serial_ports: config.serial.len(), console: config.console.is_some() }, &ram)?;
+        let hardware = Hardware::new(
+            HardwareConfig { serial_ports: config.serial.len(), console: config.console.is_some() },
+            &ram,
+        )?;
         let core = Arc::new(Core::new(config.name.clone(), vm, ram, hardware, events));
         let vcpus = Vcpus::start(fds, &core)?;
         let cpuids = Arc::new(cpuids);
@@ -371,9 +369,7 @@ impl Machine {
         let vm: vm_state::state::V1 = container::take(&mut from, vm_state::KIND, "this", vm_state::VERSION)?;
         let clock: clock::state::V1 = container::take(&mut from, clock::KIND, "this", clock::VERSION)?;
         let vcpus = (0..self.config.vcpus)
-            .map(|id| {
-                container::take(&mut from, vcpu_state::KIND, &id.to_string(), vcpu_state::VERSION)
-            })
+            .map(|id| container::take(&mut from, vcpu_state::KIND, &id.to_string(), vcpu_state::VERSION))
             .collect::<Result<Vec<vcpu_state::state::V1>>>()?;
         hardware.restore(&mut from)?;
         from.finish()?;
@@ -661,7 +657,9 @@ impl Machine {
                 backend: links
                     .get(i)
                     .map(|l| l.backend.clone())
-                    .or_else(|| self.config.serial.iter().chain(&self.config.console).nth(i).map(BackendConfig::describe))
+                    .or_else(|| {
+                        self.config.serial.iter().chain(&self.config.console).nth(i).map(BackendConfig::describe)
+                    })
                     .unwrap_or_default(),
                 link: links.get(i).map_or_else(|| "local".into(), |l| l.link.clone()),
                 tx_bytes: s.stream.end(),

@@ -268,7 +268,8 @@ fn readable(s: &VmmStatus) -> String {
         let mut p = s.recent_pauses_us.clone();
         p.sort_unstable();
         let at = |q: usize| p[(p.len() - 1) * q / 100];
-        let _ = writeln!(out, "  pauses: p50 {} µs, p99 {} µs, max {} µs ({} newest)", at(50), at(99), at(100), p.len());
+        let _ =
+            writeln!(out, "  pauses: p50 {} µs, p99 {} µs, max {} µs ({} newest)", at(50), at(99), at(100), p.len());
     }
     for p in &s.serial {
         let _ = writeln!(

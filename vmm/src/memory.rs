@@ -13,8 +13,7 @@ use anyhow::{Context, Result, bail};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionCollection, GuestRegionMmap,
-    MmapRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionCollection, GuestRegionMmap, MmapRegion,
 };
 
 use crate::devices::GuestRam;

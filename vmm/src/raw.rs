@@ -26,12 +26,7 @@ impl<'de> Deserialize<'de> for ByteVec {
 
 fn exact<T: FromBytes, E: serde::de::Error>(bytes: &[u8]) -> Result<T, E> {
     T::read_from_bytes(bytes).map_err(|_| {
-        E::custom(format!(
-            "{} bytes instead of {} for {}",
-            bytes.len(),
-            size_of::<T>(),
-            std::any::type_name::<T>()
-        ))
+        E::custom(format!("{} bytes instead of {} for {}", bytes.len(), size_of::<T>(), std::any::type_name::<T>()))
     })
 }
 

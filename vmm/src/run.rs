@@ -46,7 +46,9 @@ pub struct RunConfig {
 
 /// This machine has a process on this node already.
 #[derive(Debug, thiserror::Error)]
-#[error("machine {machine} has a VMM on this node already ({lock} is locked); end it with: understudy-vmm quit --machine {machine}")]
+#[error(
+    "machine {machine} has a VMM on this node already ({lock} is locked); end it with: understudy-vmm quit --machine {machine}"
+)]
 pub struct RunsAlready {
     machine: String,
     lock: String,

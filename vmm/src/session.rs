@@ -22,6 +22,7 @@ use anyhow::{Result, bail, ensure};
 use understudy_protocol::control::{Attached, Captured, Gate, Harvested, VmmState};
 use understudy_protocol::ids::Epoch;
 
+use crate::devices::VmTime;
 use crate::machine::Machine;
 use crate::memory::{Arena, PAGE, PageSet, count};
 
@@ -37,8 +38,8 @@ pub struct Session {
     pending: PageSet,
     /// A cut whose pieces are being handed out.
     open: Option<Open>,
-    /// The epoch of a finished last cut that waits for its commit.
-    last: Option<Epoch>,
+    /// Epoch and VM time of a finished last cut that waits for its commit.
+    last: Option<(Epoch, VmTime)>,
 }
 
 struct Open {
@@ -175,7 +176,7 @@ impl Session {
                 let machine = self.machine.clone();
                 let mut life = machine.life();
                 if open.last {
-                    self.last = Some(open.epoch);
+                    self.last = Some((open.epoch, VmTime(open.vm_time_ns)));
                 } else {
                     machine.unfreeze(&mut life)?;
                 }
@@ -232,8 +233,9 @@ impl Session {
         ensure!(epoch <= life.last_cut, "epoch {epoch} was never cut (the newest is {})", life.last_cut);
         life.last_committed = life.last_committed.max(epoch);
         self.machine.core.hardware().commit(epoch);
-        if self.last == Some(epoch) {
-            self.last = None;
+        if let Some((_, at)) = self.last.take_if(|(last, _)| *last == epoch) {
+            // It stood still since the cut; the standby goes on from there.
+            self.machine.core.hardware().stopwatch.set(at);
             if life.state != VmmState::Fenced {
                 life.state = VmmState::HandedOver;
                 self.machine.retire();

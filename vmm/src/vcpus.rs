@@ -85,8 +85,7 @@ impl Vcpus {
         for (id, mut fd) in fds.into_iter().enumerate() {
             let kick = Arc::new(Kick::new(&mut fd));
             let (orders, inbox) = channel();
-            let mut worker =
-                Worker { id, fd, kick: kick.clone(), shared: shared.clone(), exits: exits.clone(), inbox };
+            let mut worker = Worker { id, fd, kick: kick.clone(), shared: shared.clone(), exits: exits.clone(), inbox };
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .stack_size(256 * 1024)
@@ -162,10 +161,7 @@ impl Vcpus {
     }
 
     /// As [`Vcpus::on_all`], for the first vCPU alone.
-    pub fn on_first<R: Send + 'static>(
-        &self,
-        f: impl FnOnce(&mut VcpuFd) -> Result<R> + Send + 'static,
-    ) -> Result<R> {
+    pub fn on_first<R: Send + 'static>(&self, f: impl FnOnce(&mut VcpuFd) -> Result<R> + Send + 'static) -> Result<R> {
         let (reply, replies) = channel();
         let task: Task = Box::new(move |fd| {
             let _ = reply.send(f(fd));

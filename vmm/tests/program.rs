@@ -130,7 +130,8 @@ fn a_kernel_that_is_none_is_refused() {
 #[test]
 fn wrong_usage_is_exit_code_2_and_explained() {
     let place = Place::new();
-    let run = |extra: &[&str]| place.command("run").args(["--kernel", "k", "--memory", "64"]).args(extra).output().unwrap();
+    let run =
+        |extra: &[&str]| place.command("run").args(["--kernel", "k", "--memory", "64"]).args(extra).output().unwrap();
     says(&run(&["--vcpus", "33"]), 2, &["vcpus"]);
     says(&run(&["--serial0", "tty"]), 2, &["board:HOST:PORT/DEVICE,key=FILE"]);
     says(&place.command("run").output().unwrap(), 2, &["--memory", "--kernel"]);
@@ -170,7 +171,8 @@ fn a_standby_waits_and_leaves_no_socket_and_no_pid_file_at_a_clean_end() {
     assert_eq!(status.ram_bytes, 32 << 20);
     let pid = std::fs::read_to_string(place.layout().vmm_pid()).unwrap();
     assert_eq!(pid.trim(), running.0.id().to_string());
-    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(place.layout().vmm_socket()).unwrap().permissions());
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(place.layout().vmm_socket()).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
     says(&place.command("pause").output().unwrap(), 1, &["nothing to pause", "standby"]);
     let shown = place.command("status").output().unwrap();
@@ -192,7 +194,8 @@ fn a_second_run_of_the_same_machine_is_refused_and_the_first_goes_on() {
     let out = place.command("run").args(["--memory", "32", "--kernel", &kernel]).output().unwrap();
     says(&out, 5, &["already", "understudy-vmm quit --machine m1"]);
     assert_eq!(place.status().unwrap().state, VmmState::Standby);
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(running.0.id() as i32), nix::sys::signal::Signal::SIGTERM).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(running.0.id() as i32), nix::sys::signal::Signal::SIGTERM)
+        .unwrap();
     assert_eq!(running.ends(), 0);
 }
 
