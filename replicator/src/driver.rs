@@ -147,7 +147,7 @@ impl SenderHandle {
             connection: 0,
             next_peer: 0,
             peer_name: None,
-            answer: None,
+            answers: Vec::new(),
             batch: BatchWriter::default(),
             digest: EpochDigest::default(),
             block: Vec::new(),
@@ -160,6 +160,7 @@ impl SenderHandle {
             wire_bytes: 0,
             pauses: Vec::new(),
             said: String::new(),
+            logged: Vec::new(),
             config,
         };
         let thread = thread::spawn(move || driver.run());
@@ -229,7 +230,8 @@ struct Driver {
     connection: u64,
     next_peer: usize,
     peer_name: Option<String>,
-    answer: Option<mpsc::Sender<Result<HandedOver, String>>>,
+    /// Everybody who waits for the hand-over.
+    answers: Vec<mpsc::Sender<Result<HandedOver, String>>>,
 
     batch: BatchWriter,
     digest: EpochDigest,
@@ -246,7 +248,12 @@ struct Driver {
     wire_bytes: u64,
     pauses: Vec<u64>,
     said: String,
+    /// What was logged lately.
+    logged: Vec<(String, Instant)>,
 }
+
+/// The same sentence is not logged again within this time.
+const LOG_AGAIN: Duration = Duration::from_secs(30);
 
 /// Why sending stopped.
 enum Trouble {
@@ -289,7 +296,7 @@ impl Driver {
                 Err(e) => self.core.event(Event::PeerLost(format!("the connection broke at once: {e}")), now),
             },
             Input::HandOver(answer) => {
-                self.answer = Some(answer);
+                self.answers.push(answer);
                 self.core.event(Event::HandOver, now);
             }
         }
@@ -347,15 +354,21 @@ impl Driver {
             Action::Hook(call) => {
                 let (hook, post) = (self.config.hook.clone(), self.post.clone());
                 let peer = self.peer_name.clone().or_else(|| self.config.peers.first().map(|(name, _)| name.clone()));
+                let generation = self.core.generation();
                 thread::spawn(move || {
                     let result = hook.veto(call, peer.as_deref().unwrap_or("none"));
+                    let superseded = result.as_ref().is_err_and(|refusal| refusal.superseded);
+                    let result = result.map_err(|refusal| refusal.why);
                     let _ = post.send(Input::Event(Event::Hook(call, result)));
+                    if superseded {
+                        let _ = post.send(Input::Event(Event::NewerGeneration(generation.next())));
+                    }
                 });
                 None
             }
             Action::AnswerHandOver(result) => {
-                if let Some(answer) = self.answer.take() {
-                    let _ = answer.send(result);
+                for answer in self.answers.drain(..) {
+                    let _ = answer.send(result.clone());
                 }
                 None
             }
@@ -693,7 +706,13 @@ impl Driver {
         let facts = self.core.facts();
         if facts.note != self.said {
             self.said = facts.note.clone();
-            log::line(&format!("sender: {}", self.said));
+            // What is tried again and again fails the same way again and again: once in a while is enough.
+            let now = Instant::now();
+            self.logged.retain(|(_, time)| now.duration_since(*time) < LOG_AGAIN);
+            if !self.logged.iter().any(|(note, _)| *note == self.said) {
+                log::line(&format!("sender: {}", self.said));
+                self.logged.push((self.said.clone(), now));
+            }
         }
         let progress = match (self.core.syncing(), self.core.peer_whole()) {
             (true, _) => (self.cursor as f64 / self.ram_pages.max(1) as f64).min(0.999),

@@ -1,6 +1,6 @@
 //! What a receiver knows for certain about its image, in a form that survives the process: the *record* and the *floor*.
 //!
-//! Both are small text files in the image directory, replaced as a whole (temporary file, fsync, rename). A line of JSON
+//! Both are small text files in the image directory, replaced as a whole (written beside, fsync, names exchanged). A line of JSON
 //! is followed by its CRC-32, so that a file which is not what was written is never believed.
 //!
 //! * The **record** says what RAM file and stage together are: nothing usable, or exactly one committed epoch. While
@@ -10,9 +10,11 @@
 //!   anything is done under the new generation and never goes down.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -159,14 +161,27 @@ pub fn store<T: Serialize>(file: &Path, value: &T) -> Result<(), DurableError> {
     written.map_err(|source| DurableError::Io { what: "write", file: file.display().to_string(), source })
 }
 
-/// Replace a file's content as a whole: temporary file, fsync, rename, fsync of the directory.
-pub fn replace(file: &Path, content: &[u8]) -> io::Result<()> {
-    let temporary = file.with_extension("new");
-    let mut new = File::create(&temporary)?;
-    new.write_all(content)?;
-    new.sync_all()?;
-    drop(new);
-    fs::rename(&temporary, file)?;
+/// Replace a file's content as a whole: after a crash it is the old or the new.
+///
+/// The new content is written to a spare file beside it, and the two exchange their names. The spare stays, with its
+/// room: on a file system that has become full a small file can still be replaced.
+fn replace(file: &Path, content: &[u8]) -> io::Result<()> {
+    let spare = file.with_extension("spare");
+    let write_spare = || {
+        let new = File::options().write(true).create(true).truncate(false).open(&spare)?;
+        new.write_all_at(content, 0)?;
+        new.set_len(content.len() as u64)?;
+        new.sync_all()
+    };
+    write_spare()?;
+    match renameat2(AT_FDCWD, &spare, AT_FDCWD, file, RenameFlags::RENAME_EXCHANGE) {
+        Ok(()) => {}
+        // The first time there is nothing to exchange with (and some file systems cannot).
+        Err(_) => {
+            fs::rename(&spare, file)?;
+            write_spare()?;
+        }
+    }
     match file.parent() {
         Some(dir) => File::open(dir)?.sync_all(),
         None => Ok(()),
@@ -186,7 +201,9 @@ mod tests {
         let pending = Some(Pending { stage_len: 3, stage_crc: 4 });
         let record = Record { image: ImageKind::Whole, epoch: Epoch(7), taken, pending, ..Record::default() };
         store(&file, &record).unwrap();
-        assert_eq!(load(&file).unwrap(), Some(record));
+        assert_eq!(load(&file).unwrap().as_ref(), Some(&record));
+        store(&file, &record).unwrap();
+        assert_eq!(load(&file).unwrap(), Some(record), "the second time too");
         let good = fs::read(&file).unwrap();
         for end in 0..good.len() {
             fs::write(&file, &good[..end]).unwrap();

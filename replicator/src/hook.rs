@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! CMD veto          --machine M --peer NODE     exit 0: no node but this one will be promoted, durably
+//!                                              exit 2: this node has been superseded, the machine must end here
 //! CMD clear-veto    --machine M
 //! CMD replica-state --machine M --state inconsistent|syncing|uptodate|outdated|disconnected
 //! ```
@@ -35,6 +36,24 @@ pub enum Arm {
     NoCluster,
 }
 
+/// Why a call did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// A sentence.
+    pub why: String,
+    /// The cluster has given the machine to another node.
+    pub superseded: bool,
+}
+
+impl From<String> for Refusal {
+    fn from(why: String) -> Self {
+        Self { why, superseded: false }
+    }
+}
+
+/// Exit code that says so.
+const SUPERSEDED: i32 = 2;
+
 /// The hook of one machine.
 #[derive(Debug, Clone)]
 pub struct Hook {
@@ -54,7 +73,7 @@ impl Hook {
     }
 
     /// Set or lift the veto against `peer`. Blocks up to [`DEADLINE`].
-    pub fn veto(&self, call: VetoCall, peer: &str) -> Result<(), String> {
+    pub fn veto(&self, call: VetoCall, peer: &str) -> Result<(), Refusal> {
         match (&self.arm, call) {
             (Arm::Command(command), VetoCall::Veto) => {
                 run(command, &["veto", "--machine", &self.machine, "--peer", peer], DEADLINE)
@@ -64,8 +83,9 @@ impl Hook {
             }
             (Arm::NoCluster, _) | (Arm::Nothing, VetoCall::ClearVeto) => Ok(()),
             (Arm::Nothing, VetoCall::Veto) => {
-                Err("no hook is configured that could make it durable (see --hook, or --no-cluster for trials by hand)"
-                    .into())
+                let why =
+                    "no hook is configured that could make it durable (see --hook, or --no-cluster for trials by hand)";
+                Err(Refusal { why: why.into(), superseded: false })
             }
         }
     }
@@ -75,7 +95,7 @@ impl Hook {
         match &self.arm {
             Arm::Command(command) => {
                 let arguments = ["replica-state", "--machine", &self.machine, "--state", standing.word()];
-                run(command, &arguments, DEADLINE)
+                run(command, &arguments, DEADLINE).map_err(|refusal| refusal.why)
             }
             Arm::NoCluster | Arm::Nothing => Ok(()),
         }
@@ -83,8 +103,10 @@ impl Hook {
 }
 
 /// Run to the end or to the deadline; the error says how it ended and what it said last.
-fn run(command: &[String], arguments: &[&str], deadline: Duration) -> Result<(), String> {
-    let Some((program, first)) = command.split_first() else { return Err("the hook's command is empty".into()) };
+fn run(command: &[String], arguments: &[&str], deadline: Duration) -> Result<(), Refusal> {
+    let Some((program, first)) = command.split_first() else {
+        return Err("the hook's command is empty".to_owned().into());
+    };
     let shown = format!("hook `{program} {}`", arguments.join(" "));
     let mut child = Command::new(program)
         .args(first)
@@ -118,9 +140,9 @@ fn run(command: &[String], arguments: &[&str], deadline: Duration) -> Result<(),
                 // The whole group: a shell's children too.
                 let _ = killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL);
                 let _ = child.wait();
-                return Err(format!("{shown} was ended after {} s", deadline.as_secs()));
+                return Err(format!("{shown} was ended after {} s", deadline.as_secs()).into());
             }
-            Err(e) => return Err(format!("{shown} was lost: {e}")),
+            Err(e) => return Err(format!("{shown} was lost: {e}").into()),
         }
     };
     if status.success() {
@@ -128,11 +150,9 @@ fn run(command: &[String], arguments: &[&str], deadline: Duration) -> Result<(),
     }
     thread::sleep(Duration::from_millis(10)); // let the last words arrive; they are only for people
     let said = String::from_utf8_lossy(&lock(&said)).trim().replace('\n', "; ");
-    Err(if said.is_empty() {
-        format!("{shown} ended with {status}")
-    } else {
-        format!("{shown} ended with {status}: {said}")
-    })
+    let why = format!("{shown} ended with {status}");
+    let why = if said.is_empty() { why } else { format!("{why}: {said}") };
+    Err(Refusal { why, superseded: status.code() == Some(SUPERSEDED) })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -235,15 +255,17 @@ mod tests {
     #[test]
     fn a_hook_that_fails_says_what_it_said_last() {
         assert_eq!(run(&shell("exit 0"), &[], DEADLINE), Ok(()));
-        let why = run(&shell("echo no quorum >&2; exit 3"), &["veto"], DEADLINE).unwrap_err();
+        let Refusal { why, superseded } = run(&shell("echo no quorum >&2; exit 3"), &["veto"], DEADLINE).unwrap_err();
+        assert!(!superseded);
+        assert!(run(&shell("exit 2"), &[], DEADLINE).unwrap_err().superseded);
         assert!(why.contains("no quorum") && why.contains('3'), "{why}");
-        assert!(run(&["/nonexistent".into()], &[], DEADLINE).unwrap_err().contains("cannot be started"));
+        assert!(run(&["/nonexistent".into()], &[], DEADLINE).unwrap_err().why.contains("cannot be started"));
     }
 
     #[test]
     fn a_hook_that_hangs_is_ended_with_its_children() {
         let started = Instant::now();
-        let why = run(&shell("sleep 60 & sleep 60"), &[], Duration::from_millis(100)).unwrap_err();
+        let why = run(&shell("sleep 60 & sleep 60"), &[], Duration::from_millis(100)).unwrap_err().why;
         assert!(why.contains("was ended"), "{why}");
         assert!(started.elapsed() < Duration::from_secs(5));
     }

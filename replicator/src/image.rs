@@ -156,7 +156,8 @@ impl Image {
         }
     }
 
-    fn reset_stage(&mut self) -> Result<(), ImageError> {
+    /// Empty the stage: it belongs to no commit record any more.
+    pub fn reset_stage(&mut self) -> Result<(), ImageError> {
         self.stage_len = 0;
         self.stage_crc = crc32fast::Hasher::new();
         let reset = |file: &mut File| file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0)));

@@ -1,5 +1,21 @@
 //! Epochs to the standby, commit, takeover image.
+//!
+//! One process per machine and node. On the primary it is the *sender*: it takes checkpoints from the VMM and brings them to
+//! the other node. On the standby it is the *receiver*: it keeps an image that is exactly one committed epoch, and gives
+//! it to a machine when the cluster says so. It knows neither KVM nor devices nor Pacemaker.
+//!
+//! ```text
+//!                     sender                                             receiver
+//!  VMM ── driver ── sender.rs (decisions)      peer ── process ── receiver.rs (decisions) ── standby ── image
+//!           │          link, message, codec ───TCP───► link, message, codec                      │        │
+//!           └── hook: veto, clear-veto                                        hook: replica-state ┘    RAM, stage,
+//!                                                                                                     record, floor
+//! ```
+//! `sender` and `receiver` are state machines without I/O (see `tests/simulation.rs`); `driver`, `standby` and `image` perform
+//! what they decide; `process` ties both to sockets and the control protocol.
 #![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
 pub mod codec;
 pub mod driver;
 pub mod durable;

@@ -38,6 +38,8 @@ use crate::standby::{Line, Standby};
 
 /// Connections that may be in their handshake or idle at once, from peers and on the control socket.
 const MAX_CONNECTIONS: usize = 32;
+/// A control connection that is idle for so long is closed.
+const CONTROL_IDLE: Duration = Duration::from_secs(300);
 /// A hand-over that takes longer is reported as failed (the sender itself gives up earlier, bounded by its timeouts).
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -105,7 +107,8 @@ struct Shared {
     stop: AtomicBool,
     stopped: (Mutex<bool>, Condvar),
     next_conn: AtomicU64,
-    connections: AtomicUsize,
+    peer_connections: Arc<AtomicUsize>,
+    control_connections: Arc<AtomicUsize>,
 }
 
 impl Replicator {
@@ -133,7 +136,8 @@ impl Replicator {
             stop: AtomicBool::new(false),
             stopped: (Mutex::new(false), Condvar::new()),
             next_conn: AtomicU64::new(1),
-            connections: AtomicUsize::new(0),
+            peer_connections: Arc::default(),
+            control_connections: Arc::default(),
         });
         let (told, failed) = (Arc::downgrade(&shared), Arc::downgrade(&shared));
         let reporter = Reporter::start(
@@ -216,13 +220,6 @@ impl Shared {
         self.stop.load(Ordering::SeqCst)
     }
 
-    /// One more connection, if there are not too many.
-    fn admit(self: &Arc<Self>) -> Option<Admission> {
-        let before = self.connections.fetch_add(1, Ordering::SeqCst);
-        let admission = Admission(self.clone());
-        (before < MAX_CONNECTIONS).then_some(admission)
-    }
-
     // Peers.
 
     fn accept_peers(self: Arc<Self>, listener: &TcpListener) {
@@ -232,8 +229,12 @@ impl Shared {
             }
             match stream {
                 Ok(stream) => {
-                    let Some(admission) = self.admit() else { continue };
-                    thread::spawn(move || admission.0.serve_peer(stream));
+                    let Some(place) = Place::take(&self.peer_connections) else { continue };
+                    let shared = self.clone();
+                    thread::spawn(move || {
+                        shared.serve_peer(stream);
+                        drop(place);
+                    });
                 }
                 // Out of file descriptors, for example: it may pass.
                 Err(_) => thread::sleep(Duration::from_millis(100)),
@@ -320,8 +321,12 @@ impl Shared {
             }
             match stream {
                 Ok(stream) => {
-                    let Some(admission) = self.admit() else { continue };
-                    thread::spawn(move || admission.0.serve_control(stream));
+                    let Some(place) = Place::take(&self.control_connections) else { continue };
+                    let shared = self.clone();
+                    thread::spawn(move || {
+                        shared.serve_control(stream);
+                        drop(place);
+                    });
                 }
                 Err(_) => thread::sleep(Duration::from_millis(100)),
             }
@@ -330,6 +335,9 @@ impl Shared {
 
     fn serve_control(self: &Arc<Self>, stream: UnixStream) {
         let Ok(reading) = stream.try_clone() else { return };
+        // Somebody who connects and says nothing gives the place back.
+        let _ = stream.set_read_timeout(Some(CONTROL_IDLE));
+        let _ = stream.set_write_timeout(Some(CONTROL_IDLE));
         let (mut reader, mut writer) = (BufReader::new(reading), stream);
         while let Ok(Some(line)) = read_line(&mut reader) {
             let request = serde_json::from_slice(&line);
@@ -434,12 +442,20 @@ impl Shared {
     }
 }
 
-/// Holds a place among the connections.
-struct Admission(Arc<Shared>);
+/// Holds a place among the connections of a kind: strangers at the peers' door must not keep the agents from theirs.
+struct Place(Arc<AtomicUsize>);
 
-impl Drop for Admission {
+impl Place {
+    fn take(count: &Arc<AtomicUsize>) -> Option<Self> {
+        let before = count.fetch_add(1, Ordering::SeqCst);
+        let place = Self(count.clone());
+        (before < MAX_CONNECTIONS).then_some(place)
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::SeqCst);
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -507,7 +523,7 @@ impl Shared {
             },
             connected: core.sender().is_some(),
             peer: core.sender().map(|(_, _, node)| format!("{node} {}", standby.sender_address().unwrap_or("(gone)"))),
-            generation: core.sender().map_or(record.generation, |(_, generation, _)| generation),
+            generation: core.durable().newest(),
             committed: record.epoch,
             current: core.current(),
             lag_ms: since(counters.committed_at),

@@ -590,6 +590,10 @@ impl Receiver {
     }
 
     fn report(&mut self, steps: &mut Vec<Step>) {
+        if self.durable.record.taken.is_some() && self.durable.record.image == ImageKind::Whole {
+            // The image is about to run here: from now on the machine speaks for itself.
+            return;
+        }
         let standing = self.standing();
         if self.reported != Some(standing) {
             self.reported = Some(standing);

@@ -206,6 +206,18 @@ enum Cycle {
     Acked,
 }
 
+/// What is left of a cut whose peer is gone. The VMM resumes the guest only when all of it was taken.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Rest {
+    Nothing,
+    /// Encode and keep it: the peer may come back for it.
+    Keep(Captured),
+    /// Fetch the next piece to keep.
+    KeepMore,
+    /// Fetch the next piece; nobody can use it.
+    Drop,
+}
+
 /// What a reconnecting standby must hold for the stream to go on without a first copy.
 #[derive(Debug, Clone, Copy)]
 struct Base {
@@ -262,8 +274,8 @@ pub struct Sender {
     peer_whole: bool,
 
     cycle: Cycle,
-    /// The vCPUs are stopped in the middle of a cut that nobody wants any more.
-    drain: bool,
+    /// The peer was lost in the middle of an epoch that is still to be taken from the VMM.
+    rest: Rest,
     base: Option<Base>,
     epoch: Epoch,
     committed: Epoch,
@@ -317,7 +329,7 @@ impl Sender {
             promotable: false,
             peer_whole: false,
             cycle: Cycle::Idle,
-            drain: false,
+            rest: Rest::Nothing,
             base: None,
             epoch: Epoch::ZERO,
             committed: Epoch::ZERO,
@@ -408,8 +420,10 @@ impl Sender {
         if self.vmm.is_none() {
             return if now >= self.vmm_retry { Action::Attach } else { Action::Wait(self.vmm_retry) };
         }
-        if self.drain {
-            return Action::CutContinue;
+        match self.rest {
+            Rest::Nothing => {}
+            Rest::Keep(captured) => return Action::SendPiece(captured),
+            Rest::KeepMore | Rest::Drop => return Action::CutContinue,
         }
         if let Some(action) = self.next_for_veto(now) {
             return action;
@@ -558,7 +572,7 @@ impl Sender {
                 self.session = session;
                 self.log_on = false;
                 self.gate_open = false;
-                self.drain = false;
+                self.rest = Rest::Nothing;
                 self.base = None;
                 self.cycle = Cycle::Idle;
                 self.epoch = self.epoch.max(last_cut);
@@ -625,7 +639,11 @@ impl Sender {
                 // What the standby holds is the past from now on.
                 self.gate_open = true;
                 self.base = None;
-                self.note("runs unprotected: the veto against the standby is durable, outputs leave at once".into());
+                self.note(if self.config.clustered {
+                    "runs unprotected: the veto against the standby is durable, outputs leave at once".into()
+                } else {
+                    "runs unprotected, without a durable record (there is no cluster): outputs leave at once".into()
+                });
             }
             Asked::Committed => self.committed_told(now),
             Asked::Quit => self.forget_vmm(now, self.facts.note.clone()),
@@ -638,6 +656,7 @@ impl Sender {
         self.cycle = Cycle::Idle;
         self.facts.epochs += 1;
         self.facts.committed_at = Some(now);
+        self.peer_backoff = RETRY_MIN;
         if !self.peer_whole {
             self.peer_whole = true;
             self.facts.last_sync = now - self.sync_started;
@@ -669,9 +688,16 @@ impl Sender {
     }
 
     fn captured(&mut self, captured: Captured) {
-        if self.drain {
-            self.drain = captured.more;
-            return;
+        match self.rest {
+            Rest::Nothing => {}
+            Rest::Keep(_) | Rest::KeepMore => {
+                self.rest = Rest::Keep(captured);
+                return;
+            }
+            Rest::Drop => {
+                self.rest = if captured.more { Rest::Drop } else { Rest::Nothing };
+                return;
+            }
         }
         if self.peer == Peer::Arm {
             self.peer = Peer::Streaming;
@@ -682,24 +708,32 @@ impl Sender {
         if self.peer == Peer::Streaming {
             self.cycle = Cycle::Sending(captured);
         } else {
-            self.drain = captured.more;
+            self.rest = if captured.more { Rest::Drop } else { Rest::Nothing };
             self.base = None;
         }
     }
 
     fn piece_sent(&mut self, kept: bool, now: Instant) {
+        if let Rest::Keep(captured) = self.rest {
+            self.rest = if captured.more { Rest::KeepMore } else { Rest::Nothing };
+            if !captured.more {
+                self.keep(kept);
+            }
+            return;
+        }
         let Cycle::Sending(captured) = self.cycle else { return };
         if captured.more {
             self.cycle = Cycle::Continue;
             return;
         }
         self.cycle = Cycle::AwaitAck { deadline: now + self.config.peer_timeout };
-        if let Some(base) = &mut self.base {
-            base.kept = kept.then_some(self.epoch);
-            if !kept {
-                self.base = None;
-            }
-        }
+        self.keep(kept);
+    }
+
+    /// All of the epoch is encoded; if it could be kept, a standby that lacks only it can be served after a broken link.
+    fn keep(&mut self, kept: bool) {
+        let epoch = self.epoch;
+        self.base = self.base.filter(|_| kept).map(|base| Base { kept: Some(epoch), ..base });
     }
 
     fn message(&mut self, generation: Generation, epoch: Epoch, message: Message<'static>, now: Instant) {
@@ -734,7 +768,6 @@ impl Sender {
 
     fn welcomed(&mut self, welcome: Welcome, now: Instant) {
         self.peer_node = welcome.node.clone();
-        self.peer_backoff = RETRY_MIN;
         let ours = welcome.whole && welcome.generation == self.generation();
         self.peer_whole = ours;
         if ours {
@@ -752,6 +785,7 @@ impl Sender {
             self.peer = Peer::Streaming;
             self.cycle = cycle;
             self.next_cut = now;
+            self.peer_backoff = RETRY_MIN;
             self.note(format!("{} is back with epoch {}; going on from there", welcome.node, welcome.epoch));
         } else {
             self.base = None;
@@ -763,7 +797,7 @@ impl Sender {
     fn vmm_refused(&mut self, now: Instant, why: String) {
         let pause = Duration::from_secs(1);
         if self.vmm.is_none() {
-            self.vmm_retry = now + pause.min(RETRY_MAX);
+            self.vmm_retry = now + RETRY_MIN;
             self.note(format!("the VMM cannot be replicated yet: {why}"));
             return;
         }
@@ -786,7 +820,7 @@ impl Sender {
         let had = self.vmm.take().is_some();
         self.vmm_retry = now + RETRY_MIN;
         self.base = None;
-        self.drain = false;
+        self.rest = Rest::Nothing;
         self.gate_open = false;
         self.log_on = false;
         self.asked = Asked::Nothing;
@@ -813,10 +847,11 @@ impl Sender {
         self.disconnect = self.peer != Peer::Connecting;
         if self.peer == Peer::Streaming {
             match self.cycle {
-                // The vCPUs are stopped until the VMM has got rid of the rest.
-                Cycle::Sending(captured) if captured.more => (self.drain, self.base) = (true, None),
-                Cycle::Continue => (self.drain, self.base) = (true, None),
-                Cycle::Sending(_) => self.base = None,
+                Cycle::Sending(captured) if self.base.is_some() => self.rest = Rest::Keep(captured),
+                Cycle::Continue if self.base.is_some() => self.rest = Rest::KeepMore,
+                Cycle::Sending(captured) if captured.more => self.rest = Rest::Drop,
+                Cycle::Continue => self.rest = Rest::Drop,
+                Cycle::Sending(_) => {}
                 // Acknowledged, but the VMM was not told: the standby has it, and will say so when it is back.
                 Cycle::Idle | Cycle::AwaitAck { .. } | Cycle::Resend | Cycle::Acked => {}
             }
@@ -868,7 +903,7 @@ impl Sender {
         if self.hand_over == HandOver::Done {
             self.answer = Some(Ok(HandedOver { epoch: self.committed }));
         } else if self.hand_over != HandOver::No {
-            self.answer = Some(Err("a hand-over is under way already".into()));
+            // Under way already: whoever asks again hears the same answer.
         } else if !self.protected() {
             let why = "the machine cannot be handed over: no standby is up to date (see the status)";
             self.answer = Some(Err(why.into()));

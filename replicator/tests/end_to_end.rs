@@ -2,8 +2,14 @@
 
 mod common;
 
+use std::fs;
+use std::process::Command;
+
+use common::fake_vmm::Load;
 use common::*;
 use understudy_protocol::control::*;
+use understudy_protocol::ids::{Epoch, Generation};
+use understudy_protocol::key::Key;
 
 #[test]
 fn the_standbys_image_is_the_primarys_memory_at_a_cut_byte_for_byte() {
@@ -12,7 +18,476 @@ fn the_standbys_image_is_the_primarys_memory_at_a_cut_byte_for_byte() {
     pair.wait_epochs(50);
     let status = pair.n2.status();
     assert_eq!(status.replica, ReplicaState::UpToDate);
+    assert!(status.connected && status.raw_bytes > status.wire_bytes, "{status:?}");
     let taken = pair.n2.take_over(2).unwrap();
     assert!(assert_image(&pair.n2, &taken, &primary) > 50);
     assert_eq!(pair.n2.take_over(2).unwrap(), taken, "asking again changes nothing");
+}
+
+#[test]
+fn the_first_machine_runs_unprotected_under_a_veto_until_a_standby_has_its_first_checkpoint() {
+    let mut pair = Pair::new(&Options::default());
+    let load = Load::default();
+    let primary = pair.n1.vmm(load, VmmState::Running, 1);
+    pair.n1.start();
+    pair.n1.promote();
+    wait_until("the gate is open", || primary.machine().gate_open);
+    assert_eq!(pair.n1.hook_calls().last().unwrap(), "veto --machine m --peer n2");
+    let status = pair.n1.status();
+    assert!(status.vetoed && !status.protected && !status.connected, "{status:?}");
+
+    let _standby = pair.n2.vmm(load, VmmState::Standby, 0);
+    pair.n2.start();
+    pair.wait_protected();
+    assert!(!primary.machine().gate_open, "the first checkpoint arms the gate");
+    assert_eq!(pair.n1.hook_calls().last().unwrap(), "clear-veto --machine m");
+    let told = pair.n2.hook_calls();
+    assert_eq!(
+        told,
+        ["inconsistent", "syncing", "uptodate"].map(|s| format!("replica-state --machine m --state {s}")),
+        "the score is set before the veto is lifted"
+    );
+}
+
+#[test]
+fn a_cut_link_opens_the_gate_only_under_a_veto_and_a_healed_one_protects_again() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.n1.refuse_vetoes(true);
+    let opened = primary.machine().gate_opened;
+    pair.link.cut();
+    wait_until("the veto was refused", || pair.n1.status().note.contains("no quorum"));
+    assert_eq!(primary.machine().gate_opened, opened, "without a durable veto outputs wait");
+    wait_until("the standby knows", || pair.n2.hook_calls().last().unwrap().ends_with("disconnected"));
+    assert_eq!(pair.n2.status().replica, ReplicaState::UpToDate, "nothing was released that it has not");
+
+    pair.n1.refuse_vetoes(false);
+    wait_until("the gate is open", || primary.machine().gate_open);
+    let status = pair.n1.status();
+    assert!(status.vetoed && status.losses == 1 && status.replica == ReplicaState::Outdated, "{status:?}");
+
+    pair.link.heal();
+    pair.wait_protected();
+    pair.wait_epochs(5);
+    assert!(!pair.n1.status().vetoed && !primary.machine().gate_open);
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
+fn a_link_that_blinks_while_no_veto_can_be_had_goes_on_without_a_first_copy() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.n1.refuse_vetoes(true);
+    for round in 0..5 {
+        // In the middle of an epoch, at another byte each time.
+        pair.link.break_after(5_000 + 40_000 * round);
+        wait_until("it broke", || pair.n1.status().losses > round);
+        pair.link.heal();
+        pair.wait_protected();
+        pair.wait_epochs(3);
+    }
+    let copies = pair.n2.hook_calls().iter().filter(|call| call.ends_with("syncing")).count();
+    assert_eq!(copies, 1, "{}", pair.n1.log());
+    assert_eq!(primary.machine().attaches, 1);
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
+fn half_an_epoch_is_discarded() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.link.break_after(100_000);
+    wait_until("the standby is alone", || !pair.n2.status().connected);
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
+fn a_silent_peer_is_lost_after_the_timeout() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.link.go_silent();
+    wait_until("the gate is open", || primary.machine().gate_open);
+    wait_until("the standby notices too", || !pair.n2.status().connected);
+    pair.link.heal();
+    pair.wait_protected();
+}
+
+#[test]
+fn a_receiver_killed_at_any_moment_finds_a_whole_image_when_it_is_back() {
+    let (mut pair, primary, _standby) = Pair::started(&Options::default());
+    pair.n1.refuse_vetoes(true);
+    pair.wait_protected();
+    for _ in 0..4 {
+        pair.wait_epochs(7);
+        pair.n2.kill();
+        pair.n2.start();
+        pair.wait_protected();
+    }
+    pair.n2.kill();
+    let offline = Command::new(env!("CARGO_BIN_EXE_understudy-replicator"))
+        .args(["take-over", "--offline", "--machine", MACHINE, "--generation", "2", "--run-root"])
+        .arg(pair.n2.dir.join("run"))
+        .arg("--shm-root")
+        .arg(pair.n2.dir.join("shm"))
+        .output()
+        .unwrap();
+    assert!(offline.status.success(), "{}", String::from_utf8_lossy(&offline.stderr));
+    let taken: TakenOver = serde_json::from_slice(&offline.stdout).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+    pair.n2.start();
+    assert_eq!(pair.n2.take_over(2).unwrap(), taken, "what was taken offline is taken");
+}
+
+#[test]
+fn a_receiver_killed_during_the_first_copy_has_no_image() {
+    let load = Load { ram_pages: 64 << 10, ..Load::default() };
+    let (mut pair, _primary, _standby) = Pair::started(&Options { load, ..Options::default() });
+    wait_until("the first copy runs", || pair.n2.status().replica == ReplicaState::Syncing);
+    pair.n2.kill();
+    pair.n2.start();
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_eq!(taken.image, None);
+}
+
+#[test]
+fn a_killed_sender_leaves_the_guest_alone_and_protects_it_again_when_it_is_back() {
+    let (mut pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.n1.kill();
+    wait_until("the VMM noticed", || !primary.machine().attached);
+    assert_eq!(primary.machine().state, Some(VmmState::Running));
+    assert!(!primary.machine().gate_open, "outputs wait while nobody replicates");
+    pair.n1.start();
+    assert_eq!(pair.n1.status().role, Role::Receiver);
+    pair.n1.promote();
+    pair.wait_protected();
+    pair.wait_epochs(5);
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
+fn a_primary_of_an_older_generation_is_refused_and_ends_itself() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    let taken = pair.n2.take_over(2).unwrap();
+    wait_until("the old machine was told to quit", || primary.machine().quit);
+    assert_image(&pair.n2, &taken, &primary);
+    assert!(!primary.machine().gate_open);
+    wait_until("it says why", || pair.n1.status().note.contains("generation 2"));
+    let again = pair.n2.take_over(1).unwrap_err();
+    assert!(again.contains("generation 2 is known"), "{again}");
+}
+
+#[test]
+fn a_zombie_that_wakes_behind_a_cut_link_is_ended_when_it_can_hear_again() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.n1.refuse_vetoes(true);
+    pair.link.cut();
+    let taken = pair.n2.take_over(2).unwrap();
+    wait_until("the veto was refused", || pair.n1.status().note.contains("no quorum"));
+    assert!(!primary.machine().gate_open);
+    pair.link.heal();
+    wait_until("the old machine was told to quit", || primary.machine().quit);
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
+fn after_a_take_over_the_new_primary_replicates_back_and_the_old_sender_must_end() {
+    let (pair, old, standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.n1.refuse_vetoes(true);
+    pair.link.cut();
+    pair.n2.take_over(2).unwrap();
+    {
+        let mut machine = standby.machine();
+        machine.state = Some(VmmState::Running);
+        machine.generation = Generation(2);
+    }
+    // The new primary knocks at the old one, which still believes itself to be the sender.
+    pair.n2.promote();
+    wait_until("the old machine was told to quit", || old.machine().quit);
+    old.kill();
+    let n1_vmm = pair.n1.vmm(Load::default(), VmmState::Standby, 0);
+    pair.n1.call::<()>(&ReplicatorRequest::Demote).unwrap();
+    wait_until("the new primary is protected", || pair.n2.status().protected);
+    wait_until("epochs flow", || pair.n2.status().epochs > 10);
+    let taken = pair.n1.take_over(3).unwrap();
+    assert_image(&pair.n1, &taken, &standby);
+    drop(n1_vmm);
+}
+
+#[test]
+fn a_planned_hand_over_loses_nothing() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    assert!(pair.n1.call::<HandedOver>(&ReplicatorRequest::HandOver).is_err(), "nobody could take it yet");
+    pair.wait_protected();
+    let done: HandedOver = pair.n1.call(&ReplicatorRequest::HandOver).unwrap();
+    assert_eq!(primary.machine().state, Some(VmmState::HandedOver));
+    let calls = pair.n1.hook_calls().len();
+    pair.n1.call::<()>(&ReplicatorRequest::Demote).unwrap();
+    wait_until("the standby is alone", || !pair.n2.status().connected);
+    assert!(pair.n2.hook_calls().last().unwrap().ends_with("uptodate"), "its score stays");
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_eq!(assert_image(&pair.n2, &taken, &primary), done.epoch.0);
+    assert_eq!(pair.n2.ram_digest(), primary.ram_digest(), "not a byte was written after the last cut");
+    let later = pair.n1.hook_calls();
+    assert!(!later[calls..].iter().any(|call| call.starts_with("veto")), "{later:?}");
+}
+
+#[test]
+fn a_hand_over_whose_standby_dies_leaves_the_machine_running() {
+    let (mut pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.link.go_silent();
+    let why = pair.n1.call::<HandedOver>(&ReplicatorRequest::HandOver).unwrap_err();
+    assert!(why.contains("runs on here"), "{why}");
+    pair.n2.kill();
+    wait_until("it runs unprotected", || primary.machine().gate_open);
+    assert_eq!(primary.machine().state, Some(VmmState::Running));
+    pair.link.heal();
+    pair.n2.start();
+    pair.wait_protected();
+    pair.wait_epochs(3);
+}
+
+#[test]
+fn a_wrong_key_is_named_on_both_sides_and_nothing_is_received() {
+    let mut pair = Pair::new(&Options::default());
+    let other = pair.dir.path().join("other-key");
+    Key::generate(&other).unwrap();
+    pair.n2.key = other;
+    let primary = pair.n1.vmm(Load::default(), VmmState::Running, 1);
+    let _standby = pair.n2.vmm(Load::default(), VmmState::Standby, 0);
+    pair.n1.start();
+    pair.n2.start();
+    pair.n1.promote();
+    wait_until("the sender says so", || pair.n1.status().note.contains("same key"));
+    wait_until("the receiver says so", || pair.n2.status().note.contains("same key"));
+    wait_until("the machine runs unprotected", || primary.machine().gate_open);
+    assert_eq!(pair.n2.status().replica, ReplicaState::Inconsistent);
+}
+
+#[test]
+fn a_missing_key_is_an_error_at_start_that_names_the_file() {
+    let mut pair = Pair::new(&Options::default());
+    pair.n1.key = pair.dir.path().join("missing");
+    pair.n1.spawn();
+    let status = pair.n1.process.take().unwrap().wait().unwrap();
+    assert!(!status.success());
+    assert!(pair.n1.log().contains("missing"), "{}", pair.n1.log());
+}
+
+#[test]
+fn a_second_start_is_refused_and_does_not_disturb_the_first() {
+    let mut pair = Pair::new(&Options::default());
+    pair.n1.start();
+    let first = pair.n1.process.take().unwrap();
+    pair.n1.spawn();
+    assert!(!pair.n1.process.take().unwrap().wait().unwrap().success());
+    assert!(pair.n1.log().contains("runs already"), "{}", pair.n1.log());
+    assert_eq!(pair.n1.status().role, Role::Receiver);
+    let pid = fs::read_to_string(pair.n1.layout.replicator_pid()).unwrap();
+    assert_eq!(pid.trim(), first.id().to_string());
+    pair.n1.process = Some(first);
+    pair.n1.call::<()>(&ReplicatorRequest::Quit).unwrap();
+    assert!(pair.n1.process.take().unwrap().wait().unwrap().success());
+    assert!(!pair.n1.layout.replicator_pid().exists() && !pair.n1.layout.replicator_socket().exists());
+}
+
+#[test]
+fn an_epoch_that_does_not_fit_is_refused_in_a_sentence_and_the_image_stays_whole() {
+    // One burst of noise is about 80 pages; the stage takes 1 MiB.
+    let load = Load { burst: 2, pause: None, ..Load::default() };
+    let options = Options {
+        load,
+        extra: &["--interval-ms", "10", "--peer-timeout-ms", "1000", "--stage-limit-mib", "1"],
+        hooked: true,
+    };
+    let (pair, primary, _standby) = Pair::started(&options);
+    pair.wait_protected();
+    pair.wait_epochs(5);
+    pair.n1.refuse_vetoes(true);
+    primary.write_noise(400);
+    wait_until("the standby says why", || pair.n1.status().note.contains("stage may take"));
+    let status = pair.n2.status();
+    assert_eq!(status.replica, ReplicaState::UpToDate, "whole, and nothing was released without it: {status:?}");
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+/// A standby whose shared memory is a tmpfs of `mib` MiB of its own, with a RAM file of 2 MiB and no VMM. Needs root.
+fn with_small_tmpfs(mib: u32, options: &Options) -> Option<Pair> {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can mount a small tmpfs");
+        return None;
+    }
+    let mut pair = Pair::new(options);
+    let shm = pair.n2.dir.join("shm");
+    fs::create_dir(&shm).unwrap();
+    let mount = format!("mount -t tmpfs -o size={mib}m none {} && exec \"$0\" \"$@\"", shm.display());
+    pair.n2.wrapper = ["unshare", "-m", "sh", "-c", &mount].map(str::to_owned).to_vec();
+    pair.n1.start();
+    pair.n2.start();
+    // The same directory, seen through the process that has it mounted.
+    let inside = format!("/proc/{}/root{}", pair.n2.process.as_ref().unwrap().id(), pair.n2.layout.ram().display());
+    fs::File::create(inside).unwrap().set_len(512 * 4096).unwrap();
+    Some(pair)
+}
+
+#[test]
+fn a_full_tmpfs_during_the_first_copy_leaves_no_image_and_says_so() {
+    let Some(pair) = with_small_tmpfs(1, &Options::default()) else { return };
+    let primary = pair.n1.vmm(Load { pause: None, ..Load::default() }, VmmState::Running, 1);
+    primary.write_noise(400);
+    pair.n1.promote();
+    wait_until("the sender knows", || pair.n1.status().note.contains("is full"));
+    assert_eq!(pair.n2.take_over(2).unwrap().image, None);
+}
+
+#[test]
+fn a_full_tmpfs_during_an_epoch_leaves_the_image_whole_and_says_so() {
+    let load = Load { burst: 2, pause: None, ..Load::default() };
+    let Some(pair) = with_small_tmpfs(3, &Options { load, ..Options::default() }) else { return };
+    let primary = pair.n1.vmm(load, VmmState::Running, 1);
+    pair.n1.promote();
+    pair.wait_protected();
+    pair.n1.refuse_vetoes(true);
+    primary.write_noise(400);
+    wait_until("the sender knows", || pair.n1.status().note.contains("is full"));
+    let taken = pair.n2.take_over(2).unwrap();
+    let inside = format!("/proc/{}/root", pair.n2.process.as_ref().unwrap().id());
+    assert_image_below(&inside, &pair.n2, &taken, &primary);
+}
+
+#[test]
+fn a_node_that_the_cluster_has_superseded_ends_its_machine() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    fs::write(pair.n1.dir.join("hook"), "exit 2\n").unwrap();
+    pair.link.cut();
+    wait_until("the machine was told to quit", || primary.machine().quit);
+}
+
+#[test]
+fn a_standby_without_its_vmm_is_waited_for() {
+    let mut pair = Pair::new(&Options::default());
+    let _primary = pair.n1.vmm(Load::default(), VmmState::Running, 1);
+    pair.n1.start();
+    pair.n2.start();
+    pair.n1.promote();
+    wait_until("the refusal is passed on", || pair.n1.status().note.contains("has not been started"));
+    let _standby = pair.n2.vmm(Load::default(), VmmState::Standby, 0);
+    pair.wait_protected();
+}
+
+#[test]
+fn a_standby_of_another_size_is_refused_in_a_sentence() {
+    let mut pair = Pair::new(&Options::default());
+    let _primary = pair.n1.vmm(Load::default(), VmmState::Running, 1);
+    let _standby = pair.n2.vmm(Load { ram_pages: 1024, ..Load::default() }, VmmState::Standby, 0);
+    pair.n1.start();
+    pair.n2.start();
+    pair.n1.promote();
+    wait_until("the refusal is passed on", || pair.n1.status().note.contains("configure both alike"));
+}
+
+#[test]
+fn a_ram_file_that_was_replaced_takes_the_image_with_it() {
+    let (pair, primary, standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    // The standby's VMM is started again over a new file.
+    fs::remove_file(pair.n2.layout.ram()).unwrap();
+    standby.kill();
+    let _again = pair.n2.vmm(Load::default(), VmmState::Standby, 0);
+    wait_until("the standby noticed", || pair.n2.log().contains("has made a new one"));
+    wait_until("a new first copy is complete", || pair.n1.log().matches("is its first checkpoint").count() == 2);
+    pair.wait_protected();
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
+fn an_image_that_a_machine_may_have_run_from_is_not_given_out_again() {
+    let (pair, _primary, standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    assert!(pair.n2.take_over(2).unwrap().image.is_some());
+    // The same VMM process, vCPUs never ran: RAM is untouched, a promotion may be tried again.
+    assert!(pair.n2.take_over(3).unwrap().image.is_some());
+    standby.machine().state = Some(VmmState::Running);
+    assert!(pair.n2.take_over(4).unwrap_err().contains("already runs"));
+    standby.kill();
+    assert_eq!(pair.n2.take_over(5).unwrap().image, None);
+}
+
+#[test]
+fn a_vmm_that_is_restarted_is_attached_again() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    primary.kill();
+    wait_until("the sender noticed", || pair.n1.status().generation == Generation::ZERO);
+    let again = pair.n1.vmm(Load::default(), VmmState::Running, 2);
+    pair.wait_protected();
+    wait_until("epochs flow", || again.machine().last_committed > Epoch(5));
+    let taken = pair.n2.take_over(3).unwrap();
+    assert_eq!(taken.image.as_ref().unwrap().generation, Generation(2));
+    assert_image(&pair.n2, &taken, &again);
+}
+
+#[test]
+fn without_a_hook_the_gate_stays_shut_and_with_no_cluster_it_says_so() {
+    let mut pair = Pair::new(&Options { hooked: false, ..Options::default() });
+    let primary = pair.n1.vmm(Load::default(), VmmState::Running, 1);
+    pair.n1.start();
+    pair.n1.promote();
+    wait_until("it says why", || pair.n1.status().note.contains("--hook"));
+    assert_eq!(primary.machine().gate_opened, 0);
+    pair.n1.kill();
+    pair.n1.extra.push("--no-cluster".into());
+    pair.n1.start();
+    pair.n1.promote();
+    wait_until("the gate is open", || primary.machine().gate_open);
+    assert!(pair.n1.log().contains("without a durable record"), "{}", pair.n1.log());
+}
+
+#[test]
+fn strangers_and_garbage_on_the_sockets_are_survived() {
+    use std::io::Write;
+    use std::net::TcpStream;
+    use std::os::unix::net::UnixStream;
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    for _ in 0..3 {
+        let mut stranger = TcpStream::connect(("127.0.0.1", pair.link.port())).unwrap();
+        let _ = stranger.write_all(b"GET / HTTP/1.1\r\n\r\n");
+        let mut person = UnixStream::connect(pair.n2.layout.replicator_socket()).unwrap();
+        let _ = person.write_all(b"{\"cmd\":\"dance\"}\nnot json\n");
+    }
+    pair.wait_epochs(20);
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
+fn the_status_command_speaks_to_people_and_to_machines() {
+    let (pair, _primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    let run = |extra: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_understudy-replicator"))
+            .args(["status", "--machine", MACHINE, "--run-root"])
+            .arg(pair.n1.dir.join("run"))
+            .args(extra)
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = run(&[]);
+    assert!(text.contains("sender") && text.contains("protected  yes"), "{text}");
+    let status: ReplicatorStatus = serde_json::from_str(&run(&["--json"])).unwrap();
+    assert!(status.protected && status.pause_p50_us == 100);
 }

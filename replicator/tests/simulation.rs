@@ -763,11 +763,19 @@ impl World {
             }
             if round > 30_000 {
                 let state = format!("{:?}", world.sender);
-                return Err(fail(&world, format!("no calm after the troubles (taken: {}): {state}", world.taken.is_some())));
+                return Err(fail(
+                    &world,
+                    format!("no calm after the troubles (taken: {}): {state}", world.taken.is_some()),
+                ));
             }
         }
         let facts = world.sender.facts();
-        Ok(Tally { epochs: facts.epochs, losses: facts.losses, taken: u64::from(world.taken.is_some()), handed_over: u64::from(world.vmm.handed_over) })
+        Ok(Tally {
+            epochs: facts.epochs,
+            losses: facts.losses,
+            taken: u64::from(world.taken.is_some()),
+            handed_over: u64::from(world.vmm.handed_over),
+        })
     }
 }
 
@@ -795,7 +803,10 @@ fn whatever_breaks_the_image_is_whole_and_covers_what_has_left_the_machine() {
     }
     println!("{} seeds: {sum:?}", seeds());
     // The schedule must reach what it is meant to try.
-    assert!(sum.epochs > seeds() * 10 && sum.losses > seeds() / 2 && sum.taken > seeds() / 40 && sum.handed_over > 3, "{sum:?}");
+    assert!(
+        sum.epochs > seeds() * 10 && sum.losses > seeds() / 2 && sum.taken > seeds() / 40 && sum.handed_over > 3,
+        "{sum:?}"
+    );
 }
 
 fn is_noticed(sabotage: Sabotage) {

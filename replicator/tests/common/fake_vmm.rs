@@ -27,11 +27,13 @@ pub struct Load {
     pub burst: u64,
     /// Between bursts; `None` = only at cuts.
     pub pause: Option<Duration>,
+    /// Remember what RAM looked like at each cut.
+    pub snapshots: bool,
 }
 
 impl Default for Load {
     fn default() -> Self {
-        Self { ram_pages: 512, arena_pages: 64, burst: 100, pause: Some(Duration::from_millis(2)) }
+        Self { ram_pages: 512, arena_pages: 64, burst: 100, pause: Some(Duration::from_millis(2)), snapshots: true }
     }
 }
 
@@ -135,6 +137,22 @@ impl FakeVmm {
 
     pub fn ram_digest(&self) -> [u8; 32] {
         digest_of(&self.ram)
+    }
+
+    /// The guest writes noise to its first pages.
+    pub fn write_noise(&self, pages: u64) {
+        let mut machine = self.machine();
+        for page in 0..pages {
+            let mut content = [0; PAGE];
+            content.chunks_exact_mut(8).zip(1u64..).for_each(|(chunk, i)| {
+                let mixed = (page << 32 | i).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                chunk.copy_from_slice(&(mixed ^ mixed >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9).to_le_bytes());
+            });
+            self.ram.write_all_at(&content, page * PAGE as u64).unwrap();
+            if let Some(log) = &mut machine.log {
+                log.insert(page);
+            }
+        }
     }
 
     /// The guest writes a burst: noise, repeated bytes and zero pages.
@@ -275,8 +293,10 @@ impl FakeVmm {
                     machine.gate_open = false;
                 }
                 machine.rest = machine.log.replace(BTreeSet::new()).unwrap().into_iter().collect();
-                let digest = self.ram_digest();
-                machine.snapshots.insert(epoch.0, digest);
+                if self.load.snapshots {
+                    let digest = self.ram_digest();
+                    machine.snapshots.insert(epoch.0, digest);
+                }
                 machine.captured = Some((*epoch, *last));
                 let captured = self.piece(machine);
                 json(&|| serde_json::to_value(captured).unwrap())

@@ -41,6 +41,8 @@ pub struct Node {
     pub peers: String,
     pub key: PathBuf,
     pub extra: Vec<String>,
+    /// Program and arguments that start the replicator.
+    pub wrapper: Vec<String>,
     pub hooked: bool,
 }
 
@@ -58,7 +60,15 @@ impl Node {
 
     pub fn spawn(&mut self) {
         let log = File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_understudy-replicator"));
+        let program = env!("CARGO_BIN_EXE_understudy-replicator");
+        let mut command = match self.wrapper.split_first() {
+            Some((wrapper, arguments)) => {
+                let mut command = Command::new(wrapper);
+                command.args(arguments).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
         command
             .args(["run", "--machine", MACHINE, "--node", self.name, "--peers", &self.peers, "--key"])
             .arg(&self.key);
@@ -192,6 +202,7 @@ impl Pair {
                 process: None,
                 peers,
                 key: key.clone(),
+                wrapper: Vec::new(),
                 extra: options.extra.iter().map(|s| s.to_string()).collect(),
                 hooked: options.hooked,
             }
@@ -225,10 +236,16 @@ impl Pair {
 
 /// The standby's image after a take-over is what the primary's RAM was at that epoch's cut.
 pub fn assert_image(node: &Node, taken: &TakenOver, primary: &FakeVmm) -> u64 {
+    assert_image_below("", node, taken, primary)
+}
+
+/// The same for a node whose files are below `root`.
+pub fn assert_image_below(root: &str, node: &Node, taken: &TakenOver, primary: &FakeVmm) -> u64 {
+    let ram = File::open(format!("{root}{}", node.layout.ram().display())).unwrap();
     let image = taken.image.as_ref().expect("there is an image");
     let machine = primary.machine();
-    assert_eq!(Some(&node.ram_digest()), machine.snapshots.get(&image.epoch.0), "RAM of epoch {}", image.epoch);
-    let state = fs::read_to_string(&image.state_file).unwrap();
+    assert_eq!(Some(&digest_of(&ram)), machine.snapshots.get(&image.epoch.0), "RAM of epoch {}", image.epoch);
+    let state = fs::read_to_string(format!("{root}{}", image.state_file)).unwrap();
     assert_eq!(state, format!("devices at epoch {} of generation {}", image.epoch, image.generation));
     assert!(image.epoch >= machine.last_committed, "an epoch that the VMM was told of is lost");
     image.epoch.0
