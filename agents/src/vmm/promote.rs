@@ -119,16 +119,19 @@ fn change_replicator(machine: &Machine<'_>, request: &ReplicatorRequest) {
 }
 
 fn run(machine: &Machine<'_>, generation: Generation, from: PromoteFrom) -> ocf::Result {
+    // Before the machine runs: the scheduler looks at the scores as soon as this action has ended, and must not find
+    // another node's initial preference higher than that of the node which runs it.
+    machine.set_score(Some(SCORE_RUNS));
     machine.mark_promoted(generation)?;
     let patience = machine.context.deadline.remaining().max(Duration::from_secs(1));
     if let Err(error) = machine.tell::<()>(&VmmRequest::Promote { generation, from }, patience) {
         if matches!(error, ControlError::Refused(_)) {
             machine.unmark_promoted();
         }
+        machine.set_score(None);
         return Err(Failure::generic(format!("{} could not be made to run: {error}", machine.name)));
     }
     machine.context.log.info(format!("{} runs here as generation {generation}", machine.name));
-    machine.set_score(Some(SCORE_RUNS));
     Ok(())
 }
 
