@@ -17,6 +17,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -41,7 +42,9 @@ use crate::line::{Line, LineSpec};
 const WINDOW: u32 = 64 * 1024;
 /// Input bytes kept until a committed checkpoint has taken them.
 const INPUT_CAPACITY: usize = 256 * 1024;
-/// Connections at one time, attached or not.
+/// Connections at one time that have not proved yet that they hold the key.
+const MAX_HANDSHAKES: usize = 32;
+/// Connections at one time that have, attached or not.
 const MAX_SESSIONS: usize = 32;
 /// Messages that wait for a connection; one that takes them so slowly is closed.
 const MAX_QUEUED: usize = 4096;
@@ -96,6 +99,7 @@ struct Shared {
     listen: String,
     incarnation: u64,
     core: Mutex<Core>,
+    handshakes: AtomicUsize,
     /// Wakes the line thread.
     wake: EventFd,
     exit: mpsc::Sender<Exit>,
@@ -216,9 +220,8 @@ fn prepare(config: ServiceConfig) -> Result<Prepared> {
         port.report(event);
     }
     port.set_cells(line.cells());
-    if matches!(config.line, LineSpec::Tty { .. } | LineSpec::Pty { .. }) {
-        // A TCP line says `LineBack` when it is there for the first time.
-    } else {
+    if !line.is_open() {
+        // Only a TCP line can be late; it says `LineBack` when it is there.
         port.report(Event::LineLost { why: "it is not connected yet".into() });
     }
     let core = Core {
@@ -234,7 +237,15 @@ fn prepare(config: ServiceConfig) -> Result<Prepared> {
     let (exit, exits) = mpsc::channel();
     let wake = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
         .context("cannot make an eventfd")?;
-    let shared = Arc::new(Shared { config, listen, incarnation, core: Mutex::new(core), wake, exit });
+    let shared = Arc::new(Shared {
+        config,
+        listen,
+        incarnation,
+        core: Mutex::new(core),
+        handshakes: AtomicUsize::new(0),
+        wake,
+        exit,
+    });
     Ok((shared, line, listener, control, exits))
 }
 
@@ -378,8 +389,14 @@ fn drive_line(shared: &Shared, mut line: Line) {
             Err(Trouble::Line(e)) => {
                 line.lose();
                 core.line_open = false;
-                say(&format!("the line was lost: {e}"));
-                core.port.report(Event::LineLost { why: e.to_string() });
+                let why = match shared.config.line {
+                    LineSpec::Tty { .. } | LineSpec::Pty { .. } => e.to_string(),
+                    LineSpec::Tcp { .. } | LineSpec::TcpListen { .. } => {
+                        format!("{e}; what was under way in the network then may not have arrived")
+                    }
+                };
+                say(&format!("the line was lost: {why}"));
+                core.port.report(Event::LineLost { why });
                 core.flush();
             }
             Err(Trouble::Journal(e)) => {
@@ -481,12 +498,15 @@ fn accept_sessions(shared: &Arc<Shared>, listener: &TcpListener) {
                 continue;
             }
         };
-        if shared.lock().sessions.len() >= MAX_SESSIONS {
+        let shaking = shared.handshakes.load(Ordering::Relaxed);
+        if shaking >= MAX_HANDSHAKES || shared.lock().sessions.len() >= MAX_SESSIONS {
             say("too many connections, closing the newest");
             continue;
         }
+        shared.handshakes.fetch_add(1, Ordering::Relaxed);
         let for_session = shared.clone();
         if let Err(e) = spawn("session", move || serve_session(&for_session, stream)) {
+            shared.handshakes.fetch_sub(1, Ordering::Relaxed);
             say(&e.to_string());
         }
     }
@@ -500,6 +520,7 @@ fn serve_session(shared: &Arc<Shared>, stream: TcpStream) {
         .map_err(anyhow::Error::from)
         .and_then(|key| Ok(SecureStream::accept(stream, &key, BOARD, timeouts)?))
         .and_then(|stream| Ok((stream.socket()?, stream.socket()?, stream.split())));
+    shared.handshakes.fetch_sub(1, Ordering::Relaxed);
     let (socket, for_writer, (reader, writer)) = match opened {
         Ok(opened) => opened,
         Err(e) => {

@@ -20,14 +20,41 @@ fn uncertain_output(board: &Board) -> Vec<(usize, usize)> {
         .collect()
 }
 
+/// Offsets at which the board says input may be missing.
+fn uncertain_input(board: &Board) -> Vec<usize> {
+    let sentences = board.status().events;
+    let places = sentences.iter().filter_map(|e| e.strip_prefix("it is not known whether input "));
+    places.filter_map(|e| e.split_once("..")?.0.parse().ok()).collect()
+}
+
+/// Whether the device heard `sent` from `at` on, but for the ends of these ranges.
+fn output_explained(heard: &[u8], sent: &[u8], at: usize, ranges: &[(usize, usize)]) -> bool {
+    let Some((&(from, to), rest)) = ranges.split_first() else { return heard == &sent[at..] };
+    heard.starts_with(&sent[at..from])
+        && (0..=to - from).any(|k| {
+            let heard = &heard[from - at..];
+            heard.starts_with(&sent[from..from + k]) && output_explained(&heard[k..], sent, to, rest)
+        })
+}
+
+/// Whether the machine got `said`, but for up to 1024 bytes at each of these offsets (of what it got).
+fn input_explained(got: &[u8], at: usize, said: &[u8], places: &[usize]) -> bool {
+    let Some((&place, rest)) = places.split_first() else { return got == said };
+    let n = place - at;
+    got.len() >= n
+        && said.starts_with(&got[..n])
+        && (0..=1024.min(said.len() - n)).any(|k| input_explained(&got[n..], place, &said[n + k..], rest))
+}
+
 #[test]
 fn a_service_killed_again_and_again_loses_and_repeats_nothing_that_it_does_not_report() {
     let mut device = Device::new();
     let mut board = Board::start(&device.line());
     let mut link = board.link(1, 1, 0, 0);
     link.attached();
-    let (out, input) = (numbered(0, 150_000), numbered(5_000_000, 60_000));
-    let (mut heard, mut said, mut skipped) = (Vec::new(), 0, Vec::new());
+    let (out, mut input) = (numbered(0, 150_000), numbered(5_000_000, 60_000));
+    let (mut heard, mut said) = (Vec::new(), 0);
+    let (mut skipped, mut missed) = (Vec::new(), Vec::new());
     link.send(0, &out);
     for round in 1..=4 {
         // Let a part of both streams pass, then pull the plug while they flow.
@@ -44,22 +71,20 @@ fn a_service_killed_again_and_again_loses_and_repeats_nothing_that_it_does_not_r
         board.run();
         link.attached();
         skipped.extend(uncertain_output(&board));
-        let lost_input = board.status().events.iter().any(|e| e.contains("died while it read"));
-        assert!(!lost_input, "a kill between two instructions, about once in ten thousand runs of this test");
+        missed.extend(uncertain_input(&board));
     }
-    let missing: usize = skipped.iter().map(|(from, to)| to - from).sum();
     device.heard = heard;
+    // Nobody dies any more, so this arrives, and all that can arrive is before it.
+    input.extend_from_slice(b"the end");
     until("the rest has come", || {
         said += device.say(&input[said..]);
         link.take();
-        let more = device.listen().len() + missing >= out.len();
-        (more && link.input.len() == input.len()).then_some(())
+        device.listen();
+        (link.applied == out.len() as u64 && link.input.ends_with(b"the end")).then_some(())
     });
-    assert!(link.input == input);
-    if skipped.is_empty() {
-        assert!(device.heard == out);
-    }
-    link.applied_upto(out.len() as u64);
+    device.listen();
+    assert!(output_explained(&device.heard, &out, 0, &skipped), "{skipped:?}");
+    assert!(input_explained(&link.input, 0, &input, &missed), "{missed:?}");
     assert_eq!(board.status().generation.0, 1);
 }
 

@@ -188,12 +188,16 @@ impl World {
                     let Some(c) = self.connections.iter_mut().find(|c| c.session == id && c.board_open) else {
                         continue;
                     };
-                    let mut bytes = Vec::new();
-                    message.encode(generation, &mut bytes).unwrap();
-                    if matches!(message, Message::In { .. }) && self.random.below(8) == 0 {
-                        c.to_machine.extend(&bytes); // a board that says it twice
+                    let whole = encoded(&message, generation);
+                    match message {
+                        // A board that says half of it twice.
+                        Message::In { offset, bytes } if self.random.below(8) == 0 => {
+                            let half = Message::In { offset, bytes: bytes[..bytes.len().div_ceil(2)].to_vec() };
+                            c.to_machine.extend(encoded(&half, generation));
+                        }
+                        _ => {}
                     }
-                    c.to_machine.extend(bytes);
+                    c.to_machine.extend(whole);
                 }
                 Output::Close(id) => {
                     if let Some(c) = self.connections.iter_mut().find(|c| c.session == id) {
@@ -205,12 +209,16 @@ impl World {
         for (i, host) in self.hosts.iter_mut().enumerate() {
             while let Some(message) = host.port.poll_message() {
                 let Some(c) = self.connections.iter_mut().find(|c| c.host == i && c.machine_open) else { continue };
-                let mut bytes = Vec::new();
-                message.encode(host.generation, &mut bytes).unwrap();
-                if matches!(message, Message::Out { .. }) && self.random.below(8) == 0 {
-                    c.to_board.extend(&bytes); // a machine that says it twice
+                let whole = encoded(&message, host.generation);
+                match message {
+                    // A machine that says half of it twice.
+                    Message::Out { offset, bytes } if self.random.below(8) == 0 => {
+                        let half = Message::Out { offset, bytes: bytes[..bytes.len().div_ceil(2)].to_vec() };
+                        c.to_board.extend(encoded(&half, host.generation));
+                    }
+                    _ => {}
                 }
-                c.to_board.extend(bytes);
+                c.to_board.extend(whole);
             }
             while let Some(event) = host.port.poll_event() {
                 match event {
@@ -472,6 +480,12 @@ impl World {
         assert!(self.said.get(&life).map_or(&[][..], |s| s) == host.guest.rx, "all input came through");
         assert_eq!(host.guest.tx_acked, host.guest.tx.len() as u64, "and the machine knows");
     }
+}
+
+fn encoded(message: &Message, generation: Generation) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    message.encode(generation, &mut bytes).unwrap();
+    bytes
 }
 
 fn run(seed: u64) -> World {
