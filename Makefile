@@ -6,10 +6,9 @@ LAB     := $(BIN)/understudy-lab
 
 PREFIX     ?= /usr
 LIBEXECDIR ?= $(PREFIX)/libexec/understudy
-OCFDIR     ?= /usr/lib/ocf/resource.d/understudy
+OCFROOT    ?= /usr/lib/ocf
 SBINDIR    ?= $(PREFIX)/sbin
 TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm
-AGENTS     := vmm replicator serial
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab-test bench lint build lab-root lab-guest install clean prerequisites
@@ -30,7 +29,8 @@ lab-test: build lab-guest ## only the lab tier (root)
 
 bench: build lab-guest ## the figures; JSON under target/bench
 	@mkdir -p target/bench
-	tests/bench
+	$(BIN)/understudy-bench host
+	$(LAB) vm run -- understudy-bench lab
 
 lint: prerequisites ## rustfmt and clippy, warnings are errors
 	$(CARGO) fmt --all --check
@@ -47,11 +47,11 @@ lab-guest: lab-root ## the demo guest's initramfs
 
 install: prerequisites ## executables and agents into the system (PREFIX, DESTDIR)
 	$(CARGO) build --workspace --bins --release
-	install -d $(DESTDIR)$(LIBEXECDIR) $(DESTDIR)$(OCFDIR) $(DESTDIR)$(SBINDIR)
+	install -d $(DESTDIR)$(LIBEXECDIR) $(DESTDIR)$(OCFROOT)/resource.d $(DESTDIR)$(SBINDIR)
 	for tool in understudy-ocf $(TOOLS); do \
 	  install -m 755 $(dir $(BIN))release/$$tool $(DESTDIR)$(LIBEXECDIR)/$$tool || exit 1; done
 	for tool in $(TOOLS); do ln -sf $(LIBEXECDIR)/$$tool $(DESTDIR)$(SBINDIR)/$$tool || exit 1; done
-	for agent in $(AGENTS); do ln -sf $(LIBEXECDIR)/understudy-ocf $(DESTDIR)$(OCFDIR)/$$agent || exit 1; done
+	$(dir $(BIN))release/understudy-ocf install --ocf-root $(DESTDIR)$(OCFROOT) --executable $(LIBEXECDIR)/understudy-ocf
 
 clean: ## everything that was built, the lab included
 	-[ ! -x $(LAB) ] || $(LAB) down

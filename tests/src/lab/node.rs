@@ -28,8 +28,6 @@ use nix::unistd::{Gid, Group, Pid, Uid, User, chown, pivot_root, sethostname};
 use super::net::{self, Kind, NODES, Node, Plane};
 use super::places;
 
-/// The agents' names under `ocf:understudy:`.
-const AGENTS: &[&str] = &["vmm", "replicator", "serial"];
 /// What a node's processes find on their path.
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Size of a node's /dev/shm: guests' RAM, capture arena, images.
@@ -269,8 +267,6 @@ if pidof "$daemon" >/dev/null; then echo active; else echo inactive; exit 3; fi
 
 /// The lab's node is what `make install` makes of a real one: executables in one place, links where they are looked for.
 fn install_links() -> Result<()> {
-    let agents = Path::new("/usr/lib/ocf/resource.d/understudy");
-    fs::create_dir_all(agents)?;
     let executable = Path::new(places::NODE_BIN_DIR);
     let link = |target: &Path, at: &Path| -> Result<()> {
         let _ = fs::remove_file(at);
@@ -278,9 +274,7 @@ fn install_links() -> Result<()> {
     };
     let ocf = executable.join("understudy-ocf");
     if ocf.exists() {
-        for agent in AGENTS {
-            link(&ocf, &agents.join(agent))?;
-        }
+        super::host::run_quiet(Command::new(&ocf).arg("install")).context("linking the agents")?;
     }
     for entry in fs::read_dir(executable)? {
         let entry = entry?;

@@ -1,0 +1,155 @@
+//! Where the nodes run: the whole road, with a Linux guest under Pacemaker.
+//!
+//! In the lab VM everything is software-emulated: these figures compare things with each other, and their absolute values say
+//! nothing about a host with full KVM.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+
+use super::memory::VmmMemory;
+use super::{Spread, memory, time_process};
+use crate::lab::{host, places, wait_until};
+use crate::scenario::world::MACHINE;
+use crate::scenario::{Outage, World};
+
+/// The lab part of the report.
+#[derive(Debug, Serialize)]
+pub struct LabReport {
+    /// Host or lab VM, and why.
+    pub where_it_ran: String,
+    /// KVM flavour under the protected machine.
+    pub kvm_backend: String,
+    /// From the start of the process to the guest kernel's first byte on its serial port, ms.
+    pub first_byte_understudy_ms: Spread,
+    /// The same kernel and initrd under QEMU in the same place.
+    pub first_byte_qemu_ms: Spread,
+    /// `ocf:understudy:vmm monitor` on the node that runs the machine, whole process, ms.
+    pub monitor_understudy_ms: Spread,
+    /// `ocf:pacemaker:Dummy monitor`, a shell agent, in the same place.
+    pub monitor_dummy_ms: Spread,
+    /// Memory of the primary's VMM with the Linux guest.
+    pub memory: VmmMemory,
+    /// First copy of the Linux guest, ms.
+    pub first_copy_ms: u64,
+    /// One for each power cut.
+    pub power_cuts: Vec<Outage>,
+}
+
+/// Measure everything of this part; `cuts` power cuts.
+pub fn measure(policy: &Path, cuts: usize, say: fn(&str)) -> Result<LabReport> {
+    say("first serial byte, beside QEMU");
+    let (first_byte_understudy_ms, first_byte_qemu_ms) = first_bytes(5)?;
+    let mut world = World::up(policy, say)?;
+    world.plug_device()?;
+    let mut primary = world.wait_running(None)?;
+    world.wait_lines(20)?;
+    world.wait_protected()?;
+    let status = world.vmm(primary)?;
+    let first_copy_ms = world.replicator(primary)?.last_sync_ms;
+    say("an agent's monitor, beside a shell agent");
+    let (monitor_understudy_ms, code) = time_process(20, || agent(&world, primary, "understudy/vmm"))?;
+    ensure!(code == 0 || code == 8, "the monitor of the running machine returned {code}");
+    let (monitor_dummy_ms, _) = time_process(20, || agent(&world, primary, "pacemaker/Dummy"))?;
+    let memory = vmm_memory(&world, primary)?;
+    let mut power_cuts = Vec::new();
+    for n in 1..=cuts {
+        say(&format!("power cut {n} of {cuts}: {primary}"));
+        let other = World::other(primary);
+        let mut outage = Outage::begin(format!("power cut {n}: {primary}"));
+        world.lab.power_cut(primary)?;
+        ensure!(world.wait_running(Some(primary))? == other, "the machine runs on the node that was cut");
+        world.wait_lines(20)?;
+        outage.collect(&world, other)?;
+        world.boot(primary)?;
+        primary = world.wait_protected()?;
+        outage.protected_ms = places::now_ms().checked_sub(outage.at_ms);
+        world.wait_lines(50)?;
+        power_cuts.push(outage);
+    }
+    let verdict = world.final_verdict()?;
+    world.down()?;
+    ensure!(verdict.ok, "the device saw violations, so these figures are worth nothing: {verdict:?}");
+    Ok(LabReport {
+        where_it_ran: host::choose()?.1,
+        kvm_backend: status.kvm_backend,
+        first_byte_understudy_ms,
+        first_byte_qemu_ms,
+        monitor_understudy_ms,
+        monitor_dummy_ms,
+        memory,
+        first_copy_ms,
+        power_cuts,
+    })
+}
+
+/// An agent's monitor as Pacemaker calls it, with the parameters that the cluster has for it.
+fn agent(world: &World, node: &str, agent: &str) -> Result<Command> {
+    let mut command = world.lab.command(node, &format!("/usr/lib/ocf/resource.d/{agent}"))?;
+    command.arg("monitor").env("OCF_ROOT", "/usr/lib/ocf").env("OCF_RESOURCE_INSTANCE", "bench");
+    command.env("OCF_RESKEY_name", MACHINE).env("OCF_RESKEY_kernel", "/var/lib/understudy/demo/vmlinuz");
+    command.env("OCF_RESKEY_memory", "512").env("OCF_RESKEY_vcpus", "2").env("OCF_RESKEY_CRM_meta_timeout", "20000");
+    Ok(command)
+}
+
+fn vmm_memory(world: &World, node: &str) -> Result<VmmMemory> {
+    let script = format!("cat /proc/$(cat /run/understudy/{MACHINE}/vmm.pid)/smaps");
+    Ok(memory::parse(&world.lab.run(node, &["sh", "-c", &script])?))
+}
+
+/// Start the demo guest under both VMMs in turn.
+fn first_bytes(runs: usize) -> Result<(Spread, Spread)> {
+    let kernel = places::root_dir()?.join("boot/vmlinuz");
+    let initrd = places::lab_dir()?.join("guest/initrd");
+    let cmdline = "console=ttyS0";
+    let (mut ours, mut qemus) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        let dir = tempfile::tempdir_in("/dev/shm")?;
+        let serial = dir.path().join("serial");
+        let mut command = Command::new(places::bin_dir()?.join("understudy-vmm"));
+        command.args(["run", "--machine", "first-byte", "--memory", "512", "--vcpus", "2", "--cmdline", cmdline]);
+        command.arg("--kernel").arg(&kernel).arg("--initrd").arg(&initrd);
+        command.arg("--run-root").arg(dir.path().join("run")).arg("--shm-root").arg(dir.path().join("shm"));
+        command.arg("--serial0").arg(format!("file:{}", serial.display()));
+        ours.push(first_byte(command, &serial).context("the first byte under understudy-vmm")?);
+
+        let serial = dir.path().join("qemu");
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-accel", "kvm", "-cpu", "host", "-m", "512", "-smp", "2", "-nodefaults", "-no-user-config"]);
+        command.args(["-display", "none", "-append", cmdline, "-no-reboot"]);
+        command.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initrd);
+        command.arg("-serial").arg(format!("file:{}", serial.display()));
+        qemus.push(first_byte(command, &serial).context("the first byte under QEMU")?);
+    }
+    Ok((Spread::of(ours), Spread::of(qemus)))
+}
+
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn first_byte(mut command: Command, serial: &Path) -> Result<f64> {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let started = Instant::now();
+    let mut child = Killed(command.spawn().with_context(|| format!("starting {command:?}"))?);
+    wait_until("the guest kernel's first byte", Duration::from_secs(120), || {
+        if let Some(status) = child.0.try_wait()? {
+            let mut said = String::new();
+            if let Some(mut stderr) = child.0.stderr.take() {
+                std::io::Read::read_to_string(&mut stderr, &mut said)?;
+            }
+            bail!("it ended ({status}): {said}");
+        }
+        Ok(fs::metadata(serial).is_ok_and(|m| m.len() > 0))
+    })?;
+    Ok(started.elapsed().as_secs_f64() * 1000.0)
+}

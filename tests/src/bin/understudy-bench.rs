@@ -1,0 +1,113 @@
+//! `understudy-bench`: what `make bench` runs. Every figure in a document names the command that makes it again; this is it.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use understudy_tests::bench::{host, lab, size};
+
+#[derive(Parser)]
+#[command(name = "understudy-bench", about = "Figures as JSON, each beside a peer or a physical limit")]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// On this host's own KVM: pauses, epoch rate, first copy, memory, monitor; and the size of the code
+    Host {
+        #[arg(long, default_value = "target/bench/host.json")]
+        report: PathBuf,
+    },
+    /// Where the nodes run: first serial byte, monitor, memory, power cuts
+    Lab {
+        #[arg(long, default_value = "target/bench/lab.json")]
+        report: PathBuf,
+        #[arg(long, default_value = "tests/demo/policy.toml")]
+        policy: PathBuf,
+        /// How many power cuts
+        #[arg(long, default_value_t = 10)]
+        cuts: usize,
+    },
+    /// The VMM of the host part
+    #[command(hide = true)]
+    FlatVmm {
+        run_root: PathBuf,
+        shm_root: PathBuf,
+        pages: u32,
+        #[arg(long)]
+        standby: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(255)),
+        Err(e) => {
+            eprintln!("understudy-bench: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Cmd) -> Result<i32> {
+    match command {
+        Cmd::Host { report } => {
+            let lines = size::count(Path::new("."))?;
+            println!("lines of Rust (code / tests)");
+            for (name, lines) in &lines {
+                println!("  {name:<12} {:>6} / {:>5}   {} files", lines.code, lines.tests, lines.files);
+            }
+            write(&report.with_file_name("size.json"), &lines)?;
+            let measured = host::measure(&|text| println!("  … {text}"))?;
+            println!("{}, {} vCPUs, {} MiB", measured.kvm_backend, measured.vcpus, measured.ram_mib);
+            println!("  pages/epoch   pause p50     p99     max   copy limit   epochs/s   first copy   wire");
+            for p in &measured.pauses {
+                println!(
+                    "  {:>11.0} {:>8} µs {:>7} {:>7} {:>9.0} µs {:>10.1} {:>9} ms {:>5.0} %",
+                    p.pages_per_epoch,
+                    p.pause_p50_us,
+                    p.pause_p99_us,
+                    p.pause_max_us,
+                    p.copy_limit_us,
+                    p.epochs_per_s,
+                    p.first_copy_ms,
+                    p.wire_ratio * 100.0
+                );
+            }
+            println!("  the VMM's own memory: {} KiB", measured.memory.own_kib);
+            println!("  monitor of the running machine: {} ms", measured.monitor_ms);
+            write(&report, &measured)?;
+            Ok(0)
+        }
+        Cmd::Lab { report, policy, cuts } => {
+            let measured = lab::measure(&policy, cuts, |text| println!("  … {text}"))?;
+            println!("{}; {}", measured.kvm_backend, measured.where_it_ran);
+            println!("  first serial byte: {} ms", measured.first_byte_understudy_ms);
+            println!("    beside QEMU:     {} ms", measured.first_byte_qemu_ms);
+            println!("  monitor:           {} ms", measured.monitor_understudy_ms);
+            println!("    beside Dummy:    {} ms", measured.monitor_dummy_ms);
+            println!("  the VMM's own memory with Linux: {} KiB", measured.memory.own_kib);
+            println!("  first copy: {} ms\n", measured.first_copy_ms);
+            print!("{}", understudy_tests::scenario::timeline::table(&measured.power_cuts));
+            write(&report, &measured)?;
+            Ok(0)
+        }
+        Cmd::FlatVmm { run_root, shm_root, pages, standby } => host::flat_vmm(&run_root, &shm_root, pages, standby),
+    }
+}
+
+fn write(path: &Path, value: &impl Serialize) -> Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    }
+    let json = serde_json::to_vec_pretty(value).context("writing a report")?;
+    fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
+    println!("  → {}", path.display());
+    Ok(())
+}
