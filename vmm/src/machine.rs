@@ -556,6 +556,8 @@ impl Machine {
     pub fn fence(&self) {
         self.vcpus.stop_all();
         let mut life = self.life();
+        // Once more: whoever held the lock may have let them run again.
+        self.vcpus.stop_all();
         let mut hardware = self.core.hardware();
         hardware.frozen = true;
         hardware.stopwatch.stop();

@@ -68,6 +68,11 @@ pub fn union(set: &mut PageSet, more: &[u64]) {
 impl Ram {
     /// Map `mib` MiB of RAM from `path`, which is created, or resized if it has another size.
     pub fn open(path: &Path, mib: u64) -> Result<Self> {
+        Self::open_split(path, mib, LOW_END)
+    }
+
+    /// As [`Ram::open`], with the hole beginning at `low_end`.
+    fn open_split(path: &Path, mib: u64, low_end: u64) -> Result<Self> {
         let bytes = mib.checked_mul(MIB).filter(|b| *b > 0 && *b <= 1 << 42);
         let Some(bytes) = bytes else { bail!("a machine cannot have {mib} MiB of RAM; give it 16 MiB to 4 TiB") };
         let file = OpenOptions::new()
@@ -81,7 +86,7 @@ impl Ram {
         reserve(&file, path, bytes).with_context(|| format!("no room for {mib} MiB of guest RAM"))?;
         let mut regions = Vec::new();
         let mut pieces = Vec::new();
-        for (slot, (guest, size, offset)) in (0u32..).zip(layout(bytes)) {
+        for (slot, (guest, size, offset)) in (0u32..).zip(layout(bytes, low_end)) {
             let file = file.try_clone().context("cannot duplicate the RAM file's descriptor")?;
             let map = MmapRegion::build(
                 Some(FileOffset::new(file, offset)),
@@ -186,9 +191,9 @@ fn union_at(set: &mut PageSet, base: usize, more: &[u64]) {
     }
 }
 
-/// `(guest address, size, file offset)` of the pieces of `bytes` of RAM.
-fn layout(bytes: u64) -> Vec<(u64, u64, u64)> {
-    let low = bytes.min(LOW_END);
+/// `(guest address, size, file offset)` of the pieces of `bytes` of RAM with a hole from `low_end` to 4 GiB.
+fn layout(bytes: u64, low_end: u64) -> Vec<(u64, u64, u64)> {
+    let low = bytes.min(low_end);
     let mut pieces = vec![(0, low, 0)];
     if bytes > low {
         pieces.push((HIGH_START, bytes - low, low));
@@ -265,9 +270,9 @@ mod tests {
 
     #[test]
     fn ram_above_three_gib_goes_above_the_hole() {
-        assert_eq!(layout(512 * MIB), [(0, 512 * MIB, 0)]);
-        assert_eq!(layout(LOW_END), [(0, LOW_END, 0)]);
-        assert_eq!(layout(4096 * MIB), [(0, LOW_END, 0), (HIGH_START, 1024 * MIB, LOW_END)]);
+        assert_eq!(layout(512 * MIB, LOW_END), [(0, 512 * MIB, 0)]);
+        assert_eq!(layout(LOW_END, LOW_END), [(0, LOW_END, 0)]);
+        assert_eq!(layout(4096 * MIB, LOW_END), [(0, LOW_END, 0), (HIGH_START, 1024 * MIB, LOW_END)]);
     }
 
     #[test]
@@ -283,6 +288,25 @@ mod tests {
         let mut again = ram.no_pages();
         ram.collect_own(&mut again);
         assert_eq!(count(&again), 0);
+    }
+
+    #[test]
+    fn pages_above_the_hole_have_their_index_in_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let ram = Ram::open_split(&dir.path().join("ram"), 32, 16 * MIB).unwrap();
+        ram.mem.write_slice(b"high", GuestAddress(HIGH_START + 3 * 4096)).unwrap();
+        ram.mem.write_slice(b"low", GuestAddress(16 * MIB - 3)).unwrap();
+        assert!(ram.mem.write_slice(b"hole", GuestAddress(16 * MIB)).is_err());
+        let mut set = ram.no_pages();
+        ram.collect_own(&mut set);
+        let last_low = 16 * MIB / 4096 - 1;
+        let dirty: Vec<u64> = (0..ram.pages()).filter(|p| set[(p / 64) as usize] >> (p % 64) & 1 == 1).collect();
+        assert_eq!(dirty, [last_low, last_low + 1 + 3]);
+        let mut arena = Arena::open(&dir.path().join("arena"), MIB).unwrap();
+        assert!(ram.copy_page(last_low + 4, &mut arena.map, 4096));
+        assert!(!ram.copy_page(ram.pages(), &mut arena.map, 0));
+        assert!(!ram.copy_page(0, &mut arena.map, MIB as usize - 4095));
+        assert_eq!(&std::fs::read(&arena.path).unwrap()[4096..4100], b"high");
     }
 
     #[test]

@@ -280,6 +280,107 @@ fn a_second_machine_continues_from_the_captured_state() {
     assert_eq!((status.generation, status.state), (Generation(2), VmmState::Running));
 }
 
+/// Continue `state` with RAM `image` in a new machine.
+fn continued(like: &[u8], vcpus: u32, image: &[u8], state: &[u8], generation: u64) -> Rig {
+    let rig = rig(like, vcpus, 16 << 20);
+    let file = rig.dir.path().join("state");
+    std::fs::write(&file, state).unwrap();
+    std::fs::File::options().write(true).open(rig.dir.path().join("ram")).unwrap().write_all_at(image, 0).unwrap();
+    let from = PromoteFrom::Image { state_file: file.display().to_string(), epoch: Epoch(1) };
+    rig.machine.promote(Generation(generation), &from, Gate::Hold).unwrap();
+    rig
+}
+
+#[test]
+fn clocks_timers_and_cpuid_survive_two_restores_in_a_row() {
+    const LVT_TIMER: usize = 0x320;
+    const SPURIOUS: usize = 0xf0;
+    const TSC_DEADLINE: u32 = 0x6e0;
+    if !kvm_is_there() {
+        return;
+    }
+    let mut host = rig(COUNT, 2, 16 << 20).boot(0xf, Gate::Hold);
+    host.counts_on(0);
+    host.machine.pause().unwrap();
+    // A guest that sleeps until a time far away, as an idle kernel does.
+    let far = u64::MAX / 4;
+    let armed = host
+        .machine
+        .vcpus
+        .on_all(move |_, fd| {
+            let mut lapic = fd.get_lapic()?;
+            for (at, value) in [(SPURIOUS, 0x1ffu32), (LVT_TIMER, 2 << 17 | 0x40)] {
+                for (i, b) in value.to_le_bytes().into_iter().enumerate() {
+                    lapic.regs[at + i] = b as _;
+                }
+            }
+            fd.set_lapic(&lapic)?;
+            understudy_vmm::vcpu_state::set_msr(fd, TSC_DEADLINE, far)
+        })
+        .unwrap();
+    let cpuid = |rig: &Rig| rig.machine.vcpus.on_all(|_, fd| understudy_vmm::vcpu_state::get_cpuid(fd)).unwrap();
+    let topology = |rig: &Rig| {
+        let leaf = |e: &kvm_bindings::kvm_cpuid_entry2| (e.function == 1).then_some(e.ebx >> 24);
+        cpuid(rig).iter().map(|c| c.iter().find_map(leaf)).collect::<Vec<_>>()
+    };
+    assert_eq!(topology(&host), [Some(0), Some(1)], "each vCPU has its own APIC id");
+    let before: Vec<_> = cpuid(&host).iter().map(Vec::len).collect();
+    for generation in 2..=3 {
+        let mut image = vec![0; (MIB << 20) as usize];
+        let (state, time) = {
+            let life = host.machine.life();
+            let mut hardware = host.machine.core.hardware();
+            hardware.frozen = true;
+            (host.machine.capture(&life, &hardware).unwrap(), hardware.stopwatch.now())
+        };
+        image.copy_from_slice(&host.ram_file());
+        let tsc = |rig: &Rig| rig.machine.vcpus.on_all(|_, fd| understudy_vmm::vcpu_state::get_msr(fd, 0x10)).unwrap();
+        let old_tsc = tsc(&host);
+        let next = continued(COUNT, 2, &image, &state, generation);
+        next.counts_on(0);
+        next.counts_on(1);
+        next.machine.pause().unwrap();
+        assert!(next.machine.status().vm_time_ns >= time.0);
+        if armed.iter().all(|a| *a) {
+            let deadlines =
+                next.machine.vcpus.on_all(|_, fd| understudy_vmm::vcpu_state::get_msr(fd, TSC_DEADLINE)).unwrap();
+            assert_eq!(deadlines, [far, far], "an armed timer was dropped");
+        } else {
+            eprintln!("SKIPPED: this KVM has no TSC deadline timer");
+        }
+        match next.machine.vcpus.on_all(|_, fd| Ok(understudy_vmm::sys::tsc_offset(fd)?)) {
+            Ok(offsets) => {
+                eprintln!("OFF {offsets:?} host {}", understudy_vmm::sys::host_tsc());
+                assert_eq!(offsets[0], offsets[1], "the vCPUs TSCs differ")
+            }
+            Err(_) => eprintln!("SKIPPED: this KVM does not tell TSC offsets"),
+        }
+        eprintln!("TSC before {old_tsc:?}, after {:?}", tsc(&next));
+        assert_eq!(cpuid(&next).iter().map(Vec::len).collect::<Vec<_>>(), before, "CPUID changed");
+        assert_eq!(topology(&next), [Some(0), Some(1)]);
+        host = next;
+    }
+}
+
+#[test]
+fn thirty_two_vcpus_run_stop_and_are_cut_together() {
+    if !kvm_is_there() {
+        return;
+    }
+    let spin = [0xeb, 0xfe]; // jmp .
+    let rig = rig(&spin, 32, 16 << 20).boot(0, Gate::Hold);
+    rig.machine.pause().unwrap();
+    let at = rig.machine.vcpus.on_all(|_, fd| Ok((fd.get_regs()?.rip, fd.get_regs()?.rdi))).unwrap();
+    assert_eq!(at, (0..32).map(|id| (CODE_AT, id)).collect::<Vec<_>>());
+    rig.machine.resume().unwrap();
+    let mut session = rig.attach();
+    let mut image = rig.ram_file();
+    for epoch in 1..=5 {
+        assert!(!rig.cut(&mut session, epoch, false, &mut image).is_empty());
+    }
+    eprintln!("pauses with 32 vCPUs (µs): {:?}", rig.machine.status().recent_pauses_us);
+}
+
 #[test]
 fn damaged_states_are_refused_with_a_sentence_and_a_whole_one_still_works_afterwards() {
     if !kvm_is_there() {
@@ -351,7 +452,9 @@ fn a_guest_whose_output_nobody_takes_waits_instead_of_filling_memory() {
     }
     let rig = rig(TALK, 1, 1 << 20).boot(0, Gate::Hold);
     // At 115200 baud 64 KiB take 5.7 s; under software emulation the exits take longer than the line.
-    wait_at_most(Duration::from_secs(180), "the buffer is full", || rig.machine.status().serial[0].tx_held >= 64 * 1024);
+    wait_at_most(Duration::from_secs(180), "the buffer is full", || {
+        rig.machine.status().serial[0].tx_held >= 64 * 1024
+    });
     let full = rig.machine.status().serial[0].tx_bytes;
     let until = Instant::now() + Duration::from_millis(50);
     while Instant::now() < until {
