@@ -218,6 +218,8 @@ pub fn build_guest_image(root: &Path, program: &Path, modules: &[&str], output: 
     }
     // Without it the kernel starts /init with no standard streams at all.
     cpio.character_device("dev/console", 0o600, 5, 1);
+    // And when there is no console to open, Rust's start-up code opens this in their place, or aborts.
+    cpio.character_device("dev/null", 0o666, 1, 3);
     let init = fs::read(program).with_context(|| format!("reading the guest's program {}", program.display()))?;
     ensure!(is_static(&init), "{} is not statically linked; the guest has no loader for it", program.display());
     cpio.file("init", 0o755, &init);

@@ -28,7 +28,7 @@ use lab_guest::params::Params;
 use rustix::process::{WaitOptions, wait};
 
 use crate::clocks::Clocks;
-use crate::output::{Output, lock};
+use crate::output::{Output, complain, lock};
 
 /// What the activities share.
 struct Guest {
@@ -75,7 +75,7 @@ fn main() {
     let cmdline = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let params = Params::parse(&cmdline);
     for complaint in &params.complaints {
-        eprintln!("init: {complaint}");
+        complain(complaint);
     }
     setup::load_modules("/modules");
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_string();
@@ -84,7 +84,7 @@ fn main() {
     let port = loop {
         match output::open_port(&params.serial, params.baud) {
             Ok(port) => break port,
-            Err(why) => eprintln!("init: cannot open {}: {why}; trying again", params.serial),
+            Err(why) => complain(&format!("cannot open {}: {why}; trying again", params.serial)),
         }
         thread::sleep(Duration::from_secs(1));
     };
@@ -98,7 +98,7 @@ fn main() {
         params,
         boot_id,
     });
-    eprintln!("init: process {pid}, boot {}, lines on {}", guest.boot_id, guest.params.serial);
+    complain(&format!("process {pid}, boot {}, lines on {}", guest.boot_id, guest.params.serial));
 
     activities::run_for_ever(&guest, "serial reader", Some(0), activities::read_lines);
     activities::run_for_ever(&guest, "serial writer", Some(0), activities::write_lines);

@@ -16,6 +16,11 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Tell the kernel's console. There may be none that works, which `eprintln!` would answer with a panic.
+pub fn complain(text: &str) {
+    let _ = writeln!(io::stderr(), "init: {text}");
+}
+
 /// Open a serial port raw, 8N1, no flow control, and forget what it received while nobody listened (the device does not
 /// send before it saw the first line).
 pub fn open_port(path: &str, baud: u32) -> io::Result<File> {

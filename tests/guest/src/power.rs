@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::system::{RebootCommand, reboot};
 
 use crate::Guest;
+use crate::output::complain;
 
 /// `struct input_event` on a 64-bit machine: two 64-bit words of time, then type, code and value.
 const EVENT_BYTES: usize = 24;
@@ -85,7 +86,7 @@ fn power_off(guest: &Guest) {
         });
         let _ = wait.recv_timeout(FAREWELL);
         if let Err(why) = reboot(RebootCommand::PowerOff) {
-            eprintln!("init: the kernel refuses to switch off: {why}");
+            complain(&format!("the kernel refuses to switch off: {why}"));
         }
     });
 }

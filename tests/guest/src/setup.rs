@@ -7,6 +7,8 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::finit_module;
 
+use crate::output::complain;
+
 /// Mount /proc, /sys and /dev.
 pub fn mount_kernel_file_systems() {
     for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
@@ -14,7 +16,7 @@ pub fn mount_kernel_file_systems() {
         match mount(kind, at, kind, MountFlags::NOSUID, None) {
             // EBUSY: the kernel has mounted devtmpfs by itself.
             Ok(()) | Err(Errno::BUSY) => {}
-            Err(why) => eprintln!("init: cannot mount {kind} on {at}: {why}"),
+            Err(why) => complain(&format!("cannot mount {kind} on {at}: {why}")),
         }
     }
 }
@@ -22,7 +24,7 @@ pub fn mount_kernel_file_systems() {
 /// Load the modules that `list` names, one path a line, in that order.
 pub fn load_modules(list: &str) {
     let Ok(text) = std::fs::read_to_string(list) else {
-        eprintln!("init: no {list}, no modules are loaded");
+        complain(&format!("no {list}, no modules are loaded"));
         return;
     };
     for path in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
@@ -31,7 +33,7 @@ pub fn load_modules(list: &str) {
             Err(why) => Err(why.to_string()),
         }) {
             Ok(()) => {}
-            Err(why) => eprintln!("init: module {path} is not loaded: {why}"),
+            Err(why) => complain(&format!("module {path} is not loaded: {why}")),
         }
     }
 }
