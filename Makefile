@@ -11,23 +11,23 @@ SBINDIR    ?= $(PREFIX)/sbin
 TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab-test bench lint build lab-root lab-guest install clean prerequisites
+.PHONY: help demo test lab-test bench lint build lab-root lab-guest install clean prerequisites needs-root
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: build lab-guest ## a Linux guest survives power cuts under Pacemaker: watch it (root)
+demo: needs-root build lab-guest ## a Linux guest survives power cuts under Pacemaker: watch it (root)
 	@mkdir -p target/demo
 	$(LAB) vm run -- understudy-demo
 
 test: prerequisites ## all tests, tier by tier: fast, kvm, lab
 	tests/run
 
-lab-test: build lab-guest ## only the lab tier (root)
+lab-test: needs-root build lab-guest ## only the lab tier (root)
 	$(LAB) vm run -- understudy-lab-tests
 
-bench: build lab-guest ## the figures; JSON under target/bench
+bench: needs-root build lab-guest ## the figures; JSON under target/bench
 	@mkdir -p target/bench
 	$(BIN)/understudy-bench host
 	$(LAB) vm run -- understudy-bench lab
@@ -57,6 +57,9 @@ clean: ## everything that was built, the lab included
 	-[ ! -x $(LAB) ] || $(LAB) down
 	$(CARGO) clean
 	rm -rf target
+
+needs-root:
+	@[ "$$(id -u)" -eq 0 ] || { echo "this needs root: the lab makes namespaces, mounts and bridges of its own (sudo make ...)" >&2; exit 1; }
 
 # A Rust toolchain is asked for; the linker that rustc calls is fetched where that is possible.
 prerequisites:

@@ -38,17 +38,35 @@ pub struct Vm {
 /// Size of the VM.
 #[derive(Debug, Clone, clap::Args)]
 pub struct VmSize {
-    /// Memory of the lab VM in MiB; nodes' /dev/shm and guests' RAM come out of it.
-    #[arg(long, default_value_t = 6144)]
-    pub memory: u32,
-    /// Virtual CPUs of the lab VM.
+    /// Memory of the lab VM in MiB; nodes' /dev/shm and guests' RAM come out of it [default: 6144, or 4096 where there is
+    /// not so much]
+    #[arg(long)]
+    pub memory: Option<u32>,
+    /// Virtual CPUs of the lab VM
     #[arg(long, default_value_t = 2)]
     pub cpus: u32,
 }
 
-impl Default for VmSize {
-    fn default() -> Self {
-        Self { memory: 6144, cpus: 2 }
+impl VmSize {
+    fn memory_mib(&self) -> Result<u32> {
+        let text = fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
+        let available = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.split_ascii_whitespace().next());
+        let available: u32 = available.and_then(|kib| kib.parse::<u32>().ok()).unwrap_or(u32::MAX) / 1024;
+        choose_memory(self.memory, available)
+    }
+}
+
+/// QEMU itself and the host's page cache want some too.
+fn choose_memory(wanted: Option<u32>, available: u32) -> Result<u32> {
+    const BESIDE: u32 = 768;
+    let choices = wanted.map_or(vec![6144, 4096], |w| vec![w]);
+    match choices.iter().find(|c| c.saturating_add(BESIDE) <= available) {
+        Some(memory) => Ok(*memory),
+        None => bail!(
+            "the lab VM needs {} MiB of memory and {BESIDE} MiB beside it, and {available} MiB are available: \
+             free some, or ask for less with --memory",
+            choices.last().unwrap_or(&0)
+        ),
     }
 }
 
@@ -117,7 +135,7 @@ impl Vm {
         };
         command.args(["-name", "understudy-lab", "-machine", "pc,graphics=off", "-nodefaults", "-no-user-config"]);
         command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,+svm,+npt"]);
-        command.args(["-smp", &size.cpus.to_string(), "-m", &format!("{}M", size.memory)]);
+        command.args(["-smp", &size.cpus.to_string(), "-m", &format!("{}M", size.memory_mib()?)]);
         command.args(["-display", "none", "-no-reboot", "-pidfile"]).arg(&pid_file);
         command.arg("-kernel").arg(lab_root.join("boot/vmlinuz")).arg("-initrd").arg(&init_path);
         command.args([
@@ -300,9 +318,23 @@ pub fn random_token() -> Result<String> {
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
 }
 
-/// Run `command` with standard input closed and both outputs inherited; its exit code.
+/// Run a command of this build (or any other) on this machine, as [`Vm::exec`] does in the VM; its exit code.
 pub fn here(argv: &[String]) -> Result<i32> {
     let Some(program) = argv.first() else { bail!("no command given") };
-    let status = Command::new(program).args(&argv[1..]).stdin(Stdio::inherit()).status();
+    let own = places::bin_dir()?.join(program);
+    let status = Command::new(if own.is_file() { own.as_path() } else { Path::new(program) }).args(&argv[1..]).status();
     Ok(status.with_context(|| format!("running {program}"))?.code().unwrap_or(128))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_host_gets_a_small_vm_and_a_tiny_one_a_sentence() {
+        assert_eq!(choose_memory(None, 16_000).unwrap(), 6144);
+        assert_eq!(choose_memory(None, 5_000).unwrap(), 4096);
+        assert!(choose_memory(None, 3_000).unwrap_err().to_string().contains("--memory"));
+        assert!(choose_memory(Some(8192), 8192).is_err());
+    }
 }
