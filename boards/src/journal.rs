@@ -43,14 +43,14 @@ pub enum JournalError {
         file: String,
     },
     /// It cannot be made, read or written.
-    #[error("cannot {what} {file}: {source}{hint}")]
+    #[error("cannot {what} {file}: {cause}{hint}")]
     Io {
         /// What was being done.
         what: &'static str,
         /// The file.
         file: String,
         /// What the kernel said.
-        source: io::Error,
+        cause: io::Error,
         /// What to do, if that is known.
         hint: &'static str,
     },
@@ -118,7 +118,7 @@ impl Journal {
         let path = dir.join(format!("{machine}.{device}.board"));
         let io = |what, hint| {
             let file = path.display().to_string();
-            move |source| JournalError::Io { what, file, source, hint }
+            move |cause| JournalError::Io { what, file, cause, hint }
         };
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
         made.map_err(io("make the directory of", ": choose another --state-dir"))?;
@@ -157,12 +157,12 @@ impl Journal {
     pub fn own(&mut self, ownership: &Ownership) -> Result<(), JournalError> {
         let former = self.now;
         self.now = Record { ownership: *ownership, writing: ownership.applied, ..self.now };
-        self.force().map_err(|source| {
+        self.force().map_err(|cause| {
             self.now = former;
             JournalError::Io {
                 what: "make the new owner durable in",
                 file: self.path.display().to_string(),
-                source,
+                cause,
                 hint: "; the machine was not attached",
             }
         })
@@ -231,10 +231,10 @@ impl Journal {
         let mut blank = true;
         for slot in SLOTS {
             let mut bytes = [0; RECORD_LEN];
-            self.file.read_exact_at(&mut bytes, slot).map_err(|source| JournalError::Io {
+            self.file.read_exact_at(&mut bytes, slot).map_err(|cause| JournalError::Io {
                 what: "read",
                 file: self.path.display().to_string(),
-                source,
+                cause,
                 hint: "",
             })?;
             blank &= bytes == [0; RECORD_LEN];

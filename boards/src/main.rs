@@ -2,12 +2,13 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
+use serde::de::DeserializeOwned;
 use understudy_boards::journal::AfterCrash;
 use understudy_boards::line::LineSpec;
 use understudy_boards::service::{self, ServiceConfig};
@@ -128,14 +129,13 @@ fn act(command: Command) -> Result<()> {
         }
         Command::Status(which) => {
             let socket = which.layout()?.serial_socket(&which.device);
-            let status: BoardStatus = call_once(socket, &BoardRequest::Status, CALL_TIMEOUT)?;
+            let status: BoardStatus = ask(&socket, &BoardRequest::Status)?;
             println!("{}", serde_json::to_string_pretty(&status)?);
             Ok(())
         }
         Command::Stop(which) => {
             let socket = which.layout()?.serial_socket(&which.device);
-            call_once::<_, ()>(socket, &BoardRequest::Quit, CALL_TIMEOUT)?;
-            Ok(())
+            ask(&socket, &BoardRequest::Quit)
         }
         Command::Keygen { file } => {
             Key::generate(&file)?;
@@ -148,4 +148,9 @@ fn act(command: Command) -> Result<()> {
             Ok(())
         }
     }
+}
+
+fn ask<R: DeserializeOwned>(socket: &Path, request: &BoardRequest) -> Result<R> {
+    // Its sentence names the cause already.
+    call_once(socket, request, CALL_TIMEOUT).map_err(|e| anyhow!(e.to_string()))
 }

@@ -148,6 +148,7 @@ fn complaint(change: impl FnOnce(&Board) -> Command) -> String {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.starts_with("understudy-serial: ") && said.trim_end().lines().count() == 1, "one sentence: {said}");
+    assert!(said.matches("os error").count() <= 1, "each thing once: {said}");
     said
 }
 

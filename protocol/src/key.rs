@@ -38,14 +38,14 @@ pub enum KeyError {
         file: String,
     },
     /// The file cannot be read or written.
-    #[error("cannot {what} the key file {file}: {source}")]
+    #[error("cannot {what} the key file {file}: {cause}")]
     Io {
         /// `read` or `write`.
         what: &'static str,
         /// The file.
         file: String,
         /// What the kernel said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Others can read it.
     #[error(
@@ -84,7 +84,7 @@ impl Key {
     pub fn load(file: impl AsRef<Path>) -> Result<Self, KeyError> {
         let path = file.as_ref();
         let name = || path.display().to_string();
-        let io_error = |source| KeyError::Io { what: "read", file: name(), source };
+        let io_error = |cause| KeyError::Io { what: "read", file: name(), cause };
         let opened = match File::open(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(KeyError::Missing { file: name() }),
             other => other.map_err(io_error)?,
@@ -111,7 +111,7 @@ impl Key {
     /// Make a new random key and write it to `file` (mode 0400, durable). An existing file is never overwritten.
     pub fn generate(file: impl AsRef<Path>) -> Result<Self, KeyError> {
         let path = file.as_ref();
-        let io_error = |source| KeyError::Io { what: "write", file: path.display().to_string(), source };
+        let io_error = |cause| KeyError::Io { what: "write", file: path.display().to_string(), cause };
         let mut bytes = [0; KEY_LEN];
         getrandom::fill(&mut bytes).map_err(|e| io_error(io::Error::other(e.to_string())))?;
         let key = Self { bytes, file: path.to_owned() };

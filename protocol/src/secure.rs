@@ -110,12 +110,12 @@ pub enum SecureError {
         timeout: Duration,
     },
     /// The connection broke.
-    #[error("the connection with {peer} broke during the handshake: {source}")]
+    #[error("the connection with {peer} broke during the handshake: {cause}")]
     Io {
         /// The other side.
         peer: String,
         /// What the kernel said.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -179,7 +179,7 @@ impl SecureStream {
         noise.read_message(&answer, &mut message).map_err(|_| shake.wrong_key())?;
         let mut this = shake.finish(noise)?;
         let confirm = this.writer.send(&[]);
-        confirm.map_err(|source| SecureError::Io { peer: this.peer_name(), source })?;
+        confirm.map_err(|cause| SecureError::Io { peer: this.peer_name(), cause })?;
         Ok(this)
     }
 
@@ -420,13 +420,13 @@ impl Shake {
         result.map_err(|e| self.broken(io::Error::other(format!("the Noise handshake failed: {e}"))))
     }
 
-    fn broken(&self, source: io::Error) -> SecureError {
+    fn broken(&self, cause: io::Error) -> SecureError {
         let peer = self.peer.clone();
-        match source.kind() {
+        match cause.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
                 SecureError::Timeout { peer, timeout: self.timeouts.handshake }
             }
-            _ => SecureError::Io { peer, source },
+            _ => SecureError::Io { peer, cause },
         }
     }
 
