@@ -1,4 +1,4 @@
-//! Starting a process that outlives the agent: its own session, no inherited descriptors, stdio to a log.
+//! Starting a process that outlives the agent: its own session, no inherited descriptors, ordinary priority, stdio to a log.
 //!
 //! Pacemaker waits for everybody who holds the agent's stdout, so nothing may keep it.
 #![allow(unsafe_code)]
@@ -12,6 +12,12 @@ use std::process::{Child, Command, Stdio};
 
 /// A log longer than this is set aside (as `NAME.old`) when a process is started.
 const LOG_LIMIT: u64 = 4 << 20;
+
+/// Raise this process to where cluster daemons commonly run: a hook decides about the guests that compete with it for the CPU.
+pub fn raise_priority() {
+    // Without the privilege it runs as it is.
+    let _ = rustix::process::setpriority_process(None, -10);
+}
 
 /// Start `program`; what it prints is appended to `log`. The child belongs to the agent until the agent ends.
 pub fn spawn(program: &Path, arguments: &[String], log: &Path) -> io::Result<Child> {
@@ -30,11 +36,15 @@ pub fn spawn(program: &Path, arguments: &[String], log: &Path) -> io::Result<Chi
             command.env_remove(&name);
         }
     }
-    // SAFETY: between fork and exec only setsid(2) is called, which is async-signal-safe and allocates nothing.
+    // SAFETY: between fork and exec only setsid(2) and setpriority(2) are called, which are async-signal-safe and allocate
+    // nothing.
     unsafe {
-        command.pre_exec(|| match rustix::process::setsid() {
-            Ok(_) => Ok(()),
-            Err(errno) => Err(errno.into()),
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            // Where the cluster's daemons run at a raised priority, machines must not inherit it: a busy guest would
+            // starve those who watch it. (Not being allowed to is no reason not to start.)
+            let _ = rustix::process::setpriority_process(None, 0);
+            Ok(())
         });
     }
     command.spawn()

@@ -227,3 +227,80 @@ fn print(text: &str) -> Result<ExitCode> {
         .map(|()| ExitCode::Success)
         .map_err(|e| Failure::generic(format!("cannot print the metadata: {e}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parameter::Param;
+    use std::cell::RefCell;
+
+    static SIZE: Param<u64> = Param::integer("size", 1, 9).default("1");
+
+    #[derive(Default)]
+    struct Probe {
+        calls: RefCell<Vec<Action>>,
+        monitor: Option<Failure>,
+    }
+
+    impl Agent for Probe {
+        fn description(&self) -> Description {
+            let actions = [Action::Start, Action::Stop, Action::Monitor, Action::Promote, Action::Notify];
+            Description {
+                name: "probe",
+                version: "1",
+                short: "",
+                long: "",
+                parameters: vec![SIZE.declaration()],
+                actions: actions.map(|a| ActionSpec::new(a, "20s")).to_vec(),
+            }
+        }
+        fn start(&self, context: &Context) -> Result {
+            self.calls.borrow_mut().push(context.action);
+            Ok(())
+        }
+        fn stop(&self, _: &Context) -> Result {
+            panic!("a bug")
+        }
+        fn monitor(&self, _: &Context) -> Result<Status> {
+            self.monitor.clone().map_or(Ok(Status::RunningPromoted), Err)
+        }
+        fn demote(&self, _: &Context) -> Result {
+            Ok(())
+        }
+    }
+
+    fn env(pairs: &[(&str, &str)]) -> Environment {
+        Environment::from_pairs(pairs.iter().copied())
+    }
+
+    #[test]
+    fn start_validates_first() {
+        let agent = Probe::default();
+        assert_eq!(run(&agent, "start", env(&[("OCF_RESKEY_size", "10")])), ExitCode::Configured);
+        assert!(agent.calls.borrow().is_empty());
+        assert_eq!(run(&agent, "start", env(&[])), ExitCode::Success);
+        assert_eq!(*agent.calls.borrow(), [Action::Start]);
+    }
+
+    #[test]
+    fn what_the_metadata_does_not_list_is_not_implemented() {
+        for action in ["demote", "reload", "dance", ""] {
+            assert_eq!(run(&Probe::default(), action, env(&[])), ExitCode::Unimplemented, "{action}");
+        }
+        assert_eq!(run(&Probe::default(), "promote", env(&[])), ExitCode::Unimplemented, "listed, but not there");
+    }
+
+    #[test]
+    fn a_bug_is_a_failure_and_not_an_unknown_exit_code() {
+        assert_eq!(run(&Probe::default(), "stop", env(&[])), ExitCode::Generic);
+    }
+
+    #[test]
+    fn a_probe_never_says_that_the_configuration_is_wrong() {
+        let agent = Probe { monitor: Some(Failure::configured("no")), ..Probe::default() };
+        assert_eq!(run(&agent, "monitor", env(&[])), ExitCode::NotRunning);
+        let recurring = env(&[("OCF_RESKEY_CRM_meta_interval", "10000")]);
+        assert_eq!(run(&agent, "monitor", recurring), ExitCode::Configured);
+        assert_eq!(run(&Probe::default(), "monitor", env(&[])), ExitCode::RunningPromoted);
+    }
+}

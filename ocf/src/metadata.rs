@@ -105,3 +105,64 @@ fn write_action(xml: &mut Xml, spec: &ActionSpec) -> io::Result<()> {
     }
     xml.write_event(Event::Empty(element))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::action::Role;
+    use crate::parameter::Param;
+
+    static NAME: Param<String> =
+        Param::text("name").required().unique_group("id").short("A <name>").long("Say \"who\" & what.");
+    static MODE: Param<String> =
+        Param::choice("mode", &["a", "b"]).default("a").reloadable().short("Mode").long("How.");
+
+    #[test]
+    fn the_document_is_this() {
+        let description = Description {
+            name: "example",
+            version: "1.0",
+            short: "Example",
+            long: "An example.",
+            parameters: vec![NAME.declaration(), MODE.declaration()],
+            actions: vec![
+                ActionSpec::new(Action::Start, "20s"),
+                ActionSpec::new(Action::Monitor, "20s").every("10s").in_role(Role::Promoted).at_depth(10),
+                ActionSpec::new(Action::ReloadAgent, "10s"),
+            ],
+        };
+        assert_eq!(
+            document(&description),
+            r#"<?xml version="1.0"?>
+<!DOCTYPE resource-agent SYSTEM "ra-api-1.dtd" [
+<!ATTLIST parameter unique-group CDATA #IMPLIED reloadable CDATA #IMPLIED>
+<!ATTLIST action name CDATA #REQUIRED>
+]>
+<resource-agent name="example" version="1.0">
+  <version>1.1</version>
+  <longdesc lang="en">An example.</longdesc>
+  <shortdesc lang="en">Example</shortdesc>
+  <parameters>
+    <parameter name="name" unique-group="id" required="1">
+      <longdesc lang="en">Say &quot;who&quot; &amp; what.</longdesc>
+      <shortdesc lang="en">A &lt;name&gt;</shortdesc>
+      <content type="string"/>
+    </parameter>
+    <parameter name="mode" required="0" reloadable="1">
+      <longdesc lang="en">How. One of: a, b.</longdesc>
+      <shortdesc lang="en">Mode</shortdesc>
+      <content type="string" default="a"/>
+    </parameter>
+  </parameters>
+  <actions>
+    <action name="start" timeout="20s"/>
+    <action name="monitor" timeout="20s" interval="10s" role="Promoted" depth="10"/>
+    <action name="reload-agent" timeout="10s"/>
+    <action name="validate-all" timeout="10s"/>
+    <action name="meta-data" timeout="5s"/>
+  </actions>
+</resource-agent>
+"#
+        );
+    }
+}
