@@ -5,9 +5,11 @@
 //! into its queue: a thread that connects, a thread that reads from the peer, a thread that calls the hook. Encoding and
 //! sending happen after the VMM has resumed the guest.
 
+mod pages;
+mod peer;
+
 use std::fs::File;
-use std::io::Write;
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,33 +21,19 @@ use std::time::{Duration, Instant};
 use understudy_protocol::control::{
     Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, VmmRequest, VmmStatus,
 };
-use understudy_protocol::frame;
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
-use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream, SecureWriter};
+use understudy_protocol::secure::{SecureStream, SecureWriter};
 
 use crate::codec::{BatchWriter, EpochDigest, PAGE};
 use crate::hook::Hook;
-use crate::image::FRAME_LIMIT;
-use crate::link;
 use crate::log;
-use crate::message::{End, Message};
+use crate::message::Message;
 use crate::sender::{Action, Event, Facts, Sender, SenderConfig};
 
 /// A VMM that has not answered for so long is lost.
 const VMM_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pages in one slice of the first copy: short enough for the gate to be opened between two.
-const SLICE: u64 = 1024;
-/// Pages read at once.
-const BLOCK: u64 = 64;
-/// A batch goes out when it has reached this size: with its last page it still fits four messages of the secure stream.
-const BATCH_BYTES: usize = 192 << 10;
-/// Device state travels in pieces of this size.
-const STATE_PIECE: usize = 256 << 10;
-/// An epoch that takes more encoded bytes is not kept for sending again; a lost link then costs a first copy.
-const KEEP_LIMIT: usize = 64 << 20;
-
 /// What the driver is told from outside and by its helpers.
 enum Input {
     Event(Event),
@@ -159,7 +147,6 @@ impl SenderHandle {
             raw_bytes: 0,
             wire_bytes: 0,
             pauses: Vec::new(),
-            said: String::new(),
             logged: Vec::new(),
             config,
         };
@@ -247,7 +234,6 @@ struct Driver {
     raw_bytes: u64,
     wire_bytes: u64,
     pauses: Vec<u64>,
-    said: String,
     /// What was logged lately.
     logged: Vec<(String, Instant)>,
 }
@@ -483,237 +469,20 @@ impl Driver {
         Event::Harvested { pages: harvested.dirty_pages }
     }
 
-    // Pages.
-
-    fn copy_slice(&mut self, first: bool) -> Result<Event, Trouble> {
-        if first {
-            self.cursor = 0;
-        }
-        let end = (self.cursor + SLICE).min(self.ram_pages);
-        while self.cursor < end {
-            let pages = BLOCK.min(end - self.cursor);
-            self.read_ram(self.cursor, pages)?;
-            for i in 0..pages {
-                let page = &self.block[i as usize * PAGE..][..PAGE];
-                self.batch.push(self.cursor + i, page, &mut self.digest);
-            }
-            self.cursor += pages;
-            if self.batch.len() >= BATCH_BYTES {
-                self.send_batch(Epoch::ZERO, false)?;
-            }
-        }
-        if self.cursor == self.ram_pages {
-            self.send_batch(Epoch::ZERO, false)?;
-        }
-        self.publish();
-        Ok(Event::Copied { done: self.cursor == self.ram_pages })
-    }
-
-    fn send_dirty(&mut self) -> Result<Event, Trouble> {
-        let mut sent = 0;
-        while self.cursor < self.ram_pages && sent < SLICE {
-            let byte = self.bitmap[(self.cursor / 8) as usize];
-            if byte == 0 {
-                self.cursor = (self.cursor / 8 + 1) * 8;
-                continue;
-            }
-            if byte >> (self.cursor % 8) & 1 == 1 {
-                self.read_ram(self.cursor, 1)?;
-                self.batch.push(self.cursor, &self.block[..PAGE], &mut self.digest);
-                sent += 1;
-                if self.batch.len() >= BATCH_BYTES {
-                    self.send_batch(Epoch::ZERO, false)?;
-                }
-            }
-            self.cursor += 1;
-        }
-        let done = self.cursor >= self.ram_pages;
-        if done {
-            self.send_batch(Epoch::ZERO, false)?;
-        }
-        Ok(Event::DirtySent { done })
-    }
-
-    fn read_ram(&mut self, page: u64, pages: u64) -> Result<(), Trouble> {
-        let Some(ram) = &self.ram else { return Err(Trouble::Vmm("it is not attached".into())) };
-        self.block.resize((BLOCK as usize) * PAGE, 0);
-        let room = &mut self.block[..pages as usize * PAGE];
-        ram.read_exact_at(room, page * PAGE as u64).map_err(|e| Trouble::Vmm(format!("RAM cannot be read: {e}")))
-    }
-
-    /// Encode everything even if the peer is gone: the kept epoch can then be sent to it when it is back.
-    fn send_piece(&mut self, captured: Captured) {
-        let mut trouble = None;
-        let encoded = self.encode_piece(captured, &mut trouble);
-        let now = Instant::now();
-        match encoded {
-            Ok(()) => self.core.event(Event::PieceSent { kept: self.keeping }, now),
-            Err(why) => {
-                self.detach();
-                self.core.event(Event::VmmLost(why), now);
-            }
-        }
-        if let Some(why) = trouble {
-            self.core.event(Event::PeerLost(why), now);
-        }
-    }
-
-    fn encode_piece(&mut self, captured: Captured, trouble: &mut Option<String>) -> Result<(), String> {
-        let unreadable = |e: std::io::Error| format!("its arena cannot be read: {e}");
-        let Some(arena) = self.arena.take() else { return Err("it is not attached".into()) };
-        let mut note = |sent: Result<(), Trouble>| match sent {
-            Ok(()) => {}
-            Err(Trouble::Peer(why) | Trouble::Vmm(why)) => *trouble = trouble.take().or(Some(why)),
-        };
-        let mut indices = [0; 8 * BLOCK as usize];
-        let mut at = 0;
-        while at < captured.pages {
-            let pages = BLOCK.min(captured.pages - at);
-            let indices = &mut indices[..8 * pages as usize];
-            arena.read_exact_at(indices, captured.indices_offset + 8 * at).map_err(unreadable)?;
-            self.block.resize((BLOCK as usize) * PAGE, 0);
-            let block = &mut self.block[..pages as usize * PAGE];
-            arena.read_exact_at(block, captured.pages_offset + PAGE as u64 * at).map_err(unreadable)?;
-            for (index, page) in indices.chunks_exact(8).zip(block.chunks_exact(PAGE)) {
-                let mut number = [0; 8];
-                number.copy_from_slice(index);
-                self.batch.push(u64::from_le_bytes(number), page, &mut self.digest);
-            }
-            if self.batch.len() >= BATCH_BYTES {
-                note(self.send_batch(self.epoch, true));
-            }
-            at += pages;
-        }
-        note(self.send_batch(self.epoch, true));
-        if !captured.more {
-            let mut at = 0;
-            let mut piece = vec![0; STATE_PIECE.min(captured.state_len as usize)];
-            while at < captured.state_len {
-                let n = (STATE_PIECE as u64).min(captured.state_len - at) as usize;
-                arena.read_exact_at(&mut piece[..n], captured.state_offset + at).map_err(unreadable)?;
-                self.digest.state(&piece[..n]);
-                note(self.send_epoch_message(&Message::State(&piece[..n])));
-                self.raw_bytes += n as u64;
-                at += n as u64;
-            }
-            let pages = self.digest.pages();
-            let digest = self.digest.finish();
-            note(self.send_epoch_message(&Message::End(End { pages, state_len: captured.state_len, digest })));
-        }
-        self.arena = Some(arena);
-        Ok(())
-    }
-
-    // The peer.
-
-    fn send_batch(&mut self, epoch: Epoch, keep: bool) -> Result<(), Trouble> {
-        if self.batch.is_empty() {
-            return Ok(());
-        }
-        let batch = std::mem::take(&mut self.batch);
-        self.raw_bytes += batch.pages() * PAGE as u64;
-        let sent = if keep {
-            self.send_epoch_message(&Message::Pages(batch.bytes()))
-        } else {
-            self.send_message(epoch, &Message::SyncPages(batch.bytes()))
-        };
-        self.batch = batch;
-        self.batch.clear();
-        sent
-    }
-
-    /// Encode into the kept frames, and send from there.
-    fn send_epoch_message(&mut self, message: &Message<'_>) -> Result<(), Trouble> {
-        if self.kept.len() > KEEP_LIMIT {
-            self.keeping = false;
-        }
-        if !self.keeping {
-            self.kept.clear();
-        }
-        let start = self.kept.len();
-        let encoded = link::encode(self.core.generation(), self.epoch, message, &mut self.kept);
-        encoded.map_err(|e| Trouble::Peer(e.to_string()))?;
-        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
-        self.wire_bytes += (self.kept.len() - start) as u64;
-        writer.write_all(&self.kept[start..]).map_err(|e| {
-            self.writer = None;
-            Trouble::Peer(format!("the connection with the standby broke: {e}"))
-        })
-    }
-
-    fn send_message(&mut self, epoch: Epoch, message: &Message<'_>) -> Result<(), Trouble> {
-        let mut bytes = Vec::new();
-        let encoded = link::encode(self.core.generation(), epoch, message, &mut bytes);
-        encoded.map_err(|e| Trouble::Peer(e.to_string()))?;
-        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
-        self.wire_bytes += bytes.len() as u64;
-        writer.write_all(&bytes).map_err(|e| {
-            self.writer = None;
-            Trouble::Peer(format!("the connection with the standby broke: {e}"))
-        })
-    }
-
-    fn resend(&mut self) -> Result<(), Trouble> {
-        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
-        self.wire_bytes += self.kept.len() as u64;
-        writer.write_all(&self.kept).map_err(|e| Trouble::Peer(format!("the connection with the standby broke: {e}")))
-    }
-
-    fn connect(&mut self) {
-        self.connection += 1;
-        let connection = self.connection;
-        let count = self.config.peers.len();
-        if count == 0 {
-            let why = "no other node is configured (see --peers)".to_owned();
-            let _ = self.post.send(Input::Connect(connection, Err(why)));
-            return;
-        }
-        let (name, address) = self.config.peers[self.next_peer % count].clone();
-        self.next_peer += 1;
-        self.peer_name = Some(name.clone());
-        let (post, key, timeout) = (self.post.clone(), self.config.key.clone(), self.config.sender.peer_timeout);
-        thread::spawn(move || {
-            let result =
-                connect(&address, &key, timeout).map_err(|why| format!("cannot reach {name} at {address}: {why}"));
-            let _ = post.send(Input::Connect(connection, result));
-        });
-    }
-
-    fn adopt(&mut self, connection: u64, stream: SecureStream) -> std::io::Result<()> {
-        let twin = stream.socket()?;
-        let (reader, writer) = stream.split();
-        writer.set_timeout(Some(self.config.sender.peer_timeout))?;
-        *lock(&self.peer_twin) = Some(twin);
-        let post = self.post.clone();
-        thread::spawn(move || read_peer(connection, reader, &post));
-        self.writer = Some(writer);
-        Ok(())
-    }
-
-    fn disconnect(&mut self) {
-        // What its reader and its connector still say belongs to the past.
-        self.connection += 1;
-        self.writer = None;
-        if let Some(peer) = lock(&self.peer_twin).take() {
-            let _ = peer.shutdown(Shutdown::Both);
-        }
-    }
-
     // What others see.
 
     fn publish(&mut self) {
         let (committed, current) = self.core.epochs();
-        let facts = self.core.facts();
-        if facts.note != self.said {
-            self.said = facts.note.clone();
-            // What is tried again and again fails the same way again and again: once in a while is enough.
-            let now = Instant::now();
-            self.logged.retain(|(_, time)| now.duration_since(*time) < LOG_AGAIN);
-            if !self.logged.iter().any(|(note, _)| *note == self.said) {
-                log::line(&format!("sender: {}", self.said));
-                self.logged.push((self.said.clone(), now));
+        // What is tried again and again fails the same way again and again: once in a while is enough.
+        let now = Instant::now();
+        self.logged.retain(|(_, time)| now.duration_since(*time) < LOG_AGAIN);
+        for note in self.core.take_notes() {
+            if !self.logged.iter().any(|(logged, _)| *logged == note) {
+                log::line(&format!("sender: {note}"));
+                self.logged.push((note, now));
             }
         }
+        let facts = self.core.facts();
         let progress = match (self.core.syncing(), self.core.peer_whole()) {
             (true, _) => (self.cursor as f64 / self.ram_pages.max(1) as f64).min(0.999),
             (false, true) => 1.0,
@@ -750,42 +519,6 @@ impl Trouble {
             Self::Peer(why) => Event::PeerLost(why),
         }
     }
-}
-
-fn connect(address: &str, key: &Key, peer_timeout: Duration) -> Result<Box<SecureStream>, String> {
-    let addresses = address.to_socket_addrs().map_err(|e| e.to_string())?;
-    let mut why = "the name has no address".to_owned();
-    for address in addresses {
-        match TcpStream::connect_timeout(&address, peer_timeout) {
-            Ok(stream) => {
-                let secured = SecureStream::connect(stream, key, REPLICATION, link::timeouts(peer_timeout));
-                return secured.map(Box::new).map_err(|e| e.to_string());
-            }
-            Err(e) => why = e.to_string(),
-        }
-    }
-    Err(why)
-}
-
-fn read_peer(connection: u64, mut reader: SecureReader, post: &mpsc::Sender<Input>) {
-    let mut payload = Vec::new();
-    let why = loop {
-        match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {
-            Ok(Some(header)) => match Message::parse(header.kind, &payload) {
-                Ok(message) => {
-                    let Some(message) = message.small() else { break "the standby sent pages".to_owned() };
-                    let event = Event::Message(header.generation, header.epoch, message);
-                    if post.send(Input::Peer(connection, event)).is_err() {
-                        return;
-                    }
-                }
-                Err(e) => break e.to_string(),
-            },
-            Ok(None) => break "the standby closed the connection".to_owned(),
-            Err(e) => break format!("the connection with the standby broke: {e}"),
-        }
-    };
-    let _ = post.send(Input::Peer(connection, Event::PeerLost(why)));
 }
 
 /// A number that two attachments do not share.

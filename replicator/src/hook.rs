@@ -138,7 +138,9 @@ fn run(command: &[String], arguments: &[&str], deadline: Duration) -> Result<(),
             Ok(None) if Instant::now() < end => thread::sleep(Duration::from_millis(5)),
             Ok(None) => {
                 // The whole group: a shell's children too.
-                let _ = killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL);
+                if let Ok(group) = i32::try_from(child.id()) {
+                    let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+                }
                 let _ = child.wait();
                 return Err(format!("{shown} was ended after {} s", deadline.as_secs()).into());
             }

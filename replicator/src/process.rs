@@ -3,6 +3,8 @@
 //! [`Replicator::start`] does everything that `understudy-replicator run` does apart from waiting for signals, so that tests
 //! can run several in one process.
 
+mod status;
+
 use std::fs::{self, File};
 use std::io::{BufReader, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
@@ -17,22 +19,20 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
-use understudy_protocol::control::{
-    ReplicaState, ReplicatorRequest, ReplicatorStatus, Reply, Role, SourceState, TakenOver, encode_line, read_line,
-};
+use understudy_protocol::control::{ReplicatorRequest, Reply, TakenOver, encode_line, read_line};
 use understudy_protocol::frame;
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
 use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream};
 
-use crate::driver::{DriverConfig, SenderHandle, SenderView};
+use crate::driver::{DriverConfig, SenderHandle};
 use crate::hook::{Arm, Hook, Reporter};
 use crate::image::{FRAME_LIMIT, ImageError};
 use crate::link;
 use crate::log;
 use crate::message::Message;
-use crate::receiver::{Conn, Standing};
+use crate::receiver::Conn;
 use crate::sender::SenderConfig;
 use crate::standby::{Line, Standby};
 
@@ -260,8 +260,7 @@ impl Shared {
         self.standby().lost(conn, &why);
     }
 
-    fn read_peer(&self, conn: Conn, reader: SecureReader) -> String {
-        let mut reader = BufReader::with_capacity(1 << 16, reader);
+    fn read_peer(&self, conn: Conn, mut reader: SecureReader) -> String {
         let mut payload = Vec::new();
         loop {
             match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {
@@ -459,90 +458,6 @@ impl Drop for Place {
     }
 }
 
-impl Shared {
-    fn status(&self) -> ReplicatorStatus {
-        let view = lock(&self.sender).as_ref().map(SenderHandle::view);
-        match view {
-            Some(view) => self.sender_status(view),
-            None => self.receiver_status(),
-        }
-    }
-
-    fn sender_status(&self, view: SenderView) -> ReplicatorStatus {
-        let replica = match (view.syncing, view.peer_whole, view.peer_up_to_date) {
-            (true, ..) => ReplicaState::Syncing,
-            (false, true, true) => ReplicaState::UpToDate,
-            (false, true, false) => ReplicaState::Outdated,
-            (false, false, _) => ReplicaState::Inconsistent,
-        };
-        let (p50, p99, max) = percentiles(&view.pauses);
-        ReplicatorStatus {
-            machine: self.config.machine.clone(),
-            role: Role::Sender,
-            replica,
-            source: view.source.unwrap_or(SourceState::Collapsed),
-            connected: view.connected,
-            peer: view.peer,
-            generation: view.generation,
-            committed: view.committed,
-            current: view.current,
-            lag_ms: since(view.facts.committed_at),
-            vetoed: view.vetoed,
-            protected: view.protected,
-            sync_progress: view.progress,
-            last_sync_ms: view.facts.last_sync.as_millis() as u64,
-            raw_bytes: view.raw_bytes,
-            wire_bytes: view.wire_bytes,
-            epochs: view.facts.epochs,
-            losses: view.facts.losses,
-            pause_p50_us: p50,
-            pause_p99_us: p99,
-            pause_max_us: max,
-            note: view.facts.note,
-        }
-    }
-
-    fn receiver_status(&self) -> ReplicatorStatus {
-        let standby = self.standby();
-        let (core, counters) = (standby.core(), &standby.counters);
-        let record = &core.durable().record;
-        let standing = core.standing();
-        ReplicatorStatus {
-            machine: self.config.machine.clone(),
-            role: Role::Receiver,
-            replica: match standing {
-                Standing::Inconsistent => ReplicaState::Inconsistent,
-                Standing::Syncing => ReplicaState::Syncing,
-                Standing::UpToDate | Standing::Disconnected => ReplicaState::UpToDate,
-                Standing::Outdated => ReplicaState::Outdated,
-            },
-            source: match (core.sender(), standing) {
-                (None, _) => SourceState::Collapsed,
-                (Some(_), Standing::Syncing) => SourceState::Startup,
-                (Some(_), _) => SourceState::Migrating,
-            },
-            connected: core.sender().is_some(),
-            peer: core.sender().map(|(_, _, node)| format!("{node} {}", standby.sender_address().unwrap_or("(gone)"))),
-            generation: core.durable().newest(),
-            committed: record.epoch,
-            current: core.current(),
-            lag_ms: since(counters.committed_at),
-            vetoed: false,
-            protected: false,
-            sync_progress: core.sync_progress(),
-            last_sync_ms: counters.last_sync.as_millis() as u64,
-            raw_bytes: counters.raw_bytes,
-            wire_bytes: counters.wire_bytes,
-            epochs: counters.epochs,
-            losses: counters.losses,
-            pause_p50_us: 0,
-            pause_p99_us: 0,
-            pause_max_us: 0,
-            note: counters.note.clone(),
-        }
-    }
-}
-
 /// Make the image whole and take it over while no replicator process runs. As [`ReplicatorRequest::TakeOver`].
 pub fn take_over_offline(layout: &Layout, machine: &str, generation: Generation) -> Result<TakenOver, String> {
     let _lock = lock_machine(layout).map_err(|e| format!("{e}; ask that replicator instead"))?;
@@ -598,32 +513,7 @@ fn answer<T: serde::Serialize>(result: Result<T, String>) -> Vec<u8> {
     }
 }
 
-fn since(time: Option<Instant>) -> u64 {
-    time.map_or(0, |time| time.elapsed().as_millis() as u64)
-}
-
-/// Nearest-rank percentiles.
-fn percentiles(values: &[u64]) -> (u64, u64, u64) {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable();
-    let rank = |percent: usize| sorted.get((sorted.len() * percent).div_ceil(100).max(1) - 1).copied().unwrap_or(0);
-    (rank(50), rank(99), sorted.last().copied().unwrap_or(0))
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic in another thread must not take the others with it; each holder leaves the data usable at every step.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percentiles_are_by_nearest_rank() {
-        assert_eq!(percentiles(&[]), (0, 0, 0));
-        assert_eq!(percentiles(&[7]), (7, 7, 7));
-        let hundred: Vec<u64> = (1..=100).rev().collect();
-        assert_eq!(percentiles(&hundred), (50, 99, 100));
-    }
 }

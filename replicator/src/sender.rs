@@ -18,12 +18,16 @@
 //! The caller performs each action to its end, reports with the matching [`Event`], and feeds in whatever else
 //! happened, before it asks for the next.
 
+mod action;
+mod react;
+
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{Attached, Captured, HandedOver, SourceState};
 use understudy_protocol::ids::{Epoch, Generation};
 
-use crate::message::{Hello, Message, VERSION, Welcome};
+pub use self::action::{Action, Event, VetoCall};
+use crate::message::{Hello, Message, VERSION};
 
 /// What the sender is given by its administrator.
 #[derive(Debug, Clone)]
@@ -38,112 +42,6 @@ pub struct SenderConfig {
     pub peer_timeout: Duration,
     /// There is a cluster behind the hook: a veto means something.
     pub clustered: bool,
-}
-
-/// What the hook is asked to do for the sender.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum VetoCall {
-    /// Make durable that no other node is promoted.
-    Veto,
-    /// Lift that.
-    ClearVeto,
-}
-
-/// One thing to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Action {
-    /// Nothing until an event comes or the time is reached.
-    Wait(Instant),
-    /// Connect to the VMM and attach. → `Attached`, `VmmLost` or `VmmRefused`.
-    Attach,
-    /// Close the VMM's session (it resumes the guest by itself). No event.
-    Detach,
-    /// Tell the VMM to quit: the machine runs elsewhere. → `VmmDone` or `VmmLost`.
-    Quit,
-    /// → `VmmDone`, `VmmLost`, `VmmRefused`.
-    DirtyLogStart,
-    /// Fetch the dirty log; `send`: its pages are to be sent by later `SendDirty`. → `Harvested`.
-    Harvest {
-        /// Keep the bitmap.
-        send: bool,
-    },
-    /// Send the next pages of the bitmap. → `DirtySent` or `PeerLost`.
-    SendDirty,
-    /// Send the next slice of RAM, from the start if `first`. → `Copied` or `PeerLost`.
-    CopySlice {
-        /// Begin at page zero.
-        first: bool,
-    },
-    /// → `Captured`.
-    Cut {
-        /// Epoch that ends.
-        epoch: Epoch,
-        /// Gate to `Hold`.
-        arm: bool,
-        /// Stay stopped.
-        last: bool,
-    },
-    /// → `Captured`.
-    CutContinue,
-    /// Encode and send the arena's content; after the last piece also the end of the epoch. → `PieceSent` in any
-    /// case, then `PeerLost` if sending failed.
-    SendPiece(Captured),
-    /// Send the kept epoch again. → `Resent` or `PeerLost`.
-    Resend,
-    /// → `VmmDone`.
-    Committed(Epoch),
-    /// → `VmmDone`.
-    GateOpen,
-    /// Connect to the next peer, in the background. → `Connected` or `PeerLost` later.
-    Connect,
-    /// Send. → nothing, or `PeerLost`.
-    Send(Epoch, Message<'static>),
-    /// Close the connection with the peer. No event.
-    Disconnect,
-    /// Ask the hook, in the background. → `Hook` later.
-    Hook(VetoCall),
-    /// Answer the pending hand-over.
-    AnswerHandOver(Result<HandedOver, String>),
-}
-
-/// What happened.
-#[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs)] // Each is named at the action that it answers.
-pub enum Event {
-    Attached {
-        attached: Attached,
-        /// The last epoch that was cut in the machine's life here, as the VMM knows it.
-        last_cut: Epoch,
-        /// Random, new for every attachment.
-        session: u64,
-    },
-    VmmLost(String),
-    VmmRefused(String),
-    VmmDone,
-    Harvested {
-        pages: u64,
-    },
-    DirtySent {
-        done: bool,
-    },
-    Copied {
-        done: bool,
-    },
-    Captured(Captured),
-    /// `kept`: the whole epoch so far is kept for a resend.
-    PieceSent {
-        kept: bool,
-    },
-    Resent,
-    Connected,
-    PeerLost(String),
-    /// The peer said something.
-    Message(Generation, Epoch, Message<'static>),
-    /// A sender of this generation has knocked at this node's door.
-    NewerGeneration(Generation),
-    Hook(VetoCall, Result<(), String>),
-    /// Hand over the machine.
-    HandOver,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -287,6 +185,8 @@ pub struct Sender {
 
     sync_started: Instant,
     facts: Facts,
+    /// For the log.
+    notes: Vec<String>,
 }
 
 /// What the status tells of the sender.
@@ -339,12 +239,17 @@ impl Sender {
             detach: None,
             sync_started: now,
             facts: Facts::default(),
+            notes: Vec::new(),
         }
     }
 
     /// For the status.
     pub fn facts(&self) -> &Facts {
         &self.facts
+    }
+    /// What was worth telling since the last call, oldest first.
+    pub fn take_notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notes)
     }
     /// The machine's generation, zero while the VMM is not attached.
     pub fn generation(&self) -> Generation {
@@ -561,386 +466,5 @@ impl Sender {
             session: self.session,
             went_on: self.gate_open,
         }
-    }
-
-    /// Take in what happened.
-    pub fn event(&mut self, event: Event, now: Instant) {
-        match event {
-            Event::Attached { attached, last_cut, session } => {
-                let generation = attached.generation;
-                self.vmm = Some(attached);
-                self.session = session;
-                self.log_on = false;
-                self.gate_open = false;
-                self.rest = Rest::Nothing;
-                self.base = None;
-                self.cycle = Cycle::Idle;
-                self.epoch = self.epoch.max(last_cut);
-                self.veto_retry = now;
-                self.peer_retry = now;
-                self.stale = self.stale.filter(|newer| *newer > generation);
-                if self.stale.is_none() {
-                    self.note(format!("attached to the VMM, generation {generation}"));
-                }
-            }
-            Event::VmmLost(why) => self.forget_vmm(now, format!("the VMM's session ended: {why}")),
-            Event::VmmRefused(why) => self.vmm_refused(now, why),
-            Event::VmmDone => self.vmm_done(now),
-            Event::Harvested { pages } => self.harvested(pages),
-            Event::DirtySent { done: true } => self.round_sent(),
-            Event::DirtySent { done: false } => {}
-            Event::Copied { done } => {
-                if let Peer::Copying { first } = &mut self.peer {
-                    *first = false;
-                    if done {
-                        self.peer = Peer::Rounds { round: 0, previous: u64::MAX, sending: None };
-                    }
-                }
-            }
-            Event::Captured(captured) => self.captured(captured),
-            Event::PieceSent { kept } => self.piece_sent(kept, now),
-            Event::Resent => {
-                if self.cycle == Cycle::Resend {
-                    self.cycle = Cycle::AwaitAck { deadline: now + self.config.peer_timeout };
-                }
-            }
-            Event::Connected => {
-                if self.peer == Peer::Connecting {
-                    self.peer = Peer::Greeting { sent: false };
-                    self.last_heard = now;
-                    self.last_ping = now;
-                } else {
-                    // Nobody waits for it any more.
-                    self.disconnect = true;
-                }
-            }
-            Event::PeerLost(why) => self.lose_peer(now, why),
-            Event::Message(generation, epoch, message) => self.message(generation, epoch, message, now),
-            Event::NewerGeneration(generation) => {
-                if generation > self.generation() {
-                    self.found_stale(generation, now);
-                }
-            }
-            Event::Hook(call, result) => self.hook_done(call, result, now),
-            Event::HandOver => self.want_hand_over(),
-        }
-    }
-
-    fn vmm_done(&mut self, now: Instant) {
-        match std::mem::replace(&mut self.asked, Asked::Nothing) {
-            Asked::Nothing => {}
-            Asked::LogStart => {
-                self.log_on = true;
-                if let Peer::Welcomed { log_ready, .. } = &mut self.peer {
-                    *log_ready = true;
-                }
-            }
-            Asked::GateOpen => {
-                // What the standby holds is the past from now on.
-                self.gate_open = true;
-                self.base = None;
-                self.note(if self.config.clustered {
-                    "runs unprotected: the veto against the standby is durable, outputs leave at once".into()
-                } else {
-                    "runs unprotected, without a durable record (there is no cluster): outputs leave at once".into()
-                });
-            }
-            Asked::Committed => self.committed_told(now),
-            Asked::Quit => self.forget_vmm(now, self.facts.note.clone()),
-        }
-    }
-
-    fn committed_told(&mut self, now: Instant) {
-        self.committed = self.epoch;
-        self.base = Some(Base { committed: self.epoch, kept: None });
-        self.cycle = Cycle::Idle;
-        self.facts.epochs += 1;
-        self.facts.committed_at = Some(now);
-        self.peer_backoff = RETRY_MIN;
-        if !self.peer_whole {
-            self.peer_whole = true;
-            self.facts.last_sync = now - self.sync_started;
-            let (node, ms) = (self.peer_node.clone(), self.facts.last_sync.as_millis());
-            self.note(format!("the first copy to {node} took {ms} ms; epoch {} is its first checkpoint", self.epoch));
-        }
-        if self.hand_over == HandOver::Cut {
-            self.hand_over = HandOver::Telling { deadline: None };
-        }
-    }
-
-    fn harvested(&mut self, pages: u64) {
-        match &mut self.peer {
-            Peer::Welcomed { log_ready, .. } => *log_ready = true,
-            Peer::Rounds { sending, .. } => *sending = Some(pages),
-            _ => {}
-        }
-    }
-
-    fn round_sent(&mut self) {
-        let Peer::Rounds { round, previous, sending: Some(pages) } = self.peer else { return };
-        // When a round does not shrink to three quarters of the last, more rounds would only warm the network.
-        let hopeless = round >= 1 && pages > previous / 4 * 3;
-        self.peer = if pages <= FEW_PAGES || round + 1 >= MAX_ROUNDS || hopeless {
-            Peer::Arm
-        } else {
-            Peer::Rounds { round: round + 1, previous: pages, sending: None }
-        };
-    }
-
-    fn captured(&mut self, captured: Captured) {
-        match self.rest {
-            Rest::Nothing => {}
-            Rest::Keep(_) | Rest::KeepMore => {
-                self.rest = Rest::Keep(captured);
-                return;
-            }
-            Rest::Drop => {
-                self.rest = if captured.more { Rest::Drop } else { Rest::Nothing };
-                return;
-            }
-        }
-        if self.peer == Peer::Arm {
-            self.peer = Peer::Streaming;
-            // The cut switched the gate to hold.
-            self.gate_open = false;
-            self.promotable = false;
-        }
-        if self.peer == Peer::Streaming {
-            self.cycle = Cycle::Sending(captured);
-        } else {
-            self.rest = if captured.more { Rest::Drop } else { Rest::Nothing };
-            self.base = None;
-        }
-    }
-
-    fn piece_sent(&mut self, kept: bool, now: Instant) {
-        if let Rest::Keep(captured) = self.rest {
-            self.rest = if captured.more { Rest::KeepMore } else { Rest::Nothing };
-            if !captured.more {
-                self.keep(kept);
-            }
-            return;
-        }
-        let Cycle::Sending(captured) = self.cycle else { return };
-        if captured.more {
-            self.cycle = Cycle::Continue;
-            return;
-        }
-        self.cycle = Cycle::AwaitAck { deadline: now + self.config.peer_timeout };
-        self.keep(kept);
-    }
-
-    /// All of the epoch is encoded; if it could be kept, a standby that lacks only it can be served after a broken link.
-    fn keep(&mut self, kept: bool) {
-        let epoch = self.epoch;
-        self.base = self.base.filter(|_| kept).map(|base| Base { kept: Some(epoch), ..base });
-    }
-
-    fn message(&mut self, generation: Generation, epoch: Epoch, message: Message<'static>, now: Instant) {
-        if matches!(self.peer, Peer::Away | Peer::Connecting) {
-            return;
-        }
-        self.last_heard = now;
-        match (message, self.peer) {
-            (Message::Welcome(welcome), Peer::Greeting { .. }) => self.welcomed(welcome, now),
-            (Message::Stale, _) => {
-                if generation > self.generation() {
-                    self.found_stale(generation, now);
-                } else {
-                    self.lose_peer(now, "the standby calls this generation old without knowing a newer one".into());
-                }
-            }
-            (Message::Refused(why) | Message::Failed(why), _) => self.lose_peer(now, why),
-            (Message::SyncReady, Peer::Begun) => self.peer = Peer::Copying { first: true },
-            (Message::Ack, Peer::Streaming) => {
-                if matches!(self.cycle, Cycle::AwaitAck { .. }) && epoch == self.epoch {
-                    self.cycle = Cycle::Acked;
-                }
-            }
-            (Message::Promotable, Peer::Streaming) => {
-                self.promotable = true;
-                self.veto_retry = now;
-            }
-            (Message::HandedOverAck, Peer::Streaming) => self.handed_over(),
-            _ => {}
-        }
-    }
-
-    fn welcomed(&mut self, welcome: Welcome, now: Instant) {
-        self.peer_node = welcome.node.clone();
-        let ours = welcome.whole && welcome.generation == self.generation();
-        self.peer_whole = ours;
-        if ours {
-            self.epoch = self.epoch.max(welcome.epoch);
-        }
-        self.promotable = false;
-        let resumable = self.base.filter(|_| ours && !self.gate_open && welcome.session == self.session);
-        let cycle = match resumable {
-            Some(Base { committed, kept: None }) if welcome.epoch == committed => Some(Cycle::Idle),
-            Some(Base { kept: Some(kept), .. }) if welcome.epoch == kept => Some(Cycle::Acked),
-            Some(Base { committed, kept: Some(_) }) if welcome.epoch == committed => Some(Cycle::Resend),
-            _ => None,
-        };
-        if let Some(cycle) = cycle {
-            self.peer = Peer::Streaming;
-            self.cycle = cycle;
-            self.next_cut = now;
-            self.peer_backoff = RETRY_MIN;
-            self.note(format!("{} is back with epoch {}; going on from there", welcome.node, welcome.epoch));
-        } else {
-            self.base = None;
-            self.peer = Peer::Welcomed { wait: ours && self.config.clustered, log_ready: false };
-            self.note(format!("connected to {}; a first copy is needed", welcome.node));
-        }
-    }
-
-    fn vmm_refused(&mut self, now: Instant, why: String) {
-        let pause = Duration::from_secs(1);
-        if self.vmm.is_none() {
-            self.vmm_retry = now + RETRY_MIN;
-            self.note(format!("the VMM cannot be replicated yet: {why}"));
-            return;
-        }
-        if self.hand_over == HandOver::Cut {
-            self.fail_hand_over(format!("the VMM refused the last checkpoint: {why}"));
-            self.detach = Some("the hand-over failed".into());
-            return;
-        }
-        if self.peer == Peer::Streaming && self.cycle == Cycle::Idle {
-            // It cannot be cut now (it shuts down, for example): the image stays what it is.
-            self.next_cut = now + pause;
-            self.note(format!("the VMM refused a checkpoint: {why}"));
-            return;
-        }
-        // Anything else in the middle of something: begin again with a fresh session.
-        self.detach = Some(format!("the VMM refused a request: {why}"));
-    }
-
-    fn forget_vmm(&mut self, now: Instant, why: String) {
-        let had = self.vmm.take().is_some();
-        self.vmm_retry = now + RETRY_MIN;
-        self.base = None;
-        self.rest = Rest::Nothing;
-        self.gate_open = false;
-        self.log_on = false;
-        self.asked = Asked::Nothing;
-        if had && self.peer != Peer::Away {
-            self.lose_peer(now, why);
-        } else {
-            self.note(why);
-        }
-        self.cycle = Cycle::Idle;
-        self.detach = None;
-        if matches!(self.hand_over, HandOver::Wanted | HandOver::Cut) {
-            self.fail_hand_over("the VMM's session ended during the hand-over".into());
-        }
-    }
-
-    fn lose_peer(&mut self, now: Instant, why: String) {
-        if self.peer == Peer::Away {
-            return;
-        }
-        let was_protected = self.protected();
-        if was_protected {
-            self.facts.losses += 1;
-        }
-        self.disconnect = self.peer != Peer::Connecting;
-        if self.peer == Peer::Streaming {
-            match self.cycle {
-                Cycle::Sending(captured) if self.base.is_some() => self.rest = Rest::Keep(captured),
-                Cycle::Continue if self.base.is_some() => self.rest = Rest::KeepMore,
-                Cycle::Sending(captured) if captured.more => self.rest = Rest::Drop,
-                Cycle::Continue => self.rest = Rest::Drop,
-                Cycle::Sending(_) => {}
-                // Acknowledged, but the VMM was not told: the standby has it, and will say so when it is back.
-                Cycle::Idle | Cycle::AwaitAck { .. } | Cycle::Resend | Cycle::Acked => {}
-            }
-            self.veto_retry = now;
-            self.veto_backoff = RETRY_MIN;
-        }
-        match self.hand_over {
-            HandOver::Telling { .. } => self.handed_over(),
-            HandOver::Cut => {
-                self.fail_hand_over(format!("the standby was lost during the hand-over: {why}"));
-                // Only the end of the session makes the VMM run again.
-                self.detach = Some("the hand-over failed; the machine runs on here".into());
-            }
-            HandOver::Wanted => self.fail_hand_over(format!("the standby was lost: {why}")),
-            HandOver::No | HandOver::Done => {}
-        }
-        self.cycle = Cycle::Idle;
-        self.peer = Peer::Away;
-        self.promotable = false;
-        self.peer_retry = now + self.peer_backoff;
-        self.peer_backoff = (self.peer_backoff * 2).min(Duration::from_secs(1));
-        self.note(if was_protected { format!("protection lost: {why}") } else { why });
-    }
-
-    fn hook_done(&mut self, call: VetoCall, result: Result<(), String>, now: Instant) {
-        let ok = result.is_ok();
-        if let Err(why) = result {
-            self.veto_retry = now + self.veto_backoff;
-            self.veto_backoff = (self.veto_backoff * 2).min(RETRY_MAX);
-            let what = match call {
-                VetoCall::Veto => "the veto against the standby is not durable; outputs wait",
-                VetoCall::ClearVeto => "the veto against the standby could not be lifted; it cannot take over yet",
-            };
-            self.note(format!("{what}: {why}"));
-        } else {
-            self.veto_backoff = RETRY_MIN;
-        }
-        self.veto = match call {
-            VetoCall::Veto if ok => Veto::Standing,
-            VetoCall::ClearVeto if ok => Veto::Cleared,
-            _ => Veto::Unknown,
-        };
-        if self.protected() {
-            self.note(format!("protected: {} holds epoch {}", self.peer_node, self.committed));
-        }
-    }
-
-    fn want_hand_over(&mut self) {
-        if self.hand_over == HandOver::Done {
-            self.answer = Some(Ok(HandedOver { epoch: self.committed }));
-        } else if self.hand_over != HandOver::No {
-            // Under way already: whoever asks again hears the same answer.
-        } else if !self.protected() {
-            let why = "the machine cannot be handed over: no standby is up to date (see the status)";
-            self.answer = Some(Err(why.into()));
-        } else {
-            self.hand_over = HandOver::Wanted;
-        }
-    }
-
-    fn handed_over(&mut self) {
-        if matches!(self.hand_over, HandOver::Telling { .. }) {
-            self.hand_over = HandOver::Done;
-            self.answer = Some(Ok(HandedOver { epoch: self.committed }));
-            self.note(format!("handed over at epoch {}; the machine is stopped here", self.committed));
-        }
-    }
-
-    fn fail_hand_over(&mut self, why: String) {
-        self.hand_over = HandOver::No;
-        self.answer = Some(Err(format!("{why}; the machine runs on here")));
-    }
-
-    fn found_stale(&mut self, generation: Generation, now: Instant) {
-        if matches!(self.hand_over, HandOver::Telling { .. } | HandOver::Done) {
-            // As planned: the machine runs over there. Losing the peer completes the hand-over.
-            return self.lose_peer(now, format!("generation {generation} has taken the machine over"));
-        }
-        let note = format!(
-            "generation {generation} of the machine runs elsewhere; generation {} is ended here",
-            self.generation()
-        );
-        self.stale = self.stale.max(Some(generation));
-        self.lose_peer(now, note.clone());
-        self.detach = None;
-        self.note(note);
-    }
-
-    fn note(&mut self, note: String) {
-        self.facts.note = note;
     }
 }

@@ -284,6 +284,7 @@ impl World {
 
     fn sender_step(&mut self) -> Check {
         let mut action = self.sender.next(self.now);
+        self.sender.take_notes();
         if let Action::Wait(until) = action {
             let limit = self.now + Duration::from_millis(self.random.below(60));
             self.now = until.min(limit).max(self.now + Duration::from_millis(1));
@@ -717,13 +718,11 @@ impl World {
             82..86 => self.hook_done(),
             86..90 => self.reported()?,
             90..94 if self.connecting => self.connect(),
-            94 => {
-                if !self.ghosts.is_empty() {
-                    let ghost = self.ghosts.remove(0);
-                    let mut steps = Vec::new();
-                    self.receiver.lost(ghost, &mut steps);
-                    self.standby_steps(steps, None)?;
-                }
+            94 if !self.ghosts.is_empty() => {
+                let ghost = self.ghosts.remove(0);
+                let mut steps = Vec::new();
+                self.receiver.lost(ghost, &mut steps);
+                self.standby_steps(steps, None)?;
             }
             95 if self.troubled && self.random.one_in(8) => {
                 self.say("link breaks".into());

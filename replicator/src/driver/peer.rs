@@ -1,0 +1,153 @@
+//! The connection with the peer: making it, writing to it, reading from it.
+
+use std::io::Write;
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use understudy_protocol::frame;
+use understudy_protocol::ids::Epoch;
+use understudy_protocol::key::Key;
+use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream};
+
+use super::{Driver, Input, Trouble, lock};
+use crate::codec::PAGE;
+use crate::image::FRAME_LIMIT;
+use crate::link;
+use crate::message::Message;
+use crate::sender::Event;
+
+/// An epoch that takes more encoded bytes is not kept for sending again; a lost link then costs a first copy.
+const KEEP_LIMIT: usize = 64 << 20;
+
+impl Driver {
+    pub(super) fn send_batch(&mut self, epoch: Epoch, keep: bool) -> Result<(), Trouble> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        let batch = std::mem::take(&mut self.batch);
+        self.raw_bytes += batch.pages() * PAGE as u64;
+        let sent = if keep {
+            self.send_epoch_message(&Message::Pages(batch.bytes()))
+        } else {
+            self.send_message(epoch, &Message::SyncPages(batch.bytes()))
+        };
+        self.batch = batch;
+        self.batch.clear();
+        sent
+    }
+
+    /// Encode into the kept frames, and send from there.
+    pub(super) fn send_epoch_message(&mut self, message: &Message<'_>) -> Result<(), Trouble> {
+        if self.kept.len() > KEEP_LIMIT {
+            self.keeping = false;
+        }
+        if !self.keeping {
+            self.kept.clear();
+        }
+        let start = self.kept.len();
+        let encoded = link::encode(self.core.generation(), self.epoch, message, &mut self.kept);
+        encoded.map_err(|e| Trouble::Peer(e.to_string()))?;
+        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
+        self.wire_bytes += (self.kept.len() - start) as u64;
+        writer.write_all(&self.kept[start..]).map_err(|e| {
+            self.writer = None;
+            Trouble::Peer(format!("the connection with the standby broke: {e}"))
+        })
+    }
+
+    pub(super) fn send_message(&mut self, epoch: Epoch, message: &Message<'_>) -> Result<(), Trouble> {
+        let mut bytes = Vec::new();
+        let encoded = link::encode(self.core.generation(), epoch, message, &mut bytes);
+        encoded.map_err(|e| Trouble::Peer(e.to_string()))?;
+        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
+        self.wire_bytes += bytes.len() as u64;
+        writer.write_all(&bytes).map_err(|e| {
+            self.writer = None;
+            Trouble::Peer(format!("the connection with the standby broke: {e}"))
+        })
+    }
+
+    pub(super) fn resend(&mut self) -> Result<(), Trouble> {
+        let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
+        self.wire_bytes += self.kept.len() as u64;
+        writer.write_all(&self.kept).map_err(|e| Trouble::Peer(format!("the connection with the standby broke: {e}")))
+    }
+
+    pub(super) fn connect(&mut self) {
+        self.connection += 1;
+        let connection = self.connection;
+        let count = self.config.peers.len();
+        if count == 0 {
+            let why = "no other node is configured (see --peers)".to_owned();
+            let _ = self.post.send(Input::Connect(connection, Err(why)));
+            return;
+        }
+        let (name, address) = self.config.peers[self.next_peer % count].clone();
+        self.next_peer += 1;
+        self.peer_name = Some(name.clone());
+        let (post, key, timeout) = (self.post.clone(), self.config.key.clone(), self.config.sender.peer_timeout);
+        thread::spawn(move || {
+            let result =
+                connect(&address, &key, timeout).map_err(|why| format!("cannot reach {name} at {address}: {why}"));
+            let _ = post.send(Input::Connect(connection, result));
+        });
+    }
+
+    pub(super) fn adopt(&mut self, connection: u64, stream: SecureStream) -> std::io::Result<()> {
+        let twin = stream.socket()?;
+        let (reader, writer) = stream.split();
+        writer.set_timeout(Some(self.config.sender.peer_timeout))?;
+        *lock(&self.peer_twin) = Some(twin);
+        let post = self.post.clone();
+        thread::spawn(move || read_peer(connection, reader, &post));
+        self.writer = Some(writer);
+        Ok(())
+    }
+
+    pub(super) fn disconnect(&mut self) {
+        // What its reader and its connector still say belongs to the past.
+        self.connection += 1;
+        self.writer = None;
+        if let Some(peer) = lock(&self.peer_twin).take() {
+            let _ = peer.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+fn connect(address: &str, key: &Key, peer_timeout: Duration) -> Result<Box<SecureStream>, String> {
+    let addresses = address.to_socket_addrs().map_err(|e| e.to_string())?;
+    let mut why = "the name has no address".to_owned();
+    for address in addresses {
+        match TcpStream::connect_timeout(&address, peer_timeout) {
+            Ok(stream) => {
+                let secured = SecureStream::connect(stream, key, REPLICATION, link::timeouts(peer_timeout));
+                return secured.map(Box::new).map_err(|e| e.to_string());
+            }
+            Err(e) => why = e.to_string(),
+        }
+    }
+    Err(why)
+}
+
+fn read_peer(connection: u64, mut reader: SecureReader, post: &mpsc::Sender<Input>) {
+    let mut payload = Vec::new();
+    let why = loop {
+        match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {
+            Ok(Some(header)) => match Message::parse(header.kind, &payload) {
+                Ok(message) => {
+                    let Some(message) = message.small() else { break "the standby sent pages".to_owned() };
+                    let event = Event::Message(header.generation, header.epoch, message);
+                    if post.send(Input::Peer(connection, event)).is_err() {
+                        return;
+                    }
+                }
+                Err(e) => break e.to_string(),
+            },
+            Ok(None) => break "the standby closed the connection".to_owned(),
+            Err(e) => break format!("the connection with the standby broke: {e}"),
+        }
+    };
+    let _ = post.send(Input::Peer(connection, Event::PeerLost(why)));
+}

@@ -1,0 +1,393 @@
+//! How the sender takes in what happened. (What it does next follows from the state alone: see the parent.)
+
+use std::time::{Duration, Instant};
+
+use understudy_protocol::control::{Captured, HandedOver};
+use understudy_protocol::ids::{Epoch, Generation};
+
+use super::*;
+use crate::message::{Message, Welcome};
+
+impl Sender {
+    /// Take in what happened.
+    pub fn event(&mut self, event: Event, now: Instant) {
+        match event {
+            Event::Attached { attached, last_cut, session } => {
+                let generation = attached.generation;
+                self.vmm = Some(attached);
+                self.session = session;
+                self.log_on = false;
+                self.gate_open = false;
+                self.rest = Rest::Nothing;
+                self.base = None;
+                self.cycle = Cycle::Idle;
+                self.epoch = self.epoch.max(last_cut);
+                self.veto_retry = now;
+                self.peer_retry = now;
+                self.stale = self.stale.filter(|newer| *newer > generation);
+                if self.stale.is_none() {
+                    self.note(format!("attached to the VMM, generation {generation}"));
+                }
+            }
+            Event::VmmLost(why) => self.forget_vmm(now, format!("the VMM's session ended: {why}")),
+            Event::VmmRefused(why) => self.vmm_refused(now, why),
+            Event::VmmDone => self.vmm_done(now),
+            Event::Harvested { pages } => self.harvested(pages),
+            Event::DirtySent { done: true } => self.round_sent(),
+            Event::DirtySent { done: false } => {}
+            Event::Copied { done } => {
+                if let Peer::Copying { first } = &mut self.peer {
+                    *first = false;
+                    if done {
+                        self.peer = Peer::Rounds { round: 0, previous: u64::MAX, sending: None };
+                    }
+                }
+            }
+            Event::Captured(captured) => self.captured(captured),
+            Event::PieceSent { kept } => self.piece_sent(kept, now),
+            Event::Resent => {
+                if self.cycle == Cycle::Resend {
+                    self.cycle = Cycle::AwaitAck { deadline: now + self.config.peer_timeout };
+                }
+            }
+            Event::Connected => {
+                if self.peer == Peer::Connecting {
+                    self.peer = Peer::Greeting { sent: false };
+                    self.last_heard = now;
+                    self.last_ping = now;
+                } else {
+                    // Nobody waits for it any more.
+                    self.disconnect = true;
+                }
+            }
+            Event::PeerLost(why) => self.lose_peer(now, why),
+            Event::Message(generation, epoch, message) => self.message(generation, epoch, message, now),
+            Event::NewerGeneration(generation) => {
+                if generation > self.generation() {
+                    self.found_stale(generation, now);
+                }
+            }
+            Event::Hook(call, result) => self.hook_done(call, result, now),
+            Event::HandOver => self.want_hand_over(),
+        }
+    }
+
+    pub(super) fn vmm_done(&mut self, now: Instant) {
+        match std::mem::replace(&mut self.asked, Asked::Nothing) {
+            Asked::Nothing => {}
+            Asked::LogStart => {
+                self.log_on = true;
+                if let Peer::Welcomed { log_ready, .. } = &mut self.peer {
+                    *log_ready = true;
+                }
+            }
+            Asked::GateOpen => {
+                // What the standby holds is the past from now on.
+                self.gate_open = true;
+                self.base = None;
+                self.note(if self.config.clustered {
+                    "runs unprotected: the veto against the standby is durable, outputs leave at once".into()
+                } else {
+                    "runs unprotected, without a durable record (there is no cluster): outputs leave at once".into()
+                });
+            }
+            Asked::Committed => self.committed_told(now),
+            Asked::Quit => self.forget_vmm(now, self.facts.note.clone()),
+        }
+    }
+
+    pub(super) fn committed_told(&mut self, now: Instant) {
+        self.committed = self.epoch;
+        self.base = Some(Base { committed: self.epoch, kept: None });
+        self.cycle = Cycle::Idle;
+        self.facts.epochs += 1;
+        self.facts.committed_at = Some(now);
+        self.peer_backoff = RETRY_MIN;
+        if !self.peer_whole {
+            self.peer_whole = true;
+            self.facts.last_sync = now - self.sync_started;
+            let (node, ms) = (self.peer_node.clone(), self.facts.last_sync.as_millis());
+            self.note(format!("the first copy to {node} took {ms} ms; epoch {} is its first checkpoint", self.epoch));
+        }
+        if self.hand_over == HandOver::Cut {
+            self.hand_over = HandOver::Telling { deadline: None };
+        }
+    }
+
+    pub(super) fn harvested(&mut self, pages: u64) {
+        match &mut self.peer {
+            Peer::Welcomed { log_ready, .. } => *log_ready = true,
+            Peer::Rounds { sending, .. } => *sending = Some(pages),
+            _ => {}
+        }
+    }
+
+    pub(super) fn round_sent(&mut self) {
+        let Peer::Rounds { round, previous, sending: Some(pages) } = self.peer else { return };
+        // When a round does not shrink to three quarters of the last, more rounds would only warm the network.
+        let hopeless = round >= 1 && pages > previous / 4 * 3;
+        self.peer = if pages <= FEW_PAGES || round + 1 >= MAX_ROUNDS || hopeless {
+            Peer::Arm
+        } else {
+            Peer::Rounds { round: round + 1, previous: pages, sending: None }
+        };
+    }
+
+    pub(super) fn captured(&mut self, captured: Captured) {
+        match self.rest {
+            Rest::Nothing => {}
+            Rest::Keep(_) | Rest::KeepMore => {
+                self.rest = Rest::Keep(captured);
+                return;
+            }
+            Rest::Drop => {
+                self.rest = if captured.more { Rest::Drop } else { Rest::Nothing };
+                return;
+            }
+        }
+        if self.peer == Peer::Arm {
+            self.peer = Peer::Streaming;
+            // The cut switched the gate to hold.
+            self.gate_open = false;
+            self.promotable = false;
+        }
+        if self.peer == Peer::Streaming {
+            self.cycle = Cycle::Sending(captured);
+        } else {
+            self.rest = if captured.more { Rest::Drop } else { Rest::Nothing };
+            self.base = None;
+        }
+    }
+
+    pub(super) fn piece_sent(&mut self, kept: bool, now: Instant) {
+        if let Rest::Keep(captured) = self.rest {
+            self.rest = if captured.more { Rest::KeepMore } else { Rest::Nothing };
+            if !captured.more {
+                self.keep(kept);
+            }
+            return;
+        }
+        let Cycle::Sending(captured) = self.cycle else { return };
+        if captured.more {
+            self.cycle = Cycle::Continue;
+            return;
+        }
+        self.cycle = Cycle::AwaitAck { deadline: now + self.config.peer_timeout };
+        self.keep(kept);
+    }
+
+    /// All of the epoch is encoded; if it could be kept, a standby that lacks only it can be served after a broken link.
+    pub(super) fn keep(&mut self, kept: bool) {
+        let epoch = self.epoch;
+        self.base = self.base.filter(|_| kept).map(|base| Base { kept: Some(epoch), ..base });
+    }
+
+    pub(super) fn message(&mut self, generation: Generation, epoch: Epoch, message: Message<'static>, now: Instant) {
+        if matches!(self.peer, Peer::Away | Peer::Connecting) {
+            return;
+        }
+        self.last_heard = now;
+        match (message, self.peer) {
+            (Message::Welcome(welcome), Peer::Greeting { .. }) => self.welcomed(welcome, now),
+            (Message::Stale, _) => {
+                if generation > self.generation() {
+                    self.found_stale(generation, now);
+                } else {
+                    self.lose_peer(now, "the standby calls this generation old without knowing a newer one".into());
+                }
+            }
+            (Message::Refused(why) | Message::Failed(why), _) => self.lose_peer(now, why),
+            (Message::SyncReady, Peer::Begun) => self.peer = Peer::Copying { first: true },
+            (Message::Ack, Peer::Streaming) if matches!(self.cycle, Cycle::AwaitAck { .. }) && epoch == self.epoch => {
+                self.cycle = Cycle::Acked;
+            }
+            (Message::Promotable, Peer::Streaming) => {
+                self.promotable = true;
+                self.veto_retry = now;
+            }
+            (Message::HandedOverAck, Peer::Streaming) => self.handed_over(),
+            _ => {}
+        }
+    }
+
+    pub(super) fn welcomed(&mut self, welcome: Welcome, now: Instant) {
+        self.peer_node = welcome.node.clone();
+        let ours = welcome.whole && welcome.generation == self.generation();
+        self.peer_whole = ours;
+        if ours {
+            self.epoch = self.epoch.max(welcome.epoch);
+        }
+        self.promotable = false;
+        let resumable = self.base.filter(|_| ours && !self.gate_open && welcome.session == self.session);
+        let cycle = match resumable {
+            Some(Base { committed, kept: None }) if welcome.epoch == committed => Some(Cycle::Idle),
+            Some(Base { kept: Some(kept), .. }) if welcome.epoch == kept => Some(Cycle::Acked),
+            Some(Base { committed, kept: Some(_) }) if welcome.epoch == committed => Some(Cycle::Resend),
+            _ => None,
+        };
+        if let Some(cycle) = cycle {
+            self.peer = Peer::Streaming;
+            self.cycle = cycle;
+            self.next_cut = now;
+            self.peer_backoff = RETRY_MIN;
+            self.note(format!("{} is back with epoch {}; going on from there", welcome.node, welcome.epoch));
+        } else {
+            self.base = None;
+            self.peer = Peer::Welcomed { wait: ours && self.config.clustered, log_ready: false };
+            self.note(format!("connected to {}; a first copy is needed", welcome.node));
+        }
+    }
+
+    pub(super) fn vmm_refused(&mut self, now: Instant, why: String) {
+        let pause = Duration::from_secs(1);
+        if self.vmm.is_none() {
+            self.vmm_retry = now + RETRY_MIN;
+            self.note(format!("the VMM cannot be replicated yet: {why}"));
+            return;
+        }
+        if self.hand_over == HandOver::Cut {
+            self.fail_hand_over(format!("the VMM refused the last checkpoint: {why}"));
+            self.detach = Some("the hand-over failed".into());
+            return;
+        }
+        if self.peer == Peer::Streaming && self.cycle == Cycle::Idle {
+            // It cannot be cut now (it shuts down, for example): the image stays what it is.
+            self.next_cut = now + pause;
+            self.note(format!("the VMM refused a checkpoint: {why}"));
+            return;
+        }
+        // Anything else in the middle of something: begin again with a fresh session.
+        self.detach = Some(format!("the VMM refused a request: {why}"));
+    }
+
+    pub(super) fn forget_vmm(&mut self, now: Instant, why: String) {
+        let had = self.vmm.take().is_some();
+        self.vmm_retry = now + RETRY_MIN;
+        self.base = None;
+        self.rest = Rest::Nothing;
+        self.gate_open = false;
+        self.log_on = false;
+        self.asked = Asked::Nothing;
+        if had && self.peer != Peer::Away {
+            self.lose_peer(now, why);
+        } else {
+            self.note(why);
+        }
+        self.cycle = Cycle::Idle;
+        self.detach = None;
+        if matches!(self.hand_over, HandOver::Wanted | HandOver::Cut) {
+            self.fail_hand_over("the VMM's session ended during the hand-over".into());
+        }
+    }
+
+    pub(super) fn lose_peer(&mut self, now: Instant, why: String) {
+        if self.peer == Peer::Away {
+            return;
+        }
+        let was_protected = self.protected();
+        if was_protected {
+            self.facts.losses += 1;
+        }
+        self.disconnect = self.peer != Peer::Connecting;
+        if self.peer == Peer::Streaming {
+            match self.cycle {
+                Cycle::Sending(captured) if self.base.is_some() => self.rest = Rest::Keep(captured),
+                Cycle::Continue if self.base.is_some() => self.rest = Rest::KeepMore,
+                Cycle::Sending(captured) if captured.more => self.rest = Rest::Drop,
+                Cycle::Continue => self.rest = Rest::Drop,
+                Cycle::Sending(_) => {}
+                // Acknowledged, but the VMM was not told: the standby has it, and will say so when it is back.
+                Cycle::Idle | Cycle::AwaitAck { .. } | Cycle::Resend | Cycle::Acked => {}
+            }
+            self.veto_retry = now;
+            self.veto_backoff = RETRY_MIN;
+        }
+        match self.hand_over {
+            HandOver::Telling { .. } => self.handed_over(),
+            HandOver::Cut => {
+                self.fail_hand_over(format!("the standby was lost during the hand-over: {why}"));
+                // Only the end of the session makes the VMM run again.
+                self.detach = Some("the hand-over failed; the machine runs on here".into());
+            }
+            HandOver::Wanted => self.fail_hand_over(format!("the standby was lost: {why}")),
+            HandOver::No | HandOver::Done => {}
+        }
+        self.cycle = Cycle::Idle;
+        self.peer = Peer::Away;
+        self.promotable = false;
+        self.peer_retry = now + self.peer_backoff;
+        self.peer_backoff = (self.peer_backoff * 2).min(Duration::from_secs(1));
+        self.note(if was_protected { format!("protection lost: {why}") } else { why });
+    }
+
+    pub(super) fn hook_done(&mut self, call: VetoCall, result: Result<(), String>, now: Instant) {
+        let ok = result.is_ok();
+        if let Err(why) = result {
+            self.veto_retry = now + self.veto_backoff;
+            self.veto_backoff = (self.veto_backoff * 2).min(RETRY_MAX);
+            let what = match call {
+                VetoCall::Veto => "the veto against the standby is not durable; outputs wait",
+                VetoCall::ClearVeto => "the veto against the standby could not be lifted; it cannot take over yet",
+            };
+            self.note(format!("{what}: {why}"));
+        } else {
+            self.veto_backoff = RETRY_MIN;
+        }
+        self.veto = match call {
+            VetoCall::Veto if ok => Veto::Standing,
+            VetoCall::ClearVeto if ok => Veto::Cleared,
+            _ => Veto::Unknown,
+        };
+        if self.protected() {
+            self.note(format!("protected: {} holds epoch {}", self.peer_node, self.committed));
+        }
+    }
+
+    pub(super) fn want_hand_over(&mut self) {
+        if self.hand_over == HandOver::Done {
+            self.answer = Some(Ok(HandedOver { epoch: self.committed }));
+        } else if self.hand_over != HandOver::No {
+            // Under way already: whoever asks again hears the same answer.
+        } else if !self.protected() {
+            let why = "the machine cannot be handed over: no standby is up to date (see the status)";
+            self.answer = Some(Err(why.into()));
+        } else {
+            self.hand_over = HandOver::Wanted;
+        }
+    }
+
+    pub(super) fn handed_over(&mut self) {
+        if matches!(self.hand_over, HandOver::Telling { .. }) {
+            self.hand_over = HandOver::Done;
+            self.answer = Some(Ok(HandedOver { epoch: self.committed }));
+            self.note(format!("handed over at epoch {}; the machine is stopped here", self.committed));
+        }
+    }
+
+    pub(super) fn fail_hand_over(&mut self, why: String) {
+        self.hand_over = HandOver::No;
+        self.answer = Some(Err(format!("{why}; the machine runs on here")));
+    }
+
+    pub(super) fn found_stale(&mut self, generation: Generation, now: Instant) {
+        if matches!(self.hand_over, HandOver::Telling { .. } | HandOver::Done) {
+            // As planned: the machine runs over there. Losing the peer completes the hand-over.
+            return self.lose_peer(now, format!("generation {generation} has taken the machine over"));
+        }
+        let note = format!(
+            "generation {generation} of the machine runs elsewhere; generation {} is ended here",
+            self.generation()
+        );
+        self.stale = self.stale.max(Some(generation));
+        self.lose_peer(now, note.clone());
+        self.detach = None;
+        self.note(note);
+    }
+
+    pub(super) fn note(&mut self, note: String) {
+        if note != self.facts.note {
+            self.notes.push(note.clone());
+            self.facts.note = note;
+        }
+    }
+}
