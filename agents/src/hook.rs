@@ -99,6 +99,7 @@ impl Standing {
 
 /// Carry out a hook; what went wrong is said on stderr.
 pub fn run(hook: &Hook, environment: &Environment) -> ExitCode {
+    crate::daemon::raise_priority();
     let cluster = Pacemaker::new(environment).on_node(hook.node.clone());
     match carry_out(hook, &cluster, Deadline::after(LIMIT)) {
         Ok(()) => ExitCode::SUCCESS,

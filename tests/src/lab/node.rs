@@ -322,9 +322,10 @@ impl Services {
                 services.spawn("corosync", &["nice", "-n", "-15", "corosync", "-f"])?;
                 wait_for_corosync()?;
                 log(node, "corosync is up");
-                services.spawn("pacemakerd", &["pacemakerd", "-f"])?;
+                // Pacemaker has no priority of its own; here every guest of the estate shares two emulated CPUs with it.
+                services.spawn("pacemakerd", &["nice", "-n", "-10", "pacemakerd", "-f"])?;
             }
-            Kind::Board => services.spawn("pacemaker-remoted", &["pacemaker-remoted"])?,
+            Kind::Board => services.spawn("pacemaker-remoted", &["nice", "-n", "-10", "pacemaker-remoted"])?,
         }
         Ok(services)
     }
