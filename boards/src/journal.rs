@@ -238,10 +238,10 @@ impl Journal {
                 hint: "",
             })?;
             blank &= bytes == [0; RECORD_LEN];
-            if let Some(record) = Record::from_bytes(&bytes) {
-                if best.is_none_or(|b| b.sequence < record.sequence) {
-                    best = Some(record);
-                }
+            if let Some(record) = Record::from_bytes(&bytes)
+                && best.is_none_or(|b| b.sequence < record.sequence)
+            {
+                best = Some(record);
             }
         }
         match best {

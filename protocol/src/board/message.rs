@@ -373,10 +373,10 @@ impl Message {
             DETACH => Self::Detach,
             other => return Err(MessageError::Unknown(other)),
         };
-        if let Self::Out { offset, bytes } | Self::In { offset, bytes } = &message {
-            if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > MAX_OFFSET) {
-                return Err(take.bad("its offsets are out of range"));
-            }
+        if let Self::Out { offset, bytes } | Self::In { offset, bytes } = &message
+            && offset.checked_add(bytes.len() as u64).is_none_or(|end| end > MAX_OFFSET)
+        {
+            return Err(take.bad("its offsets are out of range"));
         }
         if !take.rest.is_empty() {
             return Err(take.bad("bytes are left over"));

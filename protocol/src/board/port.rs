@@ -342,11 +342,11 @@ impl BoardPort {
             in_base: place.in_base,
             in_end: place.in_base + place.keep.len() as u64,
         };
-        if ownership != self.ownership() {
-            if let Err(why) = store(&ownership) {
-                self.refuse(id, why);
-                return Verdict::Nothing;
-            }
+        if ownership != self.ownership()
+            && let Err(why) = store(&ownership)
+        {
+            self.refuse(id, why);
+            return Verdict::Nothing;
         }
 
         if let Some(old) = self.owner.take().filter(|old| old.id != id) {
