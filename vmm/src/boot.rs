@@ -6,6 +6,8 @@
 //! ```
 //! The same page tables and GDT serve flat guests ([`flat_start`]), which tests and benchmarks use.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -23,6 +25,8 @@ pub const ACPI_START: u64 = 0xe0000;
 /// Where the BIOS area ends.
 pub const BIOS_END: u64 = 0x10_0000;
 const EBDA: u64 = 0x9fc00;
+/// How much of the kernel is looked at for its header.
+const HEAD: usize = 4096;
 const KERNEL_DEFAULT: u64 = 0x100_0000;
 
 const E820_RAM: u32 = 1;
@@ -38,12 +42,43 @@ const CR4_OSFXSR: u64 = 1 << 9;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
-/// A kernel and initrd in this process's memory, to be loaded at power on and at every reset.
-#[derive(Debug, Clone)]
+/// A kernel and initrd on disk, checked. They are copied to guest RAM piece by piece and never held in this process.
+#[derive(Debug)]
 pub struct LinuxBoot {
-    kernel: Vec<u8>,
-    initrd: Vec<u8>,
+    kernel: Source,
+    initrd: Option<Source>,
     cmdline: Vec<u8>,
+    /// The kernel's first bytes: boot sector and setup header.
+    head: Vec<u8>,
+}
+
+/// An open file with its length.
+#[derive(Debug)]
+struct Source {
+    file: File,
+    len: u64,
+    name: String,
+}
+
+impl Source {
+    fn open(path: &Path) -> std::io::Result<Self> {
+        let file = File::open(path)?;
+        let len = file.metadata()?.len();
+        Ok(Self { file, len, name: path.display().to_string() })
+    }
+
+    /// Copy everything from `offset` on to guest RAM at `to`.
+    fn copy(&self, offset: u64, ram: &Ram, to: u64) -> Result<()> {
+        let mut piece = vec![0; 256 * 1024];
+        let mut at = offset;
+        while at < self.len {
+            let n = piece.len().min(usize::try_from(self.len - at).unwrap_or(usize::MAX));
+            self.file.read_exact_at(&mut piece[..n], at).with_context(|| format!("cannot read {}", self.name))?;
+            ram.mem.write_slice(&piece[..n], GuestAddress(to + (at - offset))).context("loading into guest RAM")?;
+            at += n as u64;
+        }
+        Ok(())
+    }
 }
 
 /// Where a vCPU starts.
@@ -86,61 +121,50 @@ fn align_up(x: u64, to: u64) -> u64 {
 }
 
 impl LinuxBoot {
-    /// Read and check the files.
-    pub fn read(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> Result<Self> {
-        let image = std::fs::read(kernel).with_context(|| {
+    /// Open and check the files.
+    pub fn open(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> Result<Self> {
+        let source = Source::open(kernel).with_context(|| {
             format!("cannot read the kernel {}; give --kernel a Linux bzImage, e.g. /boot/vmlinuz-…", kernel.display())
         })?;
-        let initrd = match initrd {
-            Some(path) => std::fs::read(path).with_context(|| format!("cannot read the initrd {}", path.display()))?,
-            None => Vec::new(),
-        };
-        Self::new(image, initrd, cmdline).with_context(|| format!("cannot boot {}", kernel.display()))
-    }
-
-    /// From bytes.
-    pub fn new(kernel: Vec<u8>, initrd: Vec<u8>, cmdline: &str) -> Result<Self> {
-        let h = Header(&kernel);
-        ensure!(h.u16(0x1fe)? == 0xaa55 && &h.bytes::<4>(0x202)? == b"HdrS", "it is not a Linux bzImage");
-        ensure!(h.u16(0x206)? >= 0x20c, "its boot protocol is older than 2.12; it lacks the 64-bit entry point");
-        ensure!(h.u16(0x236)? & 1 != 0, "it has no 64-bit entry point");
-        ensure!(!cmdline.as_bytes().contains(&0), "the command line contains a NUL");
-        let max = h.u32(0x238)?;
-        ensure!(
-            cmdline.len() as u64 <= max,
-            "the command line is {} bytes long, this kernel takes {max}",
-            cmdline.len()
-        );
-        Ok(Self { kernel, initrd, cmdline: cmdline.as_bytes().to_vec() })
+        let mut head = vec![0; HEAD.min(usize::try_from(source.len).unwrap_or(HEAD))];
+        source.file.read_exact_at(&mut head, 0).with_context(|| format!("cannot read {}", source.name))?;
+        check(&head, cmdline).with_context(|| format!("cannot boot {}", source.name))?;
+        let initrd = initrd
+            .map(|path| Source::open(path).with_context(|| format!("cannot read the initrd {}", path.display())))
+            .transpose()?;
+        Ok(Self { kernel: source, initrd, cmdline: cmdline.as_bytes().to_vec(), head })
     }
 
     /// Put kernel, initrd, command line, boot parameters, page tables and GDT into `ram`.
     pub fn load(&self, ram: &Ram, rsdp: u64) -> Result<Entry> {
-        let h = Header(&self.kernel);
+        let h = Header(&self.head);
         let setup_sectors = match h.u8(0x1f1)? {
             0 => 4,
             n => n,
         };
-        let payload =
-            self.kernel.get(((setup_sectors + 1) * 512) as usize..).context("the kernel image is truncated")?;
+        let payload = (setup_sectors + 1) * 512;
+        ensure!(payload < self.kernel.len, "the kernel {} is truncated", self.kernel.name);
+        let initrd_len = self.initrd.as_ref().map_or(0, |i| i.len);
         let low_end = ram.low_end();
         let preferred = h.u64(0x258)?;
         let start = if h.u8(0x234)? != 0 { KERNEL_DEFAULT.max(preferred) } else { preferred };
         let start = align_up(start, h.u32(0x230)?);
-        let kernel_end = start + (payload.len() as u64).max(h.u32(0x260)?);
+        let kernel_end = start + (self.kernel.len - payload).max(h.u32(0x260)?);
         let initrd_max = low_end.min(h.u32(0x22c)? + 1);
-        let initrd_at = initrd_max.saturating_sub(self.initrd.len() as u64) & !0xfff;
-        if kernel_end > low_end || (!self.initrd.is_empty() && initrd_at < kernel_end) {
+        let initrd_at = initrd_max.saturating_sub(initrd_len) & !0xfff;
+        if kernel_end > low_end || (initrd_len > 0 && initrd_at < kernel_end) {
             bail!(
                 "the kernel (up to {} MiB) and its initrd ({} MiB) do not fit into {} MiB of RAM: raise --memory",
                 kernel_end >> 20,
-                (self.initrd.len() as u64).div_ceil(1 << 20),
+                initrd_len.div_ceil(1 << 20),
                 ram.bytes() >> 20
             );
         }
         let mem = &ram.mem;
-        mem.write_slice(payload, GuestAddress(start)).context("loading the kernel")?;
-        mem.write_slice(&self.initrd, GuestAddress(initrd_at)).context("loading the initrd")?;
+        self.kernel.copy(payload, ram, start)?;
+        if let Some(initrd) = &self.initrd {
+            initrd.copy(0, ram, initrd_at)?;
+        }
         let mut cmdline = self.cmdline.clone();
         cmdline.push(0);
         mem.write_slice(&cmdline, GuestAddress(CMDLINE)).context("loading the command line")?;
@@ -148,13 +172,13 @@ impl LinuxBoot {
         // boot_params: zero, then the kernel's own setup header, then what the loader fills in.
         let mut zero = vec![0u8; 4096];
         let header_end = (0x202 + h.u8(0x201)? as usize).min(0x290);
-        let header = self.kernel.get(0x1f1..header_end).context("the kernel image is truncated")?;
+        let header = self.head.get(0x1f1..header_end).context("the kernel image is truncated")?;
         put(&mut zero, 0x1f1, header);
         put(&mut zero, 0x210, &[0xff]); // type_of_loader: none of the registered ones
         put(&mut zero, 0x228, &(CMDLINE as u32).to_le_bytes());
-        if !self.initrd.is_empty() {
+        if initrd_len > 0 {
             put(&mut zero, 0x218, &(initrd_at as u32).to_le_bytes());
-            put(&mut zero, 0x21c, &(self.initrd.len() as u32).to_le_bytes());
+            put(&mut zero, 0x21c, &(initrd_len as u32).to_le_bytes());
         }
         put(&mut zero, 0x070, &rsdp.to_le_bytes()); // acpi_rsdp_addr
         let map = e820(ram);
@@ -169,6 +193,19 @@ impl LinuxBoot {
         write_tables(ram, false)?;
         Ok(Entry { rip: start + 0x200, rsi: ZERO_PAGE, rsp: 0x8ff0, user: false })
     }
+}
+
+/// Whether `head` begins a kernel that can be booted with `cmdline`.
+fn check(head: &[u8], cmdline: &str) -> Result<()> {
+    let h = Header(head);
+    let magic = (h.u16(0x1fe), h.bytes::<4>(0x202));
+    ensure!(matches!(magic, (Ok(0xaa55), Ok(hdrs)) if &hdrs == b"HdrS"), "it is not a Linux bzImage");
+    ensure!(h.u16(0x206)? >= 0x20c, "its boot protocol is older than 2.12; it lacks the 64-bit entry point");
+    ensure!(h.u16(0x236)? & 1 != 0, "it has no 64-bit entry point");
+    ensure!(!cmdline.as_bytes().contains(&0), "the command line contains a NUL");
+    let max = h.u32(0x238)?;
+    ensure!(cmdline.len() as u64 <= max, "the command line is {} bytes long, this kernel takes {max}", cmdline.len());
+    Ok(())
 }
 
 fn put(page: &mut [u8], at: usize, bytes: &[u8]) {
@@ -254,4 +291,78 @@ pub fn set_entry(sregs: &mut kvm_sregs, regs: &mut kvm_regs, entry: Entry) {
     sregs.efer |= EFER_LME | EFER_LMA;
     let iopl = if entry.user { 3 << 12 } else { 0 };
     *regs = kvm_regs { rip: entry.rip, rsi: entry.rsi, rsp: entry.rsp, rflags: 2 | iopl, ..Default::default() };
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn header() -> Vec<u8> {
+        let mut image = vec![0; 8 * 512];
+        image[0x1f1] = 4;
+        image[0x1fe..0x200].copy_from_slice(&0xaa55u16.to_le_bytes());
+        image[0x201] = 0x6a;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
+        image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
+        image[0x230..0x234].copy_from_slice(&0x20_0000u32.to_le_bytes());
+        image[0x234] = 1;
+        image[0x236] = 1;
+        image[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes());
+        image[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes());
+        image
+    }
+
+    fn loaded(image: &[u8], initrd: &[u8], mib: u64) -> Result<(Ram, Entry)> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("kernel"), image).unwrap();
+        std::fs::write(path("initrd"), initrd).unwrap();
+        let ram = Ram::open(&path("ram"), mib).unwrap();
+        let linux = LinuxBoot::open(&path("kernel"), Some(&path("initrd")), "quiet")?;
+        let entry = linux.load(&ram, ACPI_START)?;
+        Ok((ram, entry))
+    }
+
+    #[test]
+    fn the_kernel_finds_itself_its_initrd_its_command_line_and_its_memory() {
+        let mut image = header();
+        image.extend_from_slice(b"kernel code");
+        // The payload begins behind the boot sector and four setup sectors.
+        let (ram, entry) = loaded(&image, b"initrd content", 32).unwrap();
+        assert_eq!((entry.rip, entry.rsi, entry.user), (0x100_0200, ZERO_PAGE, false));
+        let mut code = vec![0; 3 * 512 + 11];
+        ram.mem.read_slice(&mut code, GuestAddress(0x100_0000)).unwrap();
+        assert!(code.ends_with(b"kernel code"));
+        let word = |at: u64| -> u32 { ram.mem.read_obj(GuestAddress(ZERO_PAGE + at)).unwrap() };
+        let mut initrd = vec![0; word(0x21c) as usize];
+        ram.mem.read_slice(&mut initrd, GuestAddress(u64::from(word(0x218)))).unwrap();
+        assert_eq!(initrd, b"initrd content");
+        let mut cmdline = [0; 6];
+        ram.mem.read_slice(&mut cmdline, GuestAddress(u64::from(word(0x228)))).unwrap();
+        assert_eq!(&cmdline, b"quiet\0");
+        assert_eq!(word(0x70), ACPI_START as u32);
+        let usable: u64 = e820(&ram).iter().filter(|(_, _, kind)| *kind == E820_RAM).map(|(_, size, _)| size).sum();
+        assert_eq!(usable, (32 << 20) - BIOS_END + EBDA);
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_fit_is_refused_with_what_to_do() {
+        let mut image = header();
+        image[0x260..0x264].copy_from_slice(&(64u32 << 20).to_le_bytes());
+        let refused = loaded(&image, b"", 32).unwrap_err().to_string();
+        assert!(refused.contains("raise --memory"), "{refused}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_survived(noise in proptest::collection::vec(any::<u8>(), 0x80), len in 0usize..4096) {
+            let mut image = header();
+            image[0x206..0x286].copy_from_slice(&noise);
+            image.truncate(len);
+            let _ = loaded(&image, b"initrd", 16);
+        }
+    }
 }

@@ -154,7 +154,7 @@ impl Machine {
         config.serial.iter().chain(&config.console).try_for_each(BackendConfig::validate)?;
         ensure!(config.serial.len() <= 4, "a machine has at most 4 serial ports");
         if let BootSource::Linux { kernel, initrd, cmdline } = &config.boot {
-            LinuxBoot::read(kernel, initrd.as_deref(), cmdline)?;
+            LinuxBoot::open(kernel, initrd.as_deref(), cmdline)?;
         }
         let kvm = open_kvm()?;
         let ram = Ram::open(&config.ram_file, config.memory_mib)?;
@@ -321,7 +321,7 @@ impl Machine {
         let ram = &self.core.ram;
         let entry = match &self.config.boot {
             BootSource::Linux { kernel, initrd, cmdline } => {
-                let linux = LinuxBoot::read(kernel, initrd.as_deref(), cmdline)?;
+                let linux = LinuxBoot::open(kernel, initrd.as_deref(), cmdline)?;
                 hardware.as_firmware_leaves_it()?;
                 let serial_ports = self.config.serial.len();
                 let rsdp = acpi::write(ram, Platform { vcpus: self.config.vcpus, serial_ports })?;
