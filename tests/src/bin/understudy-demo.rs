@@ -88,7 +88,10 @@ fn main() -> ExitCode {
         eprintln!("{}", world.describe());
     }
     if arguments.keep {
-        say("the lab stays up: `understudy-lab status`, `understudy-lab down`");
+        match world.lab.keep() {
+            Ok(()) => say("the lab stays up: `understudy-lab status`, `understudy-lab down`"),
+            Err(why) => eprintln!("understudy-demo: {why:#}"),
+        }
     } else {
         say("taking everything down");
         if let Err(why) = world.down() {

@@ -62,10 +62,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let mut tally = Tally { only: arguments.only.clone(), passed: 0, failed: Vec::new() };
     play(&arguments, &mut tally);
-    if !arguments.keep {
-        if let Err(why) = Lab::down() {
-            eprintln!("understudy-lab-tests: {why:#}");
-        }
+    let end = if arguments.keep { Lab::running().and_then(|lab| lab.keep()) } else { Lab::down() };
+    if let Err(why) = end {
+        eprintln!("understudy-lab-tests: {why:#}");
     }
     for name in &tally.failed {
         println!("failed: {name}");

@@ -221,16 +221,16 @@ fn pick_mirror(listed: &str) -> Option<String> {
             && !uri.contains("snapshot")
     };
     let rows = || listed.lines().map(|l| l.split_ascii_whitespace().collect::<Vec<_>>());
-    let by_origin = rows().find(|r| r.get(1) == Some(&"Debian") && r.first().is_some_and(|u| usable(&u)));
+    let by_origin = rows().find(|r| r.get(1) == Some(&"Debian") && r.first().is_some_and(&usable));
     // Before the first `apt-get update` apt does not know origins; Debian mirrors end in /debian by convention.
     let by_name =
-        || rows().find(|r| r.first().is_some_and(|u| usable(&u) && u.trim_end_matches('/').ends_with("/debian")));
+        || rows().find(|r| r.first().is_some_and(|u| usable(u) && u.trim_end_matches('/').ends_with("/debian")));
     by_origin.or_else(by_name)?.first().map(|u| u.trim_end_matches('/').to_string())
 }
 
 /// The host's settings for reaching the mirror (proxies, date checks) hold for the lab root too.
 fn apt_acquire_options() -> Vec<String> {
-    let Ok(dump) = host::run_quiet(&mut Command::new("apt-config").arg("dump")) else { return Vec::new() };
+    let Ok(dump) = host::run_quiet(Command::new("apt-config").arg("dump")) else { return Vec::new() };
     let wanted = |l: &&str| {
         ["Acquire::http::", "Acquire::https::", "Acquire::Check-", "Acquire::Retries"].iter().any(|p| l.starts_with(p))
             && !l.contains("User-Agent")
