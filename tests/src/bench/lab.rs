@@ -45,7 +45,6 @@ pub fn measure(policy: &Path, cuts: usize, say: fn(&str)) -> Result<LabReport> {
     say("first serial byte, beside QEMU");
     let (first_byte_understudy_ms, first_byte_qemu_ms) = first_bytes(5)?;
     let mut world = World::up(policy, say)?;
-    world.plug_device()?;
     let mut primary = world.wait_running(None)?;
     world.wait_lines(20)?;
     world.wait_protected()?;

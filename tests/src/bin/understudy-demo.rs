@@ -111,7 +111,6 @@ fn main() -> ExitCode {
 
 /// The play, act by act.
 fn play(world: &mut World, report: &mut Report) -> Result<()> {
-    world.plug_device()?;
     say("waiting for the machine to be started by Pacemaker");
     let mut primary = world.wait_running(None)?;
     report.kvm_backend = world.vmm(primary)?.kvm_backend;

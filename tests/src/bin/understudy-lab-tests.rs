@@ -90,7 +90,7 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
     }
     let mut healthy = tally
         .run("the machine comes up without its standby, and is protected when the standby comes", || {
-            bad_days::start_without_standby(&mut world)
+            bad_days::start_without_standby(&world)
         });
     for (name, test) in bad_days::TESTS {
         if !tally.wants(name) {
