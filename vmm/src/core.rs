@@ -12,8 +12,9 @@ use kvm_ioctls::VmFd;
 use understudy_protocol::ids::Generation;
 
 use crate::devices::{Action, VmTime};
-use crate::hardware::{Asked, Env, Hardware, Port};
+use crate::hardware::{Asked, Env, Hardware};
 use crate::memory::Ram;
+use crate::port::Port;
 use crate::vcpus::Exits;
 
 /// Something that whoever owns the machine has to act upon.

@@ -1,13 +1,10 @@
 //! All devices of a machine behind one lock: dispatch of guest accesses, interrupt lines, outputs to the gate, inputs from the boards.
 //!
 //! vCPU threads enter by [`Hardware::io`] and [`Hardware::mmio`], the timer thread by [`Hardware::tick`], ports' pumps by
-//! [`Port::queue_input`] and the stream. After every entry [`Hardware::settle`] moves what came out of the devices to where it belongs.
+//! [`crate::port::Port::queue_input`] and the stream. After every entry [`Hardware::settle`] moves what came out of the devices to where it belongs.
 //!
 //! What must hold: while [`Hardware::frozen`] is set, no device is touched (the machine is being captured, or stands still); so
 //! neither guest RAM nor any state that a checkpoint contains changes.
-
-use std::collections::VecDeque;
-use std::sync::mpsc::Sender;
 
 use anyhow::{Context, Result};
 use kvm_bindings::kvm_msi;
@@ -28,13 +25,10 @@ use crate::devices::{
 };
 use crate::gate::{self, Stream};
 use crate::memory::Ram;
-use crate::pump::PumpMsg;
+use crate::port::Port;
 
 /// Interrupt lines of the I/O APIC.
 const LINES: usize = 24;
-/// Input bytes that a port keeps for its guest; more than a board sends without an acknowledgement.
-pub const INPUT_CAPACITY: usize = 4 << 20;
-
 /// What the guest asked for and has not been given yet. Part of a checkpoint: the takeover may come in between.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Asked {
@@ -42,90 +36,6 @@ pub enum Asked {
     Reset,
     /// Power off.
     PowerOff,
-}
-
-/// The host's side of a character device: stream with its gate, input that waits for the guest, the pump to tell.
-pub struct Port {
-    /// `com1` …, `hvc0`.
-    pub name: String,
-    /// Its output and positions.
-    pub stream: Stream,
-    /// Input that the guest's device has not taken: pieces with the offset of their first byte.
-    input: VecDeque<(u64, VecDeque<u8>)>,
-    input_bytes: usize,
-    /// Where the next input piece is expected.
-    input_end: u64,
-    /// Told when there is something to send.
-    pub pump: Option<Sender<PumpMsg>>,
-    told: (u64, u64),
-}
-
-impl Port {
-    fn new(name: String) -> Self {
-        Self {
-            name,
-            stream: Stream::new(),
-            input: VecDeque::new(),
-            input_bytes: 0,
-            input_end: 0,
-            pump: None,
-            told: (0, 0),
-        }
-    }
-
-    /// Input arrived. What is known already is skipped; a gap is a loss that the board has reported, and is counted over.
-    /// False when the port keeps too much already (the other end does not keep to its window).
-    pub fn queue_input(&mut self, offset: u64, bytes: &[u8]) -> bool {
-        let end = offset.saturating_add(bytes.len() as u64);
-        if end <= self.input_end {
-            return true;
-        }
-        if self.input_bytes + bytes.len() > INPUT_CAPACITY {
-            return false;
-        }
-        let known = usize::try_from(self.input_end.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let fresh = bytes.get(known..).unwrap_or_default();
-        self.input_bytes += fresh.len();
-        self.input.push_back((offset.max(self.input_end), fresh.iter().copied().collect()));
-        self.input_end = end;
-        true
-    }
-
-    /// Hand waiting input to the guest's device: `take` takes the first so many of the bytes that it is shown.
-    pub fn feed(&mut self, mut take: impl FnMut(&[u8]) -> usize) {
-        while let Some((offset, piece)) = self.input.front_mut() {
-            let taken = take(piece.as_slices().0);
-            if taken == 0 {
-                break;
-            }
-            piece.drain(..taken);
-            *offset += taken as u64;
-            self.input_bytes -= taken;
-            self.stream.delivered(*offset);
-            if piece.is_empty() {
-                self.input.pop_front();
-            }
-        }
-    }
-
-    /// The streams' positions have been set (start, restore): input continues there.
-    fn begin(&mut self) {
-        self.input.clear();
-        self.input_bytes = 0;
-        self.input_end = self.stream.rx_delivered();
-        self.told = (0, 0);
-    }
-
-    /// Wake the pump if there is something new for it.
-    pub fn tell_pump(&mut self) {
-        let news = (self.stream.limit(), self.stream.rx_covered());
-        if news != self.told
-            && let Some(pump) = &self.pump
-        {
-            self.told = news;
-            let _ = pump.send(PumpMsg::Work);
-        }
-    }
 }
 
 /// A serial port.
@@ -148,7 +58,7 @@ impl SerialPort {
             port.stream.write(&out);
         }
         port.feed(|bytes| uart.receive(bytes, now));
-        uart.set_input_waiting(port.input_bytes);
+        uart.set_input_waiting(port.input_waiting());
         port.tell_pump();
     }
 }

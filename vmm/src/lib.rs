@@ -5,7 +5,7 @@
 //! | guest's hardware | [`devices`] (pure), [`hardware`] (all of them behind one lock), [`plug`], [`acpi`], [`boot`], [`cpuid`], [`routing`] |
 //! | execution | [`vcpus`] (threads), [`core`] (what they share), [`clock`], [`memory`] |
 //! | state | [`vcpu_state`], [`vm_state`], [`raw`], [`container`], [`save`] |
-//! | outputs | [`gate`] (pure), [`pump`], [`backend`] |
+//! | outputs | [`gate`] (pure), [`port`], [`pump`], [`backend`] |
 //! | life | [`machine`], [`session`] (replication), [`control`] (socket), [`run`] (process) |
 //! | unsafe | [`sys`]; one block in [`memory`] |
 //!
@@ -26,6 +26,7 @@ pub mod hardware;
 pub mod machine;
 pub mod memory;
 pub mod plug;
+pub mod port;
 pub mod pump;
 pub mod raw;
 pub mod routing;

@@ -10,7 +10,7 @@ use crate::devices::pci::PciBus;
 use crate::devices::virtio::VirtioPci;
 use crate::devices::virtio::console::Console;
 use crate::devices::virtio::rng::Rng;
-use crate::hardware::Port;
+use crate::port::Port;
 
 const RNG_SLOT: u8 = 1;
 const CONSOLE_SLOT: u8 = 2;

@@ -132,16 +132,17 @@ impl Session {
             life.cutting = true;
             let taken = (|| {
                 let mut hardware = machine.freeze(&life);
+                let at = hardware.stopwatch.now();
                 let state = match Machine::paused_state(&life) {
                     // Streams may have been acknowledged since the pause, nothing else can have changed.
                     Some(paused) => paused.to_vec(),
-                    None => machine.capture(&life, &hardware)?,
+                    None => machine.capture(&life, &hardware, at)?,
                 };
                 hardware.seal(epoch);
                 if arm {
                     hardware.set_gate(Gate::Hold);
                 }
-                anyhow::Ok((state, hardware.stopwatch.now().0))
+                anyhow::Ok((state, at.0))
             })();
             let taken = taken.and_then(|taken| self.collect().map(|()| taken));
             match taken {

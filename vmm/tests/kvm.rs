@@ -331,7 +331,8 @@ fn clocks_timers_and_cpuid_survive_two_restores_in_a_row() {
             let life = host.machine.life();
             let mut hardware = host.machine.core.hardware();
             hardware.frozen = true;
-            (host.machine.capture(&life, &hardware).unwrap(), hardware.stopwatch.now())
+            let at = hardware.stopwatch.now();
+            (host.machine.capture(&life, &hardware, at).unwrap(), at)
         };
         image.copy_from_slice(&host.ram_file());
         let mut saved = understudy_vmm::container::decode(&state).unwrap();

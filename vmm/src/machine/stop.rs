@@ -1,0 +1,169 @@
+//! Stopping a machine and letting it go on: capture, pause and resume, save, and the short stop of a cut.
+
+use super::*;
+
+impl Machine {
+    /// Everything but RAM, as bytes. The vCPUs are parked and the devices frozen.
+    /// `at` is the VM time that the state carries.
+    pub fn capture(&self, life: &Life, hardware: &Hardware, at: VmTime) -> Result<Vec<u8>> {
+        let can = self.can.clone();
+        let cpuids = self.cpuids.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let vcpus = self.vcpus.on_all(move |id, fd| {
+            let state = vcpu_state::save(fd, &can, &cpuids[id])?;
+            container::payload(vcpu_state::KIND, &id.to_string(), vcpu_state::VERSION, &state)
+        })?;
+        let machine = state::V1 {
+            vcpus: self.config.vcpus,
+            ram_bytes: self.core.ram.bytes(),
+            life: life.born,
+            resets: life.resets,
+        };
+        let core = self.core.clone();
+        let clock = self.vcpus.on_first(move |fd| clock::read(&core.vm, fd, at))?;
+        let mut payloads: Vec<Payload> = vec![
+            container::payload(KIND, "this", VERSION, &machine)?,
+            container::payload(vm_state::KIND, "this", vm_state::VERSION, &vm_state::save(&self.core.vm)?)?,
+            container::payload(clock::KIND, "this", clock::VERSION, &clock)?,
+        ];
+        payloads.extend(vcpus);
+        payloads.extend(hardware.save()?);
+        Ok(container::encode(&payloads))
+    }
+
+    /// The state that a paused machine was captured with.
+    pub fn paused_state(life: &Life) -> Option<&[u8]> {
+        life.paused.as_deref()
+    }
+
+    /// Stop the vCPUs and the guest's clocks.
+    pub fn pause(&self) -> Result<()> {
+        let mut life = self.quiet_life()?;
+        match life.state {
+            VmmState::Running => {}
+            VmmState::Paused => return Ok(()),
+            other => bail!("there is nothing to pause: the machine is {}", name(other)),
+        }
+        self.vcpus.stop_all();
+        let mut hardware = self.core.hardware();
+        hardware.frozen = true;
+        hardware.stopwatch.stop();
+        match self.capture(&life, &hardware, hardware.stopwatch.now()) {
+            Ok(state) => {
+                life.paused = Some(state);
+                life.state = VmmState::Paused;
+                Ok(())
+            }
+            Err(e) => {
+                self.go(&mut hardware)?;
+                Err(e.context("the machine runs on"))
+            }
+        }
+    }
+
+    /// Go on after [`Machine::pause`]: timers, clocks and TSC as they stood at the pause.
+    pub fn resume(&self) -> Result<()> {
+        let mut life = self.quiet_life()?;
+        match life.state {
+            VmmState::Paused => {}
+            VmmState::Running => return Ok(()),
+            other => bail!("there is nothing to resume: the machine is {}", name(other)),
+        }
+        let state = life.paused.clone().context("the paused machine has no saved state")?;
+        let mut from = container::decode(&state)?;
+        let vm: vm_state::state::V1 = container::take(&mut from, vm_state::KIND, "this", vm_state::VERSION)?;
+        let clock: clock::state::V1 = container::take(&mut from, clock::KIND, "this", clock::VERSION)?;
+        let vcpus = (0..self.config.vcpus)
+            .map(|id| container::take(&mut from, vcpu_state::KIND, &id.to_string(), vcpu_state::VERSION))
+            .collect::<Result<Vec<vcpu_state::state::V1>>>()?;
+        let mut hardware = self.core.hardware();
+        vm_state::load(&self.core.vm, &vm)?;
+        clock::set_kvmclock(&self.core.vm, &clock)?;
+        let offset = clock::common_offset(&clock);
+        let can = self.can.clone();
+        self.vcpus.on_all(move |id, fd| {
+            clock::set_tsc(fd, &clock, offset)?;
+            vcpu_state::load_timers(fd, &can, &vcpus[id])?;
+            // Tells a guest with kvmclock that it was stopped, so that its watchdogs do not bark. Guests without refuse it.
+            let _ = fd.kvmclock_ctrl();
+            Ok(())
+        })?;
+        hardware.assert_lines(&self.core.vm);
+        life.paused = None;
+        life.state = VmmState::Running;
+        self.go(&mut hardware)
+    }
+
+    /// Open the gate of a machine that nobody replicates (one that was restored or promoted by hand).
+    pub fn open_gate_by_hand(&self) -> Result<()> {
+        let life = self.quiet_life()?;
+        ensure!(!life.session, "a replicator protects this machine; only it may open the gate");
+        ensure!(
+            matches!(life.state, VmmState::Running | VmmState::Paused | VmmState::ShutDown),
+            "there is no output to let out: the machine is {}",
+            name(life.state)
+        );
+        self.core.hardware().set_gate(Gate::Open);
+        Ok(())
+    }
+
+    /// Press the ACPI power button.
+    pub fn power_button(&self) -> Result<()> {
+        let life = self.quiet_life()?;
+        ensure!(life.state == VmmState::Running, "the machine is {}: its power button does nothing", name(life.state));
+        let mut hardware = self.core.hardware();
+        hardware.press_power_button(self.core.env());
+        Ok(())
+    }
+
+    /// Write RAM and device state to `dir`; the machine is paused for it and left as it was.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let was_running = self.life().state == VmmState::Running;
+        self.pause()?;
+        let state = {
+            let mut life = self.quiet_life()?;
+            let state = Self::paused_state(&life).context("the machine is not paused")?.to_vec();
+            // Nobody lets it run meanwhile, and its status can still be asked for.
+            life.cutting = true;
+            state
+        };
+        let result = std::fs::create_dir_all(dir)
+            .with_context(|| format!("cannot create {}", dir.display()))
+            .and_then(|()| crate::save::write(&self.core.ram, &state, dir));
+        self.life().cutting = false;
+        self.life_changed();
+        if was_running {
+            self.resume()?;
+        }
+        result
+    }
+
+    /// Stop the machine for a cut, whatever it does (running, paused, shut down). The caller holds the life lock and has seen that no
+    /// cut is under way; it sets [`Life::cutting`].
+    pub fn freeze(&self, life: &Life) -> MutexGuard<'_, Hardware> {
+        if life.state == VmmState::Running {
+            self.vcpus.stop_all();
+        }
+        let mut hardware = self.core.hardware();
+        hardware.frozen = true;
+        hardware
+    }
+
+    /// Go on after a cut as before it.
+    pub fn unfreeze(&self, life: &mut Life) -> Result<()> {
+        let result = match life.state {
+            VmmState::Running => {
+                let mut hardware = self.core.hardware();
+                self.core.thaw(&mut hardware);
+                self.vcpus.run_all()
+            }
+            VmmState::ShutDown => {
+                self.core.hardware().frozen = false;
+                Ok(())
+            }
+            _ => Ok(()),
+        };
+        life.cutting = false;
+        self.life_changed();
+        result
+    }
+}
