@@ -2,18 +2,20 @@
 //!
 //! Exit codes: 0 done and proven; 1 not (yet), ask again; 2 this node has been superseded, stop the machine.
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use ocf::{Deadline, Environment};
-use understudy_protocol::control::{ReplicaState, VmmRequest, VmmStatus};
+use understudy_protocol::control::{ControlError, ReplicaState, VmmRequest, VmmState, VmmStatus};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, ClusterError};
 use crate::machine_runs;
 use crate::pacemaker::Pacemaker;
 use crate::rules::Fitness;
+use crate::score_lock;
 use crate::service::ask;
 use crate::veto::{self, Subject, VetoError};
 
@@ -116,24 +118,54 @@ fn carry_out(hook: &Hook, cluster: &dyn Cluster, deadline: Deadline) -> Result<(
         Call::Veto { machine, peer } => veto::impose(cluster, &Subject { machine, resource }, peer, deadline),
         Call::ClearVeto { machine, force } => veto::lift(cluster, machine, *force, deadline),
         Call::ReplicaState { machine, state } => {
+            if !valid_machine_name(machine) {
+                return Err(VetoError::NoClone(machine.clone()));
+            }
             let resource = match resource {
                 Some(resource) => resource.to_owned(),
                 None => cluster.cib(deadline)?.vmm_of(machine).ok_or_else(|| VetoError::NoClone(machine.clone()))?,
             };
-            let fitness = Fitness { runs_here: runs_here(&hook.run_root, machine), replica: Some(state.replica()) };
-            cluster.set_score(&resource, fitness.score(), deadline)?;
+            let layout = Layout::new(&hook.run_root, DEFAULT_SHM_ROOT, machine);
+            let _lock = score_lock::take(layout.run_dir(), deadline);
+            let score = match vmm_here(&layout)? {
+                Vmm::Runs => Fitness { runs_here: true, replica: None }.score(),
+                Vmm::Other => Fitness { runs_here: false, replica: Some(state.replica()) }.score(),
+                // Its agent will ask the replicator when it starts. Until then "never" is all there is to say.
+                Vmm::Absent => match (Fitness { runs_here: false, replica: Some(state.replica()) }).score() {
+                    Some(_) => return Ok(()),
+                    None => None,
+                },
+            };
+            cluster.set_score(&resource, score, deadline)?;
             Ok(())
         }
     }
 }
 
-fn runs_here(run_root: &str, machine: &str) -> bool {
-    if !valid_machine_name(machine) {
-        return false;
+/// What this node's VMM does.
+#[derive(Debug, PartialEq, Eq)]
+enum Vmm {
+    /// It runs the machine, or is being promoted.
+    Runs,
+    /// It stands by, or has been used up.
+    Other,
+    /// There is none.
+    Absent,
+}
+
+fn vmm_here(layout: &Layout) -> Result<Vmm, VetoError> {
+    match ask::<_, VmmStatus>(&layout.vmm_socket(), &VmmRequest::Status, Duration::from_secs(2)) {
+        Ok(status) if machine_runs(status.state) => Ok(Vmm::Runs),
+        // The agent leaves the mark before it makes the machine run.
+        Ok(status) if status.state == VmmState::Standby && layout.promoted_mark().exists() => Ok(Vmm::Runs),
+        Ok(_) => Ok(Vmm::Other),
+        Err(ControlError::Io { source, .. })
+            if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
+        {
+            Ok(Vmm::Absent)
+        }
+        Err(error) => Err(ClusterError::Failed(format!("cannot tell whether the machine runs here: {error}")).into()),
     }
-    let layout = Layout::new(run_root, DEFAULT_SHM_ROOT, machine);
-    ask::<_, VmmStatus>(&layout.vmm_socket(), &VmmRequest::Status, Duration::from_secs(1))
-        .is_ok_and(|status| machine_runs(status.state))
 }
 
 #[cfg(test)]

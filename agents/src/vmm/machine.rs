@@ -14,6 +14,7 @@ use crate::binaries;
 use crate::cluster::Cluster;
 use crate::paths;
 use crate::process::{Identity, remove, write_durably};
+use crate::score_lock;
 use crate::service::{Observed, Service, ask};
 
 /// The VMM's executable.
@@ -154,6 +155,7 @@ impl<'a> Machine<'a> {
         }
         let deadline = self.context.deadline.within(SCORE_PATIENCE.min(self.context.deadline.remaining() / 3));
         let resource = self.context.environment.resource();
+        let _lock = score_lock::take(self.layout.run_dir(), deadline);
         match self.cluster.set_score(resource, score, deadline) {
             Ok(()) => self.context.log.debug(format!("promotion score {score:?}")),
             Err(crate::cluster::ClusterError::Absent(why)) => self.context.log.debug(why),

@@ -119,10 +119,10 @@ fn change_replicator(machine: &Machine<'_>, request: &ReplicatorRequest) {
 }
 
 fn run(machine: &Machine<'_>, generation: Generation, from: PromoteFrom) -> ocf::Result {
-    // Before the machine runs: the scheduler looks at the scores as soon as this action has ended, and must not find
+    machine.mark_promoted(generation)?;
+    // Before the machine runs, and after the mark by which a hook that comes now knows: the scheduler looks at the scores as soon as this action has ended, and must not find
     // another node's initial preference higher than that of the node which runs it.
     machine.set_score(Some(SCORE_RUNS));
-    machine.mark_promoted(generation)?;
     let patience = machine.context.deadline.remaining().max(Duration::from_secs(1));
     if let Err(error) = machine.tell::<()>(&VmmRequest::Promote { generation, from }, patience) {
         if matches!(error, ControlError::Refused(_)) {

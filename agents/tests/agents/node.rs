@@ -125,6 +125,15 @@ impl Node {
         answer
     }
 
+    /// Call the hook, as the replicator does.
+    pub fn hook(&self, arguments: &[&str]) -> i32 {
+        let mut command = Command::new(self.path("libexec/understudy-ocf"));
+        command.args(["hook", "--vmm-resource", "vm-m1", "--run-root"]).arg(self.path("run")).args(arguments);
+        let output = command.env_clear().env("PATH", self.path("tools")).output().unwrap();
+        println!("hook {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        output.status.code().unwrap()
+    }
+
     pub fn act(&self, action: &str) -> i32 {
         self.act_with(action, &[]).code
     }

@@ -41,6 +41,7 @@ pub const TESTS: &[Test] = &[
     ("a fenced machine is 9 and loses its score", fenced),
     ("degraded codes are given only if asked for", degraded),
     ("start advertises the replica that is there", start_score),
+    ("the hook sets a standby's score, keeps a running node's, and leaves an absent one to its agent", hook_scores),
 ];
 
 const CLONE: fn() -> Node = || Node::new("vmm").in_a_clone();
@@ -443,4 +444,27 @@ fn start_score() {
     node.behave("replica", "Outdated");
     assert_eq!(node.act("start"), 0);
     assert!(node.cluster_told().ends_with("-l reboot -D\n"), "{}", node.cluster_told());
+}
+
+fn hook_scores() {
+    let node = CLONE().in_a_cluster(Some(&cib(&[], &[])));
+    let last = || node.cluster_told().lines().last().unwrap_or_default().to_owned();
+    let hook = |state: &str| assert_eq!(node.hook(&["replica-state", "--machine", "m1", "--state", state]), 0);
+    hook("uptodate");
+    assert_eq!(last(), "", "nothing runs here");
+    hook("outdated");
+    assert!(last().ends_with("--promotion=vm-m1 -l reboot -D"), "{}", last());
+    assert_eq!(node.act("start"), 0);
+    hook("uptodate");
+    assert!(last().ends_with("-v 10000"), "{}", last());
+    // A takeover: the agent has left its mark, the machine does not run yet.
+    fs::write(node.layout().promoted_mark(), "1").unwrap();
+    hook("inconsistent");
+    assert!(last().ends_with("-v 10001"), "{}", last());
+    assert_eq!(node.act("promote"), 0);
+    hook("inconsistent");
+    assert!(last().ends_with("-v 10001"), "{}", last());
+    assert_eq!(node.act_with("demote", &TO_N2).code, 0);
+    hook("disconnected");
+    assert!(last().ends_with("-v 1000"), "{}", last());
 }
