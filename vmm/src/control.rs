@@ -75,7 +75,24 @@ impl Connection {
     fn serve(mut self, stream: UnixStream) {
         let Ok(mut writer) = stream.try_clone() else { return };
         let mut reader = BufReader::new(stream);
-        while let Ok(Some(line)) = read_line(&mut reader) {
+        loop {
+            // A replicator that hangs must not stop the guest for longer than this; then its session ends.
+            let patience = self.session.as_ref().and_then(Session::patience);
+            if reader.get_ref().set_read_timeout(patience).is_err() {
+                break;
+            }
+            let line = match read_line(&mut reader) {
+                Ok(Some(line)) => line,
+                Ok(None) => break,
+                Err(e) => {
+                    if patience.is_some() {
+                        eprintln!(
+                            "warning: the replicator does not go on with a cut ({e}); its session ends, the guest runs on"
+                        );
+                    }
+                    break;
+                }
+            };
             let (reply, quit) = match serde_json::from_slice::<VmmRequest>(&line) {
                 Ok(VmmRequest::Quit) => (encode_line(&Reply::Ok(())), true),
                 Ok(request) => (self.answer(request).unwrap_or_else(|e| refuse(&e)), false),

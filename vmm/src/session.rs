@@ -16,7 +16,7 @@
 //! harvested bitmap), so that an aborted cut loses none.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use understudy_protocol::control::{Attached, Captured, Gate, Harvested, VmmState};
@@ -25,6 +25,12 @@ use understudy_protocol::ids::Epoch;
 use crate::devices::VmTime;
 use crate::machine::Machine;
 use crate::memory::{Arena, PAGE, PageSet, count};
+
+/// How long the guest stands still for a replicator that does not fetch the next piece of a cut.
+pub const PIECE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long it stands still for the commit of its last cut. (Afterwards it runs on here with its outputs held: nothing leaves before the
+/// cluster has decided.)
+pub const LAST_PATIENCE: Duration = Duration::from_secs(60);
 
 /// The arena, shared by consecutive sessions.
 pub type SharedArena = Arc<std::sync::Mutex<Arena>>;
@@ -256,6 +262,15 @@ impl Session {
         );
         self.machine.core.hardware().set_gate(Gate::Open);
         Ok(())
+    }
+
+    /// How long the guest may stand still for the next request of this session; `None` while it runs.
+    pub fn patience(&self) -> Option<Duration> {
+        match (&self.open, &self.last) {
+            (Some(_), _) => Some(PIECE_PATIENCE),
+            (None, Some(_)) => Some(LAST_PATIENCE),
+            (None, None) => None,
+        }
     }
 
     /// Give up an open cut or an uncommitted last one: the guest runs on. Its pages stay pending.

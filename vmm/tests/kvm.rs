@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use understudy_protocol::control::{Captured, Gate, PromoteFrom, VmmState};
+use understudy_protocol::control::{
+    Attached, Captured, ControlClient, Gate, PromoteFrom, VmmRequest, VmmState, VmmStatus, call_once,
+};
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_vmm::backend::BackendConfig;
 use understudy_vmm::core::Event;
@@ -523,6 +525,35 @@ fn one_session_at_a_time_and_its_end_frees_the_machine() {
     rig.counts_on(0);
     let mut session = rig.attach();
     rig.cut(&mut session, 3, false, &mut image);
+}
+
+#[test]
+fn the_end_of_a_replicators_connection_lets_the_machine_run_on_with_its_outputs_held() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 2, 16 << 20).boot(0xf, Gate::Open);
+    let socket = rig.dir.path().join("vmm.sock");
+    understudy_vmm::control::serve(socket.clone(), rig.machine.clone(), rig.arena.clone()).unwrap();
+    let status = || -> VmmStatus { call_once(&socket, &VmmRequest::Status, Duration::from_secs(5)).unwrap() };
+    for epoch in 1..=3 {
+        let mut replicator = ControlClient::connect(&socket, Duration::from_secs(5)).unwrap();
+        let attached: Attached = replicator.call(&VmmRequest::Attach).unwrap();
+        assert_eq!((attached.generation, attached.ram_bytes), (Generation(1), MIB << 20));
+        let () = replicator.call(&VmmRequest::DirtyLogStart).unwrap();
+        let () = replicator.call(&VmmRequest::GateOpen).unwrap();
+        let epoch = Epoch(epoch);
+        let captured: Captured = replicator.call(&VmmRequest::Cut { epoch, arm: false, last: true }).unwrap();
+        assert_eq!((captured.epoch, captured.more), (epoch, false));
+        rig.stands_still();
+        let now = status();
+        assert!(now.replicated && now.gate == Gate::Open && now.last_cut == epoch);
+        drop(replicator);
+        wait("the session ends", || !status().replicated);
+        rig.counts_on(0);
+        rig.counts_on(1);
+        assert_eq!((status().gate, status().state), (Gate::Hold, VmmState::Running));
+    }
 }
 
 #[test]
