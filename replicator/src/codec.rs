@@ -101,9 +101,9 @@ impl BatchWriter {
         self.run = None;
         let start = self.bytes.len();
         let head = 8 + 2;
-        self.bytes.resize(start + head + PAGE, 0);
-        // An output of 4095 bytes or more would not be smaller than the raw page: the compressor gives up by itself.
-        let room = &mut self.bytes[start + head..start + head + PAGE - 1];
+        // The compressor refuses to begin in less room than incompressible content could need.
+        self.bytes.resize(start + head + lz4_flex::block::get_maximum_output_size(PAGE), 0);
+        let room = &mut self.bytes[start + head..];
         match lz4_flex::block::compress_into(page, room) {
             Ok(n) if n < PAGE - 64 => {
                 self.bytes[start..start + 8].copy_from_slice(&(LZ4 << KIND_SHIFT | index).to_le_bytes());
@@ -317,6 +317,17 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
+    fn a_page_that_compresses_travels_compressed() {
+        let mut text = [0u8; PAGE];
+        for (i, byte) in text.iter_mut().enumerate() {
+            *byte = b"the quick brown fox "[i % 20];
+        }
+        let mut writer = BatchWriter::default();
+        writer.push(7, &text, &mut EpochDigest::default());
+        assert!(writer.bytes.len() < 200, "{} bytes for a page of repeated text", writer.bytes.len());
+    }
+
+    #[test]
         fn what_is_encoded_is_decoded_and_both_ends_compute_the_same_digest(
             pages in proptest::collection::vec((0u64..64, some_page()), 0..24),
         ) {

@@ -109,13 +109,22 @@ pub fn make_planes() -> Result<()> {
     Ok(())
 }
 
+/// A locally administered address for a node's card on a plane.
+fn mac(node: Node, plane: Plane) -> String {
+    let [_, _, third, host] = plane.address(node.host).octets();
+    format!("02:75:73:00:{third:02x}:{host:02x}")
+}
+
 /// Plug `node`, whose network namespace is that of process `pid`, into all planes; those in `cut` stay unplugged.
 pub fn plug(node: Node, pid: u32, cut: &[Plane]) -> Result<()> {
     for plane in Plane::ALL {
         let port = port(node, plane);
         // The last life's port vanishes with its namespace, a moment after the node's death.
         let _ = ip(&format!("link del {port}"));
-        ip(&format!("link add {port} type veth peer name {} netns {pid}", plane.name()))?;
+        // The card's address stays the same over all lives of the node, as a real card's does: peers that have it in their ARP
+        // tables find the node at once when it returns.
+        let mac = mac(node, plane);
+        ip(&format!("link add {port} type veth peer name {} address {mac} netns {pid}", plane.name()))?;
         ip(&format!("link set {port} master {}", plane.bridge()))?;
         if !cut.contains(&plane) {
             ip(&format!("link set {port} up"))?;

@@ -171,5 +171,21 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// What `vm-agent` does.
 pub fn agent() -> Result<()> {
     let token = fs::read_to_string(format!("{LAB_DIR}{}", vm_image::TOKEN)).context("reading the VM's token")?;
+    let _steady = steady_kvm();
     vm_agent::serve(&token)
+}
+
+/// A virtual machine that never runs, held for the life of the lab VM.
+///
+/// KVM patches its own code when the first vCPU of a host appears, when the last one vanishes, and when the number of vCPUs with
+/// a software-disabled APIC leaves or reaches zero (its static keys). QEMU's multi-threaded emulation may execute code while it is
+/// being patched: the lab VM's kernel dies of a stray `int3`. With this vCPU about, no key ever changes.
+fn steady_kvm() -> Option<(kvm_ioctls::VmFd, kvm_ioctls::VcpuFd)> {
+    let made = || -> Result<_, kvm_ioctls::Error> {
+        let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
+        vm.create_irq_chip()?;
+        let vcpu = vm.create_vcpu(0)?;
+        Ok((vm, vcpu))
+    };
+    made().inspect_err(|e| eprintln!("lab VM: no steady vCPU: {e}")).ok()
 }
