@@ -86,26 +86,29 @@ pub fn impose(cluster: &dyn Cluster, subject: &Subject<'_>, peer: &str, deadline
         return Err(VetoError::NoQuorum(machine.to_owned()));
     }
     let cib = cluster.cib(deadline)?;
-    current_owner(&cib, machine, &node)?;
+    let ours = current_owner(&cib, machine, &node)?;
     let resource = subject.resource(&cib)?;
     let clone = cib.clone_of(&resource).ok_or_else(|| VetoError::NoClone(machine.to_owned()))?;
     let wanted = Veto { only: node.clone(), clone: clone.clone() };
     if cib.veto(machine) != Some(wanted.clone()) {
         cluster.put_constraint(&veto_constraint(machine, &clone, &node), deadline)?;
     }
-    prove(cluster, machine, peer, &node, &wanted, deadline)
+    let claim = Claim { machine, node: &node, generation: ours, wanted: &wanted };
+    prove(cluster, &claim, peer, deadline)
 }
 
-fn prove(
-    cluster: &dyn Cluster,
-    machine: &str,
-    peer: &str,
-    node: &str,
-    wanted: &Veto,
-    deadline: Deadline,
-) -> Result<(), VetoError> {
+/// What is to be proven: this node's veto under its own generation.
+struct Claim<'a> {
+    machine: &'a str,
+    node: &'a str,
+    generation: Generation,
+    wanted: &'a Veto,
+}
+
+fn prove(cluster: &dyn Cluster, claim: &Claim<'_>, peer: &str, deadline: Deadline) -> Result<(), VetoError> {
+    let machine = claim.machine;
     let mut missing = String::from("there was no time left to ask");
-    let proven = deadline.wait_for(|| match evidence(cluster, machine, peer, node, wanted, deadline) {
+    let proven = deadline.wait_for(|| match evidence(cluster, claim, peer, deadline) {
         Ok(Evidence::Proven) => Some(Ok(())),
         Ok(Evidence::NotYet(why)) => {
             missing = why;
@@ -136,21 +139,24 @@ enum Evidence {
     NotYet(String),
 }
 
-fn evidence(
-    cluster: &dyn Cluster,
-    machine: &str,
-    peer: &str,
-    node: &str,
-    wanted: &Veto,
-    deadline: Deadline,
-) -> Result<Evidence, VetoError> {
+fn evidence(cluster: &dyn Cluster, claim: &Claim<'_>, peer: &str, deadline: Deadline) -> Result<Evidence, VetoError> {
+    let Claim { machine, node, generation, wanted } = *claim;
     let members = cluster.members(deadline)?;
     let not_yet = |why: String| Ok(Evidence::NotYet(why));
     match members.iter().find(|m| m.name == peer) {
         None => not_yet(format!("the cluster has no node {peer}; its nodes are {}", names(&members))),
         Some(Member { online: true, .. }) => {
             let cib = cluster.cib_of(peer, deadline.within(PEER_PATIENCE))?;
-            current_owner(&cib, machine, node)?;
+            match newest(&cib, machine) {
+                Some((owner, theirs)) if owner != node && theirs > generation => {
+                    return Err(VetoError::Superseded { machine: machine.to_owned(), owner, generation: theirs });
+                }
+                // A node that has just come back still reads what it knew when it died.
+                Some((_, theirs)) if theirs < generation => {
+                    return not_yet("its copy of the CIB is older than this machine's generation".into());
+                }
+                _ => {}
+            }
             if cib.veto(machine).as_ref() == Some(wanted) {
                 return Ok(Evidence::Proven);
             }
@@ -177,13 +183,19 @@ fn names(members: &[Member]) -> String {
     members.iter().map(|m| m.name.as_str()).collect::<Vec<_>>().join(", ")
 }
 
-/// Fails if a node other than `node` holds the newest generation.
-fn current_owner(cib: &Cib, machine: &str, node: &str) -> Result<(), VetoError> {
-    match cib.generations(&generation_attribute(machine)).first() {
+/// Who holds the newest generation by this copy of the CIB.
+fn newest(cib: &Cib, machine: &str) -> Option<(String, Generation)> {
+    cib.generations(&generation_attribute(machine)).first().cloned()
+}
+
+/// The generation under which `node` runs the machine; fails if another node holds a newer one.
+fn current_owner(cib: &Cib, machine: &str, node: &str) -> Result<Generation, VetoError> {
+    match newest(cib, machine) {
         Some((owner, generation)) if owner != node => {
-            Err(VetoError::Superseded { machine: machine.to_owned(), owner: owner.clone(), generation: *generation })
+            Err(VetoError::Superseded { machine: machine.to_owned(), owner, generation })
         }
-        _ => Ok(()),
+        Some((_, generation)) => Ok(generation),
+        None => Ok(Generation::ZERO),
     }
 }
 
@@ -324,6 +336,20 @@ mod tests {
         let fake = Fake { peer_generations: vec![("n1", 3), ("n2", 4)], ..healthy() };
         assert!(matches!(try_it(&fake), Err(VetoError::Superseded { .. })));
         assert!(fake.constraint.borrow().is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_has_just_returned_with_an_old_cib_supersedes_nobody() {
+        // Its copy still says what it knew when it lost its power: that it was the owner, under an older generation.
+        let fake = Fake {
+            generations: vec![("n1", 3), ("n2", 2)],
+            peer_generations: vec![("n1", 1), ("n2", 2)],
+            peer_follows: false,
+            ..healthy()
+        };
+        let error = try_it(&fake).unwrap_err();
+        assert!(matches!(error, VetoError::NotProven { .. }), "{error}");
+        assert!(!fake.constraint.borrow().is_empty(), "the veto of the true owner must stay");
     }
 
     #[test]

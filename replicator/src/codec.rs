@@ -277,6 +277,17 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn a_page_that_compresses_travels_compressed() {
+        let mut text = [0u8; PAGE];
+        for (i, byte) in text.iter_mut().enumerate() {
+            *byte = b"the quick brown fox "[i % 20];
+        }
+        let mut writer = BatchWriter::default();
+        writer.push(7, &text, &mut EpochDigest::default());
+        assert!(writer.bytes.len() < 200, "{} bytes for a page of repeated text", writer.bytes.len());
+    }
+
     fn decode(batch: &[u8], ram_pages: u64) -> Result<Vec<(u64, Vec<u8>)>, BatchError> {
         let mut pages = Vec::new();
         for_each_record(batch, ram_pages, |record| {
@@ -317,17 +328,6 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-    fn a_page_that_compresses_travels_compressed() {
-        let mut text = [0u8; PAGE];
-        for (i, byte) in text.iter_mut().enumerate() {
-            *byte = b"the quick brown fox "[i % 20];
-        }
-        let mut writer = BatchWriter::default();
-        writer.push(7, &text, &mut EpochDigest::default());
-        assert!(writer.bytes.len() < 200, "{} bytes for a page of repeated text", writer.bytes.len());
-    }
-
-    #[test]
         fn what_is_encoded_is_decoded_and_both_ends_compute_the_same_digest(
             pages in proptest::collection::vec((0u64..64, some_page()), 0..24),
         ) {
