@@ -83,6 +83,10 @@ impl Cluster for Pacemaker<'_> {
         let root =
             Element::parse(&text).map_err(|e| ClusterError::Failed(format!("crm_mon's answer is unreadable: {e}")))?;
         let member = |node: &&Element| {
+            // Remote and guest nodes have no CIB and no part in decisions.
+            if node.attribute("type").is_some_and(|t| t != "member") {
+                return None;
+            }
             Some(Member {
                 name: node.attribute("name")?.to_owned(),
                 online: node.attribute("online")? == "true",

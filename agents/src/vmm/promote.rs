@@ -22,7 +22,10 @@ use crate::cluster::{Cib, ClusterError, ended_attribute, generation_attribute};
 use crate::process::Identity;
 use crate::rules::{self, Origin, SCORE_RUNS};
 use crate::service::{Observed, ask};
+use crate::veto::{self, Subject, VetoError};
 
+/// How long promote looks for the proof that lets outputs go before the replicator's turn.
+const VETO_PATIENCE: Duration = Duration::from_millis(2500);
 /// The replicator's executable.
 const REPLICATOR: &str = "understudy-replicator";
 

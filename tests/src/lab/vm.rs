@@ -43,7 +43,7 @@ pub struct VmSize {
     #[arg(long)]
     pub memory: Option<u32>,
     /// Virtual CPUs of the lab VM
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     pub cpus: u32,
 }
 
@@ -82,6 +82,20 @@ fn vm_dir() -> Result<PathBuf> {
     Ok(places::lab_dir()?.join(format!("vm-{}", vm_name()?)))
 }
 
+/// The lab root's libraries.
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+
+/// The lab root's own QEMU, started with the lab root's own loader and libraries. Not the host's: Debian 12's QEMU 7.2 emulates
+/// nested AMD-V so that kernels in the lab VM and guests in it die of corrupted memory after a while.
+fn qemu(lab_root: &Path) -> [std::ffi::OsString; 4] {
+    [
+        lab_root.join("lib64/ld-linux-x86-64.so.2").into(),
+        "--library-path".into(),
+        lab_root.join(LIBRARIES).into(),
+        lab_root.join("usr/bin/qemu-system-x86_64").into(),
+    ]
+}
+
 impl Vm {
     /// The VM that is up, if any.
     pub fn running() -> Result<Option<Self>> {
@@ -106,7 +120,7 @@ impl Vm {
 
     fn up(size: &VmSize, tied: bool) -> Result<Self> {
         host::need_root("The lab VM")?;
-        host::need_tools(&[("qemu-system-x86_64", "qemu-system-x86")])?;
+        host::need_tools(&[("setpriv", "util-linux")])?;
         let image = root::ensure_image()?;
         let lab_root = places::root_dir()?;
         let dir = vm_dir()?;
@@ -126,15 +140,18 @@ impl Vm {
         let bin = places::bin_dir()?;
         let mut command = if tied {
             let mut command = Command::new("setpriv");
-            command.args(["--pdeathsig", "SIGKILL", "qemu-system-x86_64"]);
+            command.args(["--pdeathsig", "SIGKILL"]).args(qemu(&lab_root));
             command
         } else {
-            let mut command = Command::new("qemu-system-x86_64");
-            command.arg("-daemonize");
+            let [loader, rest @ ..] = qemu(&lab_root);
+            let mut command = Command::new(loader);
+            command.args(rest).arg("-daemonize");
             command
         };
+        command.env("QEMU_MODULE_DIR", lab_root.join(LIBRARIES).join("qemu"));
+        command.arg("-L").arg(lab_root.join("usr/share/seabios")).arg("-L").arg(lab_root.join("usr/share/qemu"));
         command.args(["-name", "understudy-lab", "-machine", "pc,graphics=off", "-nodefaults", "-no-user-config"]);
-        command.args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,+svm,+npt"]);
+        command.args(["-accel", "tcg,thread=single,tb-size=512", "-cpu", "max,+svm,+npt"]);
         command.args(["-smp", &size.cpus.to_string(), "-m", &format!("{}M", size.memory_mib()?)]);
         command.args(["-display", "none", "-no-reboot", "-pidfile"]).arg(&pid_file);
         command.arg("-kernel").arg(lab_root.join("boot/vmlinuz")).arg("-initrd").arg(&init_path);
