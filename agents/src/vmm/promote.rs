@@ -109,8 +109,33 @@ pub fn promote(machine: &Machine<'_>) -> ocf::Result {
     run(machine, generation, from)?;
     if sends {
         change_replicator(machine, &ReplicatorRequest::Promote);
+    } else if cib.is_some() && machine.promotable && context.environment.under_pacemaker() {
+        let_outputs_go(machine);
     }
     Ok(())
+}
+
+/// Open the gate if it is certain already that no other node can be promoted: after a power cut the old primary has been
+/// fenced, or we would not be here. The replicator does the same when its turn comes, which on a busy cluster is seconds
+/// later; if there is no proof within a moment it is left to it.
+fn let_outputs_go(machine: &Machine<'_>) {
+    let deadline = machine.context.deadline.within(VETO_PATIENCE);
+    let resource = machine.context.environment.resource();
+    let subject = Subject { machine: &machine.name, resource: Some(resource) };
+    let proven = machine.cluster.node_name(deadline).map_err(VetoError::from).and_then(|node| {
+        let members = machine.cluster.members(deadline)?;
+        let mut others = members.iter().filter(|m| m.name != node);
+        others.try_for_each(|m| veto::impose(machine.cluster, &subject, &m.name, deadline))
+    });
+    let opened = proven
+        .map_err(|e| e.to_string())
+        .and_then(|()| machine.tell::<()>(&VmmRequest::GateOpen, Duration::from_secs(2)).map_err(|e| e.to_string()));
+    match opened {
+        Ok(()) => {
+            machine.context.log.info(format!("no other node can run {}: its outputs leave at once", machine.name))
+        }
+        Err(why) => machine.context.log.info(format!("the outputs of {} wait for its replicator: {why}", machine.name)),
+    }
 }
 
 /// Change the replicator's role on the cluster's behalf. Should it fail, the cluster sees that when it monitors the replicator.
