@@ -115,7 +115,7 @@ fn a_standby_without_an_address_for_checkpoints_is_an_error() {
 fn relative_paths_and_odd_values_are_errors() {
     refused(&SMALL.replace("/boot/vmlinuz", "vmlinuz"), line_of(SMALL, "vmlinuz"), "absolute path");
     refused(&SMALL.replace("kernel =", "vcpus = 33\nkernel ="), line_of(SMALL, "kernel"), "1 to 32");
-    let text = DEMO.replace("pty:/run", "/run");
+    let text = DEMO.replace("tty:/run", "/run");
     refused(&text, line_of(&text, "/run/understudy"), "give tty:");
     let text = format!("{SMALL}[machines.monitor]\nprimary = \"5s\"\nstandby = 5\n");
     refused(&text, line_of(&text, "m1"), "different intervals");

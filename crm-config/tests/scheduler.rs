@@ -111,6 +111,7 @@ fn metadata(name: &str) -> String {
         "kernel",
         "initrd",
         "cmdline",
+        "peer_timeout_ms",
         "serial0",
         "peers",
         "key",
