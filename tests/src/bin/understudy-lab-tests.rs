@@ -75,9 +75,8 @@ fn main() -> ExitCode {
 
 fn play(arguments: &Arguments, tally: &mut Tally) {
     let mut started = None;
-    let policy = &arguments.policy;
-    if !tally.run("a policy file of one page configures a cluster", || {
-        started = Some(World::up(policy, |_| {})?);
+    if !tally.run("two cluster nodes and a board come up", || {
+        started = Some(World::bare(|_| {})?);
         Ok(())
     }) {
         return;
@@ -87,6 +86,10 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
         if tally.wants(name) {
             tally.run(name, || test(&world));
         }
+    }
+    if !tally.run("a policy file of one page configures the cluster", || world.configure(&arguments.policy)) {
+        println!("{}", world.describe());
+        return;
     }
     let mut healthy = tally
         .run("the machine comes up without its standby, and is protected when the standby comes", || {

@@ -41,14 +41,21 @@ pub struct World {
 }
 
 impl World {
-    /// Bring up the lab, plug the device in and configure the machine as `policy` says; returns when the cluster has taken the configuration.
+    /// Bring up the lab, plug the device in and configure the machine as `policy` says; returns when the cluster has taken the
+    /// configuration.
     pub fn up(policy: &Path, progress: fn(&str)) -> Result<Self> {
+        let world = Self::bare(progress)?;
+        world.configure(policy)?;
+        Ok(world)
+    }
+
+    /// The lab with the device plugged in and the guest's files in place; the cluster's configuration is empty.
+    pub fn bare(progress: fn(&str)) -> Result<Self> {
         progress("starting two cluster nodes and a board");
         let lab = Lab::up(&LabOptions { bare: true, ..LabOptions::default() })?;
         let mut world = Self { lab, device: None, progress };
         world.plug_device()?;
         world.give_guest_files()?;
-        world.configure(policy)?;
         Ok(world)
     }
 
@@ -71,7 +78,7 @@ impl World {
     }
 
     /// `understudy-crm apply`, as an administrator would.
-    fn configure(&self, policy: &Path) -> Result<()> {
+    pub fn configure(&self, policy: &Path) -> Result<()> {
         (self.progress)("configuring the cluster from the policy file");
         for node in HOSTS {
             fs::copy(policy, self.lab.disk_file(node, "etc-understudy/policy.toml")?)
