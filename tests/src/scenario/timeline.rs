@@ -67,7 +67,7 @@ fn detected(world: &World, survivor: &str, at_ms: u64) -> Option<u64> {
     let text = fs::read_to_string(log).ok()?;
     text.lines()
         .filter(|l| l.contains("A processor failed") || l.contains("A new membership"))
-        .filter_map(|l| time_of_day_ms(l))
+        .filter_map(time_of_day_ms)
         .map(|t| {
             // The line has no date; it is within half a day of the cause.
             let day = 86_400_000;

@@ -120,7 +120,7 @@ impl Rtc {
         if self.reg(REG_B) & B_24_HOURS != 0 {
             return self.encode(hour);
         }
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = if hour.is_multiple_of(12) { 12 } else { hour % 12 };
         self.encode(twelve) | if hour >= 12 { HOUR_PM } else { 0 }
     }
 

@@ -118,7 +118,7 @@ impl Msix {
 
     /// Write the table: aligned dwords and qwords; anything else is undefined for the guest and ignored.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
-        if !matches!(data.len(), 4 | 8) || offset % data.len() as u64 != 0 {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
             return;
         }
         let Some(entry) = usize::try_from(offset / ENTRY_BYTES).ok().and_then(|i| self.entries.get_mut(i)) else {

@@ -234,7 +234,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
         self.config.read(self.window + WINDOW_BAR, &mut bar);
         let offset = self.config.dword(self.window + WINDOW_OFFSET);
         let len = self.config.dword(self.window + WINDOW_LENGTH);
-        let good = bar[0] == BAR && matches!(len, 1 | 2 | 4) && offset % len == 0 && offset < BAR_SIZE;
+        let good = bar[0] == BAR && matches!(len, 1 | 2 | 4) && offset.is_multiple_of(len) && offset < BAR_SIZE;
         good.then_some((u64::from(offset), len as usize))
     }
 
@@ -283,12 +283,12 @@ impl<D: VirtioDevice> PciFunction for VirtioPci<D> {
     }
 
     fn config_read(&mut self, offset: u8, data: &mut [u8], ctx: &Ctx) {
-        if self.in_window(offset) {
-            if let Some((at, len)) = self.window_access() {
-                let mut value = [0; 4];
-                self.bar_read(usize::from(BAR), at, &mut value[..len], ctx);
-                self.config.write(self.window + WINDOW_DATA, &value);
-            }
+        if self.in_window(offset)
+            && let Some((at, len)) = self.window_access()
+        {
+            let mut value = [0; 4];
+            self.bar_read(usize::from(BAR), at, &mut value[..len], ctx);
+            self.config.write(self.window + WINDOW_DATA, &value);
         }
         self.config.show_interrupt(self.isr != 0);
         self.config.read(offset, data);
@@ -297,11 +297,11 @@ impl<D: VirtioDevice> PciFunction for VirtioPci<D> {
     fn config_write(&mut self, offset: u8, data: &[u8], ctx: &Ctx) {
         self.config.write(offset, data);
         self.msix.sync(&self.config);
-        if self.in_window(offset) {
-            if let Some((at, len)) = self.window_access() {
-                let value = self.config.dword(self.window + WINDOW_DATA).to_le_bytes();
-                self.bar_write(usize::from(BAR), at, &value[..len], ctx);
-            }
+        if self.in_window(offset)
+            && let Some((at, len)) = self.window_access()
+        {
+            let value = self.config.dword(self.window + WINDOW_DATA).to_le_bytes();
+            self.bar_write(usize::from(BAR), at, &value[..len], ctx);
         }
     }
 
