@@ -28,6 +28,9 @@ pub const BOARD: &str = "b1";
 /// held by the device and not by the board.
 const LINE: &str = "pty:/run/understudy-bmc/demo-com1";
 
+/// Bytes a second that the guest writes in the lab VM.
+const EMULATED_RATE: u32 = 2000;
+
 /// Bounds of waits, long enough for software emulation on a busy host. Nothing is measured by them.
 pub const BOUND: Duration = Duration::from_secs(240);
 
@@ -80,9 +83,15 @@ impl World {
     /// `understudy-crm apply`, as an administrator would.
     pub fn configure(&self, policy: &Path) -> Result<()> {
         (self.progress)("configuring the cluster from the policy file");
+        let mut text = fs::read_to_string(policy).with_context(|| format!("reading {}", policy.display()))?;
+        if places::in_vm() {
+            // Every byte on the line is an exit from a guest inside an emulated CPU, which it shares with two hosts and their
+            // clusters: at full rate nothing else would run. On real KVM the guest writes as fast as 115200 baud allow.
+            text = text.replace("understudy.rate=11520", &format!("understudy.rate={EMULATED_RATE}"));
+        }
         for node in HOSTS {
-            fs::copy(policy, self.lab.disk_file(node, "etc-understudy/policy.toml")?)
-                .with_context(|| format!("copying {}", policy.display()))?;
+            fs::write(self.lab.disk_file(node, "etc-understudy/policy.toml")?, &text)
+                .with_context(|| format!("writing the policy for {node}"))?;
         }
         self.lab.run("n1", &["understudy-crm", "apply", "/etc/understudy/policy.toml"])?;
         Ok(())
