@@ -86,7 +86,7 @@ impl AcpiPm {
 
     /// The guest writes to the SMI command port (`offset` 0) or the status port next to it (1).
     pub fn smi_write(&mut self, offset: u16, data: &[u8]) {
-        for (offset, value) in (offset..).zip(data) {
+        for (offset, value) in super::written_bytes(offset, data) {
             match (offset, *value) {
                 (0, ACPI_ENABLE) => self.control |= control::SCI_EN,
                 (0, ACPI_DISABLE) => self.control &= !control::SCI_EN,
@@ -160,7 +160,7 @@ impl PioDevice for AcpiPm {
     fn write(&mut self, offset: u16, data: &[u8], now: VmTime) -> Action {
         self.advance(now);
         let mut action = Action::None;
-        for (offset, value) in (offset..).zip(data) {
+        for (offset, value) in super::written_bytes(offset, data) {
             match self.write_byte(offset, *value) {
                 Action::None => {}
                 wanted => action = wanted,
@@ -260,6 +260,15 @@ mod tests {
     #[test]
     fn when_it_is_ticked_makes_no_difference_to_the_guest() {
         assert_ticks_are_invisible(16, AcpiPm::new);
+    }
+
+    #[test]
+    fn an_access_at_the_very_last_offset_goes_nowhere() {
+        let mut pm = AcpiPm::new();
+        let mut data = [0; 4];
+        pm.read(u16::MAX, &mut data, VmTime(0));
+        assert_eq!(pm.write(u16::MAX, &[0xff; 4], VmTime(0)), Action::None);
+        pm.smi_write(u16::MAX, &[0xff; 4]);
     }
 
     #[test]

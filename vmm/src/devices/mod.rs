@@ -168,6 +168,12 @@ pub trait PioDevice {
     fn tick(&mut self, _now: VmTime) {}
 }
 
+/// The bytes of a write with the byte-wide register that each goes to; what lies beyond the last offset goes nowhere.
+fn written_bytes(offset: u16, data: &[u8]) -> impl Iterator<Item = (u16, &u8)> {
+    // (`(offset..).zip(data)` would compute one offset too many, and that overflows at the end of the range.)
+    data.iter().enumerate().map_while(move |(i, byte)| Some((offset.checked_add(u16::try_from(i).ok()?)?, byte)))
+}
+
 /// Calls `f(offset, byte)` for each byte of a read of byte-wide registers.
 fn read_bytes(offset: u16, data: &mut [u8], mut f: impl FnMut(u16) -> u8) {
     for (i, byte) in data.iter_mut().enumerate() {

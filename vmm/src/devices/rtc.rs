@@ -321,7 +321,7 @@ impl PioDevice for Rtc {
 
     fn write(&mut self, offset: u16, data: &[u8], now: VmTime) -> Action {
         self.advance(now);
-        for (offset, value) in (offset..).zip(data) {
+        for (offset, value) in super::written_bytes(offset, data) {
             match offset {
                 // Bit 7 masks NMIs, and there are none.
                 0 => self.index = value & 0x7f,

@@ -509,7 +509,7 @@ impl PioDevice for Uart16550 {
 
     fn write(&mut self, offset: u16, data: &[u8], now: VmTime) -> Action {
         self.advance(now);
-        for (register, value) in (offset..).zip(data) {
+        for (register, value) in super::written_bytes(offset, data) {
             if let Ok(register) = u8::try_from(register) {
                 self.write_register(register, *value, now);
             }
