@@ -137,6 +137,8 @@ fn play(world: &mut World, report: &mut Report) -> Result<()> {
     say(&format!("MOVE the machine to {other} (crm resource move)"));
     world.lab.run(primary, &["crm", "resource", "move", VMM_CLONE, other, "force"])?;
     survive(world, &mut outage, other)?;
+    // The command waits for the cluster, and the old primary is heard meanwhile: only the silence tells something.
+    (outage.promoted_ms, outage.first_output_ms) = (None, None);
     world.lab.run(other, &["crm", "resource", "clear", VMM_CLONE])?;
     report.outages.push(outage);
     primary = rearm(world, report)?;
