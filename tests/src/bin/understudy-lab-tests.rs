@@ -81,7 +81,7 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
     }) {
         return;
     }
-    let Some(mut world) = started else { return };
+    let Some(world) = started else { return };
     for (name, test) in tools::TESTS.iter().chain(agents::TESTS) {
         if tally.wants(name) {
             tally.run(name, || test(&world));
@@ -118,8 +118,9 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
         }
     }
     if healthy {
-        tally.run("in the end the device's books and the guest's agree to the last line", || {
-            bad_days::books_agree(&mut world)
+        tally.run("the device's books and the guest's agree to the last line", || bad_days::books_agree(&world));
+        tally.run("a frozen primary that wakes up after the takeover is refused and stops itself", || {
+            bad_days::zombie(&world)
         });
     }
     if !arguments.keep {

@@ -27,7 +27,6 @@ pub const TESTS: &[Test] = &[
     ("a second start of a running machine changes nothing", second_start),
     ("the death of the VMM on the primary leads to takeover", vmm_dies),
     ("a planned move loses nothing", planned_move),
-    ("a frozen primary that wakes up after the takeover is refused everywhere and stops itself", zombie),
 ];
 
 /// The first test of all: only one node is on when the machine is started.
@@ -61,10 +60,10 @@ pub fn whole(world: &World, before: u64) -> Result<()> {
     Ok(())
 }
 
-/// The very last test.
-pub fn books_agree(world: &mut World) -> Result<()> {
-    let verdict = world.final_verdict()?;
-    ensure!(verdict.ok && verdict.drained && verdict.undelivered == 0, "{verdict:?}");
+/// The device stops writing until the guest has reported everything that it was sent.
+pub fn books_agree(world: &World) -> Result<()> {
+    let verdict = world.drain()?;
+    ensure!(verdict.violations == 0 && verdict.undelivered == 0 && verdict.sent > 0, "{verdict:?}");
     Ok(())
 }
 
@@ -223,7 +222,9 @@ fn planned_move(world: &World) -> Result<()> {
     world.wait_lines(20)
 }
 
-fn zombie(world: &World) -> Result<()> {
+/// The very last test: it leaves a cluster that has met a node it took for dead. A primary is frozen, fenced by its network alone,
+/// and wakes up with all its cables plugged in.
+pub fn zombie(world: &World) -> Result<()> {
     let old = world.primary()?;
     let before = world.vmm(old)?;
     let board_before = world.verdict()?;
@@ -246,14 +247,10 @@ fn zombie(world: &World) -> Result<()> {
             })?;
             let now = world.vmm(new)?;
             ensure!(now.generation > before.generation && now.state == VmmState::Running, "{now:?}");
-            world.wait_lines(50)?;
             let after = world.verdict()?;
             ensure!(after.violations == board_before.violations, "the zombie was heard: {:?}", after.first_violations);
             Ok(())
         })();
     world.lab.fence_mode(FenceMode::Power)?;
-    // What is left of it is switched off and on, as an administrator would.
-    world.lab.power_cut(old)?;
-    world.boot(old)?;
     result
 }

@@ -130,6 +130,15 @@ impl World {
         Self::ask_device(&Request::Status, Duration::from_secs(20))
     }
 
+    /// Stop writing until the guest has reported all that was sent, then go on. The judgement in between.
+    pub fn drain(&self) -> Result<Verdict> {
+        let bound = Duration::from_secs(90);
+        let request = Request::Drain { timeout_ms: bound.as_millis() as u64 };
+        let verdict = Self::ask_device(&request, bound + Duration::from_secs(20))?;
+        Self::ask_device(&Request::Resume, Duration::from_secs(20))?;
+        Ok(verdict)
+    }
+
     /// Stop writing, wait until the guest has reported all that was sent, end the device. The last word.
     pub fn final_verdict(&mut self) -> Result<Verdict> {
         let drain = Duration::from_secs(60);
