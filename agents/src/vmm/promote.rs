@@ -148,8 +148,9 @@ fn change_replicator(machine: &Machine<'_>, request: &ReplicatorRequest) {
 
 fn run(machine: &Machine<'_>, generation: Generation, from: PromoteFrom) -> ocf::Result {
     machine.mark_promoted(generation)?;
-    // Before the machine runs, and after the mark by which a hook that comes now knows: the scheduler looks at the scores as soon as this action has ended, and must not find
-    // another node's initial preference higher than that of the node which runs it.
+    // Before the machine runs: the scheduler looks at the scores as soon as this action has ended, and must not find another
+    // node's initial preference higher than that of the node which runs it. After the mark, by which a hook that comes now
+    // knows not to write a lower one.
     machine.set_score(Some(SCORE_RUNS));
     let patience = machine.context.deadline.remaining().max(Duration::from_secs(1));
     if let Err(error) = machine.tell::<()>(&VmmRequest::Promote { generation, from }, patience) {
