@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -313,9 +313,4 @@ impl World {
             }
         }
     }
-}
-
-/// A program of this build that is run beside the nodes rather than in them.
-pub fn sibling(name: &str) -> Result<Command> {
-    Ok(Command::new(places::bin_dir()?.join(name)))
 }
