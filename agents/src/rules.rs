@@ -191,6 +191,7 @@ mod tests {
             pause_p50_us: 0,
             pause_p99_us: 0,
             pause_max_us: 0,
+            statistics: Default::default(),
             note: String::new(),
         }
     }

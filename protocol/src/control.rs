@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Epoch, Generation};
+use crate::statistics::Statistics;
 
 /// Longest line either side accepts, in bytes.
 pub const MAX_LINE: usize = 1 << 20;
@@ -352,6 +353,9 @@ pub struct ReplicatorStatus {
     pub pause_max_us: u64,
     /// The last thing worth telling a person, e.g. why the peer was refused.
     pub note: String,
+    /// Histograms and bytes at each stage.
+    #[serde(default)]
+    pub statistics: Statistics,
 }
 
 /// A request to a board service, e.g. `understudy-serial`.

@@ -7,6 +7,7 @@
 //! | [`secure`]  | replicator ↔ replicator, vmm ↔ board | TCP, authenticated and encrypted with the cluster's [`key`] |
 //! | [`frame`]   | the same, inside | records with type, epoch, generation and CRC-32 |
 //! | [`board`]   | vmm ↔ board service | those records: sessions of a line of bytes |
+//! | [`statistics`] | replicator → people and monitoring | a part of its status |
 //! | [`ids`]     | everybody | types that keep an epoch from being taken for a generation |
 //!
 //! Nothing here knows Pacemaker, KVM or a device: it is the one crate that both sides of every boundary depend on.
@@ -18,3 +19,4 @@ pub mod ids;
 pub mod key;
 pub mod layout;
 pub mod secure;
+pub mod statistics;

@@ -31,6 +31,7 @@ use crate::hook::Hook;
 use crate::log;
 use crate::message::Message;
 use crate::sender::{Action, Event, Facts, Sender, SenderConfig};
+use crate::stats::SenderStats;
 
 /// A VMM that has not answered for so long is lost.
 const VMM_TIMEOUT: Duration = Duration::from_secs(10);
@@ -98,6 +99,8 @@ pub struct SenderView {
     pub wire_bytes: u64,
     /// Newest pauses, µs.
     pub pauses: Vec<u64>,
+    /// Histograms.
+    pub stats: SenderStats,
 }
 
 /// A running sender.
@@ -147,6 +150,7 @@ impl SenderHandle {
             raw_bytes: 0,
             wire_bytes: 0,
             pauses: Vec::new(),
+            stats: SenderStats::default(),
             logged: Vec::new(),
             config,
         };
@@ -234,6 +238,7 @@ struct Driver {
     raw_bytes: u64,
     wire_bytes: u64,
     pauses: Vec<u64>,
+    stats: SenderStats,
     /// What was logged lately.
     logged: Vec<(String, Instant)>,
 }
@@ -273,7 +278,10 @@ impl Driver {
         match input {
             Input::Stop => {}
             Input::Event(event) => self.core.event(event, now),
-            Input::Peer(connection, event) if connection == self.connection => self.core.event(event, now),
+            Input::Peer(connection, event) if connection == self.connection => {
+                self.stats.heard(&event, now);
+                self.core.event(event, now);
+            }
             Input::Peer(..) => {}
             Input::Connect(connection, _) if connection != self.connection => {}
             Input::Connect(_, Err(why)) => self.core.event(Event::PeerLost(why), now),
@@ -308,6 +316,7 @@ impl Driver {
             Action::SendDirty => Some(self.send_dirty().unwrap_or_else(Trouble::event)),
             Action::CopySlice { first } => Some(self.copy_slice(first).unwrap_or_else(Trouble::event)),
             Action::Cut { epoch, arm, last } => {
+                self.stats.cut(epoch, arm, Instant::now());
                 self.epoch = epoch;
                 self.kept.clear();
                 self.keeping = true;
@@ -330,6 +339,7 @@ impl Driver {
                 if message == Message::SyncBegin {
                     self.digest = EpochDigest::default();
                     self.batch.clear();
+                    self.stats.first_copy(self.wire_bytes);
                 }
                 self.send_message(epoch, &message).err().map(Trouble::event)
             }
@@ -435,7 +445,9 @@ impl Driver {
     fn captured(&mut self, request: &VmmRequest) -> Event {
         match self.call::<Captured>(request) {
             Ok(captured) => {
+                self.stats.captured(&captured);
                 if !captured.more {
+                    self.stats.pause(captured.pause_us);
                     self.pauses.push(captured.pause_us);
                     let excess = self.pauses.len().saturating_sub(512);
                     self.pauses.drain(..excess);
@@ -509,6 +521,7 @@ impl Driver {
         view.raw_bytes = self.raw_bytes;
         view.wire_bytes = self.wire_bytes;
         view.pauses.clone_from(&self.pauses);
+        view.stats.clone_from(&self.stats);
     }
 }
 

@@ -27,5 +27,7 @@ pub mod log;
 pub mod message;
 pub mod process;
 pub mod receiver;
+pub mod report;
 pub mod sender;
 pub mod standby;
+pub mod stats;

@@ -8,7 +8,7 @@ pub fn line(sentence: &str) {
 }
 
 /// `YYYY-MM-DDTHH:MM:SS.mmmZ`.
-fn timestamp(time: SystemTime) -> String {
+pub(crate) fn timestamp(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
     // Days to civil date: years begin in March, so that the leap day is the last of its year; 400 years have 146,097 days.

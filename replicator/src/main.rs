@@ -1,6 +1,7 @@
 //! `understudy-replicator`: the process of one machine on one node, and its commands for people.
 #![forbid(unsafe_code)]
 
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,12 +12,13 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use understudy_protocol::control::{HandedOver, ReplicatorRequest, ReplicatorStatus, Role, TakenOver, call_once};
+use understudy_protocol::control::{HandedOver, ReplicatorRequest, TakenOver, call_once};
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::{DEFAULT_KEY_FILE, Key};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 use understudy_replicator::hook::Arm;
 use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_offline};
+use understudy_replicator::report::{Sample, metrics, text, top};
 
 /// Keeps a whole image of a machine on another node: epochs out on the primary, commit and take-over on the standby.
 #[derive(Parser)]
@@ -37,6 +39,25 @@ enum Command {
         /// As one JSON object.
         #[arg(long)]
         json: bool,
+    },
+    /// Watch what the replicator does: a live view on a terminal (q ends it), one line a sample elsewhere.
+    Top {
+        #[command(flatten)]
+        place: Place,
+        /// Milliseconds from one sample to the next.
+        #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
+        interval_ms: u64,
+        /// End after so many samples.
+        #[arg(long)]
+        count: Option<u64>,
+    },
+    /// Print measurements in Prometheus' text format, e.g. for node_exporter's textfile collector.
+    Metrics {
+        #[command(flatten)]
+        place: Place,
+        /// Do not print, but answer `GET /metrics` on this address (HOST:PORT) until ended. Who can reach it can read it.
+        #[arg(long)]
+        listen: Option<String>,
     },
     /// Become the sender: protect the machine that runs on this node.
     Promote(Place),
@@ -147,14 +168,20 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Run(run) => serve(run),
         Command::Status { place, json } => {
-            let status: ReplicatorStatus = place.call(&ReplicatorRequest::Status, SHORT)?;
+            let sample = Sample::take(&place.layout()?);
+            let status = sample.replicator.map_err(anyhow::Error::msg)?;
             if json {
                 println!("{}", serde_json::to_string_pretty(&status)?);
             } else {
-                print_status(&status);
+                print!("{}", text::status(&status, sample.vmm.ok().as_ref()));
             }
             Ok(())
         }
+        Command::Top { place, interval_ms, count } => {
+            let interval = Duration::from_millis(interval_ms);
+            top::watch(&place.layout()?, interval, count).context("cannot show the live view")
+        }
+        Command::Metrics { place, listen } => publish(&place, listen.as_deref()),
         Command::Promote(place) => place.call(&ReplicatorRequest::Promote, SHORT),
         Command::Demote(place) => place.call(&ReplicatorRequest::Demote, LONG),
         Command::HandOver(place) => {
@@ -177,6 +204,20 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Keygen { file } => {
             Key::generate(&file)?;
             println!("{} holds a new key: copy it to every node and board of the cluster", file.display());
+            Ok(())
+        }
+    }
+}
+
+fn publish(place: &Place, listen: Option<&str>) -> anyhow::Result<()> {
+    let layout = place.layout()?;
+    match listen {
+        Some(address) => {
+            let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+            metrics::serve(&listener, &place.machine, &layout).context("cannot accept connections any more")
+        }
+        None => {
+            print!("{}", metrics::exposition(&place.machine, &Sample::take(&layout)));
             Ok(())
         }
     }
@@ -222,31 +263,6 @@ fn parse_peers(text: &str) -> anyhow::Result<Vec<(String, String)>> {
         _ => bail!("--peers: {pair:?} is not NODE=HOST:PORT"),
     });
     pairs.collect()
-}
-
-fn print_status(status: &ReplicatorStatus) {
-    let role = match status.role {
-        Role::Sender => "sender",
-        Role::Receiver => "receiver",
-    };
-    println!("{}: {role}, generation {}", status.machine, status.generation);
-    println!("  replica    {:?}, source {:?}", status.replica, status.source);
-    let peer = status.peer.as_deref().unwrap_or("none");
-    println!("  peer       {peer} ({})", if status.connected { "connected" } else { "not connected" });
-    if status.role == Role::Sender {
-        let protected = if status.protected { "yes" } else { "NO" };
-        println!("  protected  {protected}{}", if status.vetoed { ", a veto against the standby stands" } else { "" });
-        println!(
-            "  pauses     p50 {} µs, p99 {} µs, max {} µs",
-            status.pause_p50_us, status.pause_p99_us, status.pause_max_us
-        );
-    }
-    println!("  epochs     committed {}, current {}, {} ms ago", status.committed, status.current, status.lag_ms);
-    println!("  first copy {:.0} %, the last took {} ms", status.sync_progress * 100.0, status.last_sync_ms);
-    let ratio = status.raw_bytes as f64 / status.wire_bytes.max(1) as f64;
-    println!("  bytes      {} before encoding, {} on the wire ({ratio:.1} : 1)", status.raw_bytes, status.wire_bytes);
-    println!("  since start {} epochs, {} losses", status.epochs, status.losses);
-    println!("  note       {}", status.note);
 }
 
 #[cfg(test)]

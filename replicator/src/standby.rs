@@ -21,6 +21,7 @@ use crate::local::local_vmm;
 use crate::log;
 use crate::message::{Envelope, Message};
 use crate::receiver::{Conn, Receiver, Standing, Step, Surroundings};
+use crate::stats::ReceiverStats;
 
 /// How long the local VMM may think about a status request before it counts as using its RAM.
 const VMM_TIMEOUT: Duration = Duration::from_secs(1);
@@ -57,6 +58,8 @@ pub struct Counters {
     pub last_sync: Duration,
     /// The last thing worth telling.
     pub note: String,
+    /// Histograms.
+    pub stats: ReceiverStats,
 }
 
 /// The receiving side of one machine on this node.
@@ -171,14 +174,18 @@ impl Standby {
         self.core.message(conn, &envelope, around, &mut steps);
         match &envelope.message {
             Message::SyncBegin => self.counters.sync_began = Some(Instant::now()),
+            // What has come so far is no part of an epoch.
+            Message::Hello(_) | Message::SyncPages(_) => self.counters.stats.forget(self.counters.wire_bytes),
             Message::State(piece) => self.state_bytes += piece.len() as u64,
             _ => {}
         }
+        let began = Instant::now();
         self.run(steps, Some((header, payload)));
         self.counters.raw_bytes = self.state_bytes + self.core.pages_received() * PAGE as u64;
         if self.core.durable().record.epoch != before && self.core.durable().record.epoch > Epoch::ZERO {
             self.counters.epochs += 1;
             self.counters.committed_at = Some(Instant::now());
+            self.counters.stats.committed(began.elapsed(), self.counters.wire_bytes);
             if let Some(began) = self.counters.sync_began.take() {
                 self.counters.last_sync = began.elapsed();
                 let (epoch, ms) = (self.core.durable().record.epoch, self.counters.last_sync.as_millis());

@@ -3,7 +3,8 @@
 mod common;
 
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use common::fake_vmm::Load;
 use common::*;
@@ -490,4 +491,103 @@ fn the_status_command_speaks_to_people_and_to_machines() {
     assert!(text.contains("sender") && text.contains("protected  yes"), "{text}");
     let status: ReplicatorStatus = serde_json::from_str(&run(&["--json"])).unwrap();
     assert!(status.protected && status.pause_p50_us == 100);
+}
+
+/// `understudy-replicator COMMAND --machine m` on the node.
+fn people(node: &Node, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_understudy-replicator"));
+    command.args(arguments).args(["--machine", MACHINE, "--run-root"]).arg(node.dir.join("run"));
+    command
+}
+
+fn said(mut command: Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The value of a series whose line begins so.
+fn metric(text: &str, series: &str) -> f64 {
+    let line = text.lines().find(|line| line.starts_with(series)).unwrap_or_else(|| panic!("no {series} in\n{text}"));
+    line.rsplit_once(' ').unwrap().1.parse().unwrap()
+}
+
+#[test]
+fn the_metrics_of_both_nodes_count_every_epoch() {
+    let (pair, _primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.wait_epochs(20);
+    let sending = said(people(&pair.n1, &["metrics"]));
+    let commits = metric(&sending, "understudy_replicator_commit_seconds_count");
+    assert!(commits >= 20.0, "{sending}");
+    assert_eq!(commits, metric(&sending, "understudy_replicator_commit_seconds_bucket{machine=\"m\",le=\"+Inf\"}"));
+    assert!(metric(&sending, "understudy_replicator_pause_seconds_sum") >= 0.002, "each pause is 100 µs: {sending}");
+    let captured = metric(&sending, "understudy_replicator_captured_bytes_total");
+    assert!(captured > 0.0 && captured < metric(&sending, "understudy_replicator_raw_bytes_total"));
+    assert_eq!(metric(&sending, "understudy_replicator_role{machine=\"m\",role=\"sender\"}"), 1.0);
+    assert_eq!(metric(&sending, "understudy_replicator_protected"), 1.0);
+    let receiving = said(people(&pair.n2, &["metrics"]));
+    assert!(metric(&receiving, "understudy_replicator_epoch_bytes_count") >= commits, "{receiving}");
+    assert_eq!(metric(&receiving, "understudy_vmm_state{machine=\"m\",state=\"Standby\"}"), 1.0);
+    // Nobody there is an answer too: the collector's file stays valid.
+    let mut nobody = Command::new(env!("CARGO_BIN_EXE_understudy-replicator"));
+    nobody.args(["metrics", "--machine", MACHINE, "--run-root"]).arg(pair.dir.path().join("nowhere"));
+    assert_eq!(metric(&said(nobody), "understudy_replicator_up"), 0.0);
+}
+
+#[test]
+fn metrics_are_served_over_http_on_request() {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    let (pair, _primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    let address = format!("127.0.0.1:{}", free_port());
+    let mut server = people(&pair.n1, &["metrics", "--listen", &address]).spawn().unwrap();
+    let mut reply = String::new();
+    wait_until("the metrics are served", || {
+        let Ok(mut client) = TcpStream::connect(&address) else { return false };
+        client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        reply.clear();
+        client.read_to_string(&mut reply).is_ok() && reply.starts_with("HTTP/1.1 200")
+    });
+    let _ = server.kill();
+    let _ = server.wait();
+    assert_eq!(metric(&reply, "understudy_replicator_up"), 1.0);
+}
+
+#[test]
+fn the_live_view_writes_lines_into_a_pipe_and_a_screen_on_a_terminal_that_q_ends() {
+    use std::io::{Read, Write};
+    let (pair, _primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    let lines = said(people(&pair.n1, &["top", "--interval-ms", "100", "--count", "3"]));
+    assert_eq!(lines.lines().count(), 3);
+    let last = lines.lines().last().unwrap();
+    assert!(last.contains("m sender UpToDate protected") && last.contains("epochs/s="), "{last}");
+
+    let size = nix::pty::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+    let terminal = nix::pty::openpty(Some(&size), None).unwrap();
+    let slave = |fd: &std::os::fd::OwnedFd| Stdio::from(fd.try_clone().unwrap());
+    let before = nix::sys::termios::tcgetattr(&terminal.slave).unwrap();
+    let mut top = people(&pair.n1, &["top", "--interval-ms", "100"]);
+    top.stdin(slave(&terminal.slave)).stdout(slave(&terminal.slave)).stderr(slave(&terminal.slave));
+    let mut top = top.spawn().unwrap();
+    let mut keys = fs::File::from(terminal.master);
+    let (mut output, screen) = (keys.try_clone().unwrap(), Arc::new(Mutex::new(String::new())));
+    let seen = screen.clone();
+    // It ends when the last slave is closed, with the test.
+    std::thread::spawn(move || {
+        let mut piece = [0; 4096];
+        while let Ok(n @ 1..) = output.read(&mut piece) {
+            seen.lock().unwrap().push_str(&String::from_utf8_lossy(&piece[..n]));
+        }
+    });
+    let shows = |what: &str| screen.lock().unwrap().contains(what);
+    wait_until("a screen is drawn", || shows("understudy  m  sender") && shows("from cut to cut") && shows("q: quit"));
+    keys.write_all(b"q").unwrap();
+    wait_until("it ended", || top.try_wait().unwrap().is_some());
+    assert!(top.wait().unwrap().success());
+    wait_until("the screen is given back", || shows("\u{1b}[?1049h") && shows("\u{1b}[?1049l"));
+    let after = nix::sys::termios::tcgetattr(&terminal.slave).unwrap();
+    assert_eq!(before.local_flags, after.local_flags, "the terminal is as it was");
 }

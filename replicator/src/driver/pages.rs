@@ -134,6 +134,7 @@ impl Driver {
             let pages = self.digest.pages();
             let digest = self.digest.finish();
             note(self.send_epoch_message(&Message::End(End { pages, state_len: captured.state_len, digest })));
+            self.stats.sent(self.epoch, self.wire_bytes);
         }
         self.arena = Some(arena);
         Ok(())

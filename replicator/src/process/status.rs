@@ -48,6 +48,7 @@ impl Shared {
             pause_p99_us: p99,
             pause_max_us: max,
             note: view.facts.note,
+            statistics: view.stats.report(view.raw_bytes, view.wire_bytes),
         }
     }
 
@@ -88,6 +89,7 @@ impl Shared {
             pause_p99_us: 0,
             pause_max_us: 0,
             note: counters.note.clone(),
+            statistics: counters.stats.report(counters.raw_bytes, counters.wire_bytes),
         }
     }
 }

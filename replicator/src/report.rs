@@ -1,0 +1,128 @@
+//! What people and monitoring see of a machine's replication: one *sample* is what the replicator and the VMM on this node
+//! say of themselves; [`text`] prints it once, [`top`] again and again, [`metrics`] for Prometheus.
+//!
+//! All of this runs in the process of whoever asks. Neither the replicator nor the VMM does more for it than answer a status
+//! request on its control socket.
+
+pub mod metrics;
+pub mod text;
+pub mod top;
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use understudy_protocol::control::{
+    ControlError, ReplicatorRequest, ReplicatorStatus, VmmRequest, VmmStatus, call_once,
+};
+use understudy_protocol::layout::Layout;
+
+/// How long either process may think about its status.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// One look at a machine on this node.
+#[derive(Debug)]
+pub struct Sample {
+    /// When.
+    pub at: Instant,
+    /// The replicator, or why it does not say.
+    pub replicator: Result<ReplicatorStatus, String>,
+    /// The VMM, or why it does not say.
+    pub vmm: Result<Vmm, String>,
+}
+
+/// What the VMM says.
+#[derive(Debug, Clone)]
+pub struct Vmm {
+    /// Its status.
+    pub status: VmmStatus,
+    /// How it captures checkpoints: the strategy asked for, what the last cut chose and why. Empty with a VMM that has no choice.
+    pub strategy: String,
+    /// See `strategy`.
+    pub choice: String,
+}
+
+impl Sample {
+    /// Ask both.
+    pub fn take(layout: &Layout) -> Self {
+        let replicator = call_once(layout.replicator_socket(), &ReplicatorRequest::Status, PATIENCE);
+        let vmm = call_once::<_, Value>(layout.vmm_socket(), &VmmRequest::Status, PATIENCE);
+        let vmm = vmm.map_err(|e: ControlError| e.to_string()).and_then(|value| {
+            let word = |name: &str| value["capture"][name].as_str().unwrap_or_default().to_owned();
+            let (strategy, choice) = (word("strategy"), word("choice"));
+            let status = serde_json::from_value(value).map_err(|e| format!("its status is not understood: {e}"))?;
+            Ok(Vmm { status, strategy, choice })
+        });
+        Self { at: Instant::now(), replicator: replicator.map_err(|e| e.to_string()), vmm }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use crate::stats::{ReceiverStats, SenderStats};
+    use understudy_protocol::control::{Gate, ReplicaState, Role, SerialStatus, SourceState, VmmState};
+    use understudy_protocol::ids::{Epoch, Generation};
+
+    /// A node that runs the machine: 100 pauses, 99 of 100 µs and one of 2 ms.
+    pub(crate) fn sender() -> Sample {
+        let mut stats = SenderStats::default();
+        for _ in 0..99 {
+            stats.pause(100);
+        }
+        stats.pause(2000);
+        let statistics = stats.report(4096, 100);
+        let replicator = ReplicatorStatus {
+            machine: "m".into(),
+            role: Role::Sender,
+            replica: ReplicaState::UpToDate,
+            source: SourceState::Migrating,
+            connected: true,
+            peer: Some("n2 10.0.0.2:7790".into()),
+            generation: Generation(3),
+            committed: Epoch(99),
+            current: Epoch(100),
+            lag_ms: 12,
+            vetoed: false,
+            protected: true,
+            sync_progress: 1.0,
+            last_sync_ms: 800,
+            raw_bytes: 4096,
+            wire_bytes: 100,
+            epochs: 99,
+            losses: 1,
+            pause_p50_us: 100,
+            pause_p99_us: 100,
+            pause_max_us: 2000,
+            note: "protected: n2 holds epoch 1".into(),
+            statistics,
+        };
+        let vmm = serde_json::json!({
+            "machine": "m", "state": VmmState::Running, "generation": 3, "gate": Gate::Hold, "vcpus": 2, "ram_bytes": 1 << 28,
+            "vm_time_ns": 1_500_000_000u64, "last_cut": 100, "last_committed": 99, "replicated": true, "kvm_backend": "none",
+            "resets": 0, "recent_pauses_us": [],
+            "serial": [SerialStatus {
+                port: "com1".into(),
+                backend: "none".into(),
+                link: "local".into(),
+                tx_bytes: 7,
+                tx_acked: 6,
+                tx_held: 1,
+                rx_bytes: 5,
+            }],
+        });
+        let vmm = Vmm {
+            status: serde_json::from_value(vmm).unwrap(),
+            strategy: "auto".into(),
+            choice: "copied in the pause: few pages".into(),
+        };
+        Sample { at: Instant::now(), replicator: Ok(replicator), vmm: Ok(vmm) }
+    }
+
+    /// The other node.
+    pub(crate) fn receiver() -> Sample {
+        let mut sample = sender();
+        let statistics = ReceiverStats::default().report(4096, 100);
+        sample.replicator = sample.replicator.map(|s| ReplicatorStatus { role: Role::Receiver, statistics, ..s });
+        sample
+    }
+}

@@ -1,0 +1,127 @@
+//! A sample as a few lines for people, and numbers in their units.
+
+use std::fmt::Write;
+
+use understudy_protocol::control::{ReplicatorStatus, Role};
+use understudy_protocol::statistics::Histogram;
+
+use super::Vmm;
+
+/// The answer to `status`, lines with newlines.
+pub fn status(status: &ReplicatorStatus, vmm: Option<&Vmm>) -> String {
+    let mut out = String::new();
+    let mut line = |text: String| {
+        out.push_str(&text);
+        out.push('\n');
+    };
+    let statistics = &status.statistics;
+    line(format!("{}: {}, generation {}", status.machine, role(status.role), status.generation));
+    line(format!("  replica    {:?}, source {:?}", status.replica, status.source));
+    let peer = status.peer.as_deref().unwrap_or("none");
+    line(format!("  peer       {peer} ({})", if status.connected { "connected" } else { "not connected" }));
+    if status.role == Role::Sender {
+        let protected = if status.protected { "yes" } else { "NO" };
+        line(format!(
+            "  protected  {protected}{}",
+            if status.vetoed { ", a veto against the standby stands" } else { "" }
+        ));
+        if let Some(vmm) = vmm.filter(|vmm| !vmm.strategy.is_empty()) {
+            let choice = if vmm.choice.is_empty() { String::new() } else { format!(": {}", vmm.choice) };
+            line(format!("  capture    {}{choice}", vmm.strategy));
+        }
+    }
+    line(format!(
+        "  epochs     committed {}, current {}, {} in flight, the last {} ms ago",
+        status.committed, status.current, statistics.in_flight, status.lag_ms
+    ));
+    if status.role == Role::Sender {
+        let newest = [status.pause_p50_us, status.pause_p99_us, status.pause_max_us].map(time);
+        line(format!("  pauses     p50 {}, p99 {}, max {} (the newest 512)", newest[0], newest[1], newest[2]));
+        line(format!("             {} (since start)", quantiles(&statistics.pause_us, time)));
+        line(format!("  length     {} (from cut to cut)", quantiles(&statistics.epoch_us, time)));
+        line(format!("  commit     {} (from cut to acknowledgement)", quantiles(&statistics.commit_us, time)));
+    } else {
+        line(format!("  commit     {} (from arrival to applied)", quantiles(&statistics.commit_us, time)));
+    }
+    line(format!("  epoch size {} (on the wire)", quantiles(&statistics.epoch_bytes, size)));
+    line(format!("  first copy {:.0} %, the last took {} ms", status.sync_progress * 100.0, status.last_sync_ms));
+    let ratio = status.raw_bytes as f64 / status.wire_bytes.max(1) as f64;
+    let mut bytes = String::new();
+    if status.role == Role::Sender {
+        let _ = write!(bytes, "{} captured, ", size(statistics.bytes.captured));
+    }
+    let _ = write!(
+        bytes,
+        "{} before encoding, {} on the wire ({ratio:.1} : 1), {} of it in committed epochs",
+        size(status.raw_bytes),
+        size(status.wire_bytes),
+        size(statistics.bytes.committed)
+    );
+    line(format!("  bytes      {bytes}"));
+    line(format!("  since start {} epochs, {} losses", status.epochs, status.losses));
+    line(format!("  note       {}", status.note));
+    out
+}
+
+/// The role as a word.
+pub fn role(role: Role) -> &'static str {
+    match role {
+        Role::Sender => "sender",
+        Role::Receiver => "receiver",
+    }
+}
+
+/// `p50 …, p99 …, max …`. (A quantile is the upper bound of the range that it lies in.)
+fn quantiles(histogram: &Histogram, unit: fn(u64) -> String) -> String {
+    if histogram.count == 0 {
+        return "none yet".into();
+    }
+    let [p50, p99] = [0.5, 0.99].map(|rank| unit(histogram.quantile(rank)));
+    format!("p50 ≤ {p50}, p99 ≤ {p99}, max {}", unit(histogram.max))
+}
+
+/// Microseconds in the unit that fits: `70 µs`, `1.5 ms`, `20 s`.
+pub fn time(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} µs"),
+        1_000..1_000_000 => format!("{} ms", three_digits(us as f64 / 1e3)),
+        _ => format!("{} s", three_digits(us as f64 / 1e6)),
+    }
+}
+
+/// Bytes in the unit that fits: `700 B`, `1.5 kB`, `20 MB`.
+pub fn size(bytes: u64) -> String {
+    let units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
+    match units.iter().find(|(unit, _)| bytes as f64 >= *unit) {
+        Some((unit, name)) => format!("{} {name}", three_digits(bytes as f64 / unit)),
+        None => format!("{bytes} B"),
+    }
+}
+
+fn three_digits(value: f64) -> String {
+    let text = if value < 9.995 {
+        format!("{value:.2}")
+    } else if value < 99.95 {
+        format!("{value:.1}")
+    } else {
+        format!("{value:.0}")
+    };
+    match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_at_most_three_digits_and_the_unit_that_fits() {
+        assert_eq!(
+            [0, 70, 1_000, 1_500, 20_000, 999_400, 3_210_000].map(time),
+            ["0 µs", "70 µs", "1 ms", "1.5 ms", "20 ms", "999 ms", "3.21 s"]
+        );
+        assert_eq!([0, 999, 1_500, 20_000_000, 7_000_000_000].map(size), ["0 B", "999 B", "1.5 kB", "20 MB", "7 GB"]);
+    }
+}
