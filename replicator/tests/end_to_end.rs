@@ -34,8 +34,10 @@ fn the_first_machine_runs_unprotected_under_a_veto_until_a_standby_has_its_first
     pair.n1.promote();
     wait_until("the gate is open", || primary.machine().gate_open);
     assert_eq!(pair.n1.hook_calls().last().unwrap(), "veto --machine m --peer n2");
+    // (The gate opens a moment before the sender has written that down for the status.)
+    wait_until("the veto shows", || pair.n1.status().vetoed);
     let status = pair.n1.status();
-    assert!(status.vetoed && !status.protected && !status.connected, "{status:?}");
+    assert!(!status.protected && !status.connected, "{status:?}");
 
     let _standby = pair.n2.vmm(load, VmmState::Standby, 0);
     pair.n2.start();
