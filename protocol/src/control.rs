@@ -60,8 +60,15 @@ pub enum VmmRequest {
     /// (session) Fetch and clear the dirty log without pausing: a bitmap of one bit a RAM page (little endian, bit 0 of
     /// byte 0 is page 0) at the arena's start. Reply: [`Harvested`].
     Harvest,
-    /// (session) Cut. Reply: [`Captured`]; while `more` is true the vCPUs stay stopped and the rest follows on
-    /// [`VmmRequest::CutContinue`].
+    /// (session) Copy pages that were written and will probably not be written again soon, while the guest runs: they can travel
+    /// before the cut. What is written again after its copy is in the cut once more, so the newest copy of a page counts. Reply:
+    /// [`Captured`], without device state.
+    Precopy {
+        /// The epoch that these pages belong to: the one that ends at the next cut.
+        epoch: Epoch,
+    },
+    /// (session) Cut. Reply: [`Captured`], when the arena is filled: with strategies other than `stop` the guest runs again
+    /// long before. While `more` is true the vCPUs stay stopped and the rest follows on [`VmmRequest::CutContinue`].
     Cut {
         /// The epoch that ends here.
         epoch: Epoch,
@@ -69,6 +76,9 @@ pub enum VmmRequest {
         arm: bool,
         /// Leave the vCPUs stopped afterwards: the last checkpoint of a planned hand-over.
         last: bool,
+        /// What was copied early for this epoch ([`VmmRequest::Precopy`]) did not reach the standby: it is in this cut again.
+        #[serde(default)]
+        again: bool,
     },
     /// (session) The arena's content was taken; fill it again. Reply: [`Captured`].
     CutContinue,
@@ -79,6 +89,106 @@ pub enum VmmRequest {
     },
     /// (session) The veto against the standby is durable: outputs need not wait any more (gate `Open`). Reply: `null`.
     GateOpen,
+
+    /// Choose how checkpoints are captured, from the next cut on. Reply: `null`.
+    SetCapture {
+        /// The way.
+        strategy: Strategy,
+    },
+    /// Let the vCPUs run only for a share of the time. Reply: `null`.
+    Throttle {
+        /// Share of the time that they run, 1 to 100; 100 ends the throttling.
+        percent: u8,
+    },
+    /// Wait until outputs are held that no cut covers yet and that the caller has not heard of. Reply: [`OutputHeld`]; at the latest
+    /// after `timeout_ms`, with an unchanged number. Use a connection of its own.
+    AwaitOutput {
+        /// [`OutputHeld::number`] of the last reply, 0 at first.
+        seen: u64,
+        /// Longest wait in ms, at most 10,000.
+        timeout_ms: u64,
+    },
+}
+
+/// How a checkpoint's pages are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// Copied while the guest stands still (Remus).
+    Stop,
+    /// Locked at the cut; a write to a locked page traps, the old content is kept, the write goes on (S1's lock and copy).
+    Lock,
+    /// Copied while the guest runs on; a copy counts only if the dirty log shows that the page was not written since the cut.
+    Validate,
+    /// Chosen for each cut and class of pages from the costs that are measured all the time.
+    Auto,
+}
+
+impl Strategy {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Stop, Self::Lock, Self::Validate, Self::Auto];
+    /// Its name, as in configuration and status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Lock => "lock",
+            Self::Validate => "validate",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+impl std::str::FromStr for Strategy {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|s| s.name() == name);
+        found.ok_or_else(|| format!("there is no capture strategy {name:?}: choose stop, lock, validate or auto"))
+    }
+}
+
+/// Reply to [`VmmRequest::AwaitOutput`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputHeld {
+    /// Grows each time that output begins to wait for a cut that was not made yet.
+    pub number: u64,
+}
+
+/// How checkpoints are captured, in [`VmmStatus`].
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CaptureStatus {
+    /// What was asked for (see [`Strategy::name`]).
+    pub strategy: String,
+    /// What the last cut used, and why, as a sentence.
+    pub choice: String,
+    /// Cuts since the process started.
+    pub cuts: u64,
+    /// Cuts that had to be repeated because the guest wrote to pages before their copies were made.
+    pub repeated: u64,
+    /// Pages in the last cut.
+    pub pages: u64,
+    /// Of these, copied while the guest stood still.
+    pub stopped_pages: u64,
+    /// Pages that stay writable and are copied at every cut, because protecting them again costs more.
+    pub hot_pages: u64,
+    /// Pages copied before the last cut.
+    pub early_pages: u64,
+    /// Measured costs, ns: a write that traps in the dirty log.
+    pub fault_ns: u64,
+    /// A page copied.
+    pub copy_ns: u64,
+    /// A page protected again.
+    pub protect_ns: u64,
+    /// All vCPUs stopped, from the signal.
+    pub kick_ns: u64,
+    /// vCPU and device state saved.
+    pub state_ns: u64,
+    /// A write that traps in a locked page.
+    pub lock_fault_ns: u64,
+    /// Share of the time that the vCPUs may run, percent.
+    pub throttle_percent: u8,
+    /// Time that the guest stood still for cuts since the process started, µs.
+    pub stood_still_us: u64,
 }
 
 /// What a promoted machine runs from.
@@ -155,6 +265,9 @@ pub struct VmmStatus {
     pub serial: Vec<SerialStatus>,
     /// The most recent pauses for a cut, newest last, in microseconds, at most 512.
     pub recent_pauses_us: Vec<u32>,
+    /// How checkpoints are captured.
+    #[serde(default)]
+    pub capture: CaptureStatus,
 }
 
 /// One serial port in [`VmmStatus`].

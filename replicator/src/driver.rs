@@ -320,7 +320,7 @@ impl Driver {
                 self.epoch = epoch;
                 self.kept.clear();
                 self.keeping = true;
-                Some(self.captured(&VmmRequest::Cut { epoch, arm, last }))
+                Some(self.captured(&VmmRequest::Cut { epoch, arm, last, again: false }))
             }
             Action::CutContinue => Some(self.captured(&VmmRequest::CutContinue)),
             Action::SendPiece(captured) => {

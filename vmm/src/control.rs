@@ -9,14 +9,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use understudy_protocol::control::{Gate, Reply, VmmRequest, encode_line, read_line};
+use understudy_protocol::control::{Gate, OutputHeld, Reply, VmmRequest, encode_line, read_line};
 
 use crate::core::Event;
 use crate::machine::Machine;
-use crate::session::{Session, SharedArena};
+use crate::session::{CutRequest, Session, SharedArena};
 
 /// More connections than any use needs; the next ones are closed at once.
 const MAX_CONNECTIONS: usize = 64;
@@ -128,7 +129,24 @@ impl Connection {
             }
             VmmRequest::DirtyLogStart => ok(self.session()?.dirty_log_start()?),
             VmmRequest::Harvest => ok(self.session()?.harvest()?),
-            VmmRequest::Cut { epoch, arm, last } => ok(self.session()?.cut(epoch, arm, last)?),
+            VmmRequest::Precopy { epoch } => ok(self.session()?.precopy(epoch)?),
+            VmmRequest::SetCapture { strategy } => {
+                machine.capturing().strategy = strategy;
+                ok(())
+            }
+            VmmRequest::Throttle { percent } => {
+                if !(1..=100).contains(&percent) {
+                    bail!("the vCPUs can run for 1 to 100 percent of the time, not for {percent}");
+                }
+                ok(machine.vcpus.throttle(percent)?)
+            }
+            VmmRequest::AwaitOutput { seen, timeout_ms } => {
+                let timeout = Duration::from_millis(timeout_ms.min(10_000));
+                ok(OutputHeld { number: machine.core.await_output(seen, timeout) })
+            }
+            VmmRequest::Cut { epoch, arm, last, again } => {
+                ok(self.session()?.cut(CutRequest { epoch, arm, last, again })?)
+            }
             VmmRequest::CutContinue => ok(self.session()?.cut_continue()?),
             VmmRequest::Committed { epoch } => ok(self.session()?.committed(epoch)?),
             VmmRequest::GateOpen => match &mut self.session {

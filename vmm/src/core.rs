@@ -34,6 +34,27 @@ pub enum Event {
     Quit,
 }
 
+/// Counts the times that output begins to wait for a cut, and wakes whoever waits for that.
+#[derive(Debug, Default)]
+pub struct Bell {
+    rings: Mutex<u64>,
+    rung: Condvar,
+}
+
+impl Bell {
+    /// Output begins to wait.
+    pub fn ring(&self) {
+        *self.rings.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.rung.notify_all();
+    }
+
+    /// Until it has rung more often than `seen` times, at most `timeout`; how often it has rung.
+    pub fn wait(&self, seen: u64, timeout: Duration) -> u64 {
+        let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.rung.wait_timeout_while(rings, timeout, |n| *n <= seen).unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
 /// See the module.
 pub struct Core {
     /// The machine's name.
@@ -42,6 +63,10 @@ pub struct Core {
     pub vm: VmFd,
     /// Guest RAM.
     pub ram: Ram,
+    /// Reading KVM's dirty log does not clear it ([`crate::sys::manual_dirty_log`]).
+    pub manual_log: bool,
+    /// Rings when output begins to wait.
+    bell: Arc<Bell>,
     hardware: Mutex<Hardware>,
     /// Something happened that may concern the timer: an earlier deadline, thaw, end.
     timer: Condvar,
@@ -50,8 +75,22 @@ pub struct Core {
 
 impl Core {
     /// Put the parts together.
-    pub fn new(machine: String, vm: VmFd, ram: Ram, hardware: Hardware, events: Sender<Event>) -> Self {
-        Self { machine, vm, ram, hardware: Mutex::new(hardware), timer: Condvar::new(), events: Mutex::new(events) }
+    pub fn new(
+        machine: String,
+        vm: VmFd,
+        ram: Ram,
+        manual_log: bool,
+        hardware: Hardware,
+        events: Sender<Event>,
+    ) -> Self {
+        let bell = hardware.bell.clone();
+        let (hardware, events) = (Mutex::new(hardware), Mutex::new(events));
+        Self { machine, vm, ram, manual_log, bell, hardware, timer: Condvar::new(), events }
+    }
+
+    /// Wait until output waits that no cut covers and the caller has not heard of; at most `timeout`.
+    pub fn await_output(&self, seen: u64, timeout: Duration) -> u64 {
+        self.bell.wait(seen, timeout)
     }
 
     /// The devices, frozen or not.

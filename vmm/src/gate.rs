@@ -147,6 +147,10 @@ impl Stream {
     pub fn held(&self) -> u64 {
         self.end() - self.limit
     }
+    /// Whether bytes wait that no cut covers yet.
+    pub fn uncovered(&self) -> bool {
+        self.end() > self.seals.back().map_or(self.limit, |seal| seal.tx_end.max(self.limit))
+    }
     /// How many more bytes the guest may write now.
     pub fn room(&self) -> usize {
         CAPACITY.saturating_sub(self.bytes.len())

@@ -95,6 +95,10 @@ pub struct Hardware {
     pub frozen: bool,
     /// When the timer thread wakes by itself; `None` while it stands still.
     pub armed: Option<VmTime>,
+    /// Rings when output begins to wait for a cut.
+    pub bell: std::sync::Arc<crate::core::Bell>,
+    /// Output waits that no cut covers.
+    uncovered: bool,
     /// The gate of all outputs.
     gate: Gate,
     rtc: Rtc,
@@ -137,6 +141,8 @@ impl Hardware {
             asked: None,
             frozen: true,
             armed: None,
+            bell: std::sync::Arc::default(),
+            uncovered: false,
             gate: Gate::Hold,
             rtc: Rtc::new(since_1970.as_secs(), low, ram.bytes() - low),
             i8042: I8042::new(),
@@ -252,6 +258,10 @@ impl Hardware {
             s.settle(ctx.now);
         }
         crate::plug::settle(&mut self.pci, self.console.as_mut(), &ctx);
+        if self.gate == Gate::Hold && !self.uncovered && self.ports().any(|p| p.stream.uncovered()) {
+            self.uncovered = true;
+            self.bell.ring();
+        }
         for (line, level) in self.levels().into_iter().enumerate() {
             if level != self.lines[line] {
                 self.lines[line] = level;
@@ -318,7 +328,7 @@ impl Hardware {
 
     /// Everything, for a checkpoint. The devices are frozen.
     pub fn save(&self) -> Result<Vec<Payload>> {
-        // `stopwatch` goes with the clock; `gate` belongs to the session; `lines` follow from the devices; `pci` has its own payloads.
+        // `stopwatch` goes with the clock; `gate`, `bell` and `uncovered` belong to the session; `lines` follow from the devices; `pci` has its own payloads.
         let Self {
             stopwatch: _,
             serial,
@@ -326,6 +336,8 @@ impl Hardware {
             asked,
             frozen: _,
             armed: _,
+            bell: _,
+            uncovered: _,
             gate: _,
             rtc,
             i8042,
@@ -401,6 +413,7 @@ impl Hardware {
     /// A cut: what was written until now is covered by the checkpoint of `epoch`.
     pub fn seal(&mut self, epoch: Epoch) {
         self.ports_mut().for_each(|p| p.stream.seal(epoch));
+        self.uncovered = false;
     }
 
     /// That checkpoint is committed.
@@ -414,6 +427,7 @@ impl Hardware {
     /// The session is gone: its cuts will never be committed.
     pub fn unseal(&mut self) {
         self.ports_mut().for_each(|p| p.stream.unseal());
+        self.uncovered = false;
     }
 }
 

@@ -5,9 +5,10 @@
 //! | guest's hardware | [`devices`] (pure), [`hardware`] (all of them behind one lock), [`plug`], [`acpi`], [`boot`], [`cpuid`], [`routing`] |
 //! | execution | [`vcpus`] (threads), [`core`] (what they share), [`clock`], [`memory`] |
 //! | state | [`vcpu_state`], [`vm_state`], [`raw`], [`container`], [`save`] |
+//! | checkpoints | [`session`] (the cut), [`capture`] (how pages are copied) |
 //! | outputs | [`gate`] (pure), [`port`], [`pump`], [`backend`] |
 //! | life | [`machine`], [`session`] (replication), [`control`] (socket), [`run`] (process) |
-//! | unsafe | [`sys`]; one block in [`memory`] |
+//! | unsafe | [`sys`]; blocks in [`memory`], [`capture::gather`], [`capture::lock`] |
 //!
 //! A byte that the guest writes to COM1 goes: vCPU exit → [`hardware`] → UART → stream ([`gate`]) → (cut, commit: [`session`]) → [`pump`] →
 //! [`backend`]. A checkpoint goes: request ([`control`]) → [`session`] → stop ([`vcpus`]) → state ([`machine`]) → pages ([`memory`]) → arena.
@@ -15,6 +16,7 @@
 pub mod acpi;
 pub mod backend;
 pub mod boot;
+pub mod capture;
 pub mod clock;
 pub mod container;
 pub mod control;

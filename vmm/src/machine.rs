@@ -29,6 +29,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 use crate::acpi::{self, Platform};
 use crate::backend::{BackendConfig, Start};
 use crate::boot::{self, Entry, LinuxBoot};
+use crate::capture::{Record, calibrate};
 use crate::clock;
 use crate::container;
 use crate::core::{Core, Event};
@@ -46,6 +47,8 @@ mod build;
 mod end;
 mod start;
 mod stop;
+
+pub use stop::RawState;
 
 /// Most vCPUs of a machine.
 pub const MAX_VCPUS: u32 = 32;
@@ -150,6 +153,8 @@ pub struct Machine {
     life_changed: Condvar,
     pumps: Mutex<Vec<Pump>>,
     kvm_backend: String,
+    /// How checkpoints are captured.
+    capture: Mutex<Record>,
 }
 
 impl Machine {
@@ -240,7 +245,26 @@ impl Machine {
             resets,
             serial,
             recent_pauses_us: recent,
+            capture: {
+                let mut capture = self.capturing().status();
+                capture.throttle_percent = self.vcpus.share();
+                capture
+            },
         }
+    }
+
+    /// How checkpoints are captured.
+    pub fn capturing(&self) -> MutexGuard<'_, Record> {
+        self.capture.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Find out what capturing costs on this host, once.
+    pub fn calibrate(&self) {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| match calibrate::measure(&self.config.ram_file.with_extension("calibrate")) {
+            Ok(costs) => self.capturing().costs = costs,
+            Err(e) => eprintln!("note: the costs of capturing could not be measured in advance: {e:#}"),
+        });
     }
 
     /// MSRs that the host refused so far.

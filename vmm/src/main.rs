@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, Parser, Subcommand};
 use serde::de::DeserializeOwned;
-use understudy_protocol::control::{ControlError, PromoteFrom, VmmRequest, VmmState, VmmStatus, call_once};
+use understudy_protocol::control::{ControlError, PromoteFrom, Strategy, VmmRequest, VmmState, VmmStatus, call_once};
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 use understudy_vmm::backend::BackendConfig;
@@ -113,6 +113,25 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         generation: u64,
     },
+    /// Choose how checkpoints are captured, from the next one on, while the machine runs.
+    ///
+    /// stop: pages are copied while the guest stands still. lock: they are write-protected, the guest runs on, a write to one traps
+    /// until its old content is copied. validate: they are copied while the guest runs on, and a copy counts only if the page was not
+    /// written meanwhile. auto (the default): chosen at every cut from costs that are measured on this host.
+    Capture {
+        #[command(flatten)]
+        which: Which,
+        /// stop, lock, validate or auto.
+        strategy: Strategy,
+    },
+    /// Let the vCPUs run only for a share of the time.
+    Throttle {
+        #[command(flatten)]
+        which: Which,
+        /// Share, percent, 1 to 100; 100 ends the throttling.
+        #[arg(value_parser = clap::value_parser!(u8).range(1..=100))]
+        percent: u8,
+    },
     /// End a machine at once, without asking the guest.
     Quit(Which),
 }
@@ -181,6 +200,8 @@ fn dispatch(command: Command) -> Result<i32> {
         Command::Pause(which) => ask(&which, &VmmRequest::Pause, QUICK)?,
         Command::Resume(which) => ask(&which, &VmmRequest::Resume, QUICK)?,
         Command::OpenGate(which) => ask(&which, &VmmRequest::GateOpen, QUICK)?,
+        Command::Capture { which, strategy } => ask(&which, &VmmRequest::SetCapture { strategy }, QUICK)?,
+        Command::Throttle { which, percent } => ask(&which, &VmmRequest::Throttle { percent }, QUICK)?,
         Command::PowerButton(which) => ask(&which, &VmmRequest::PowerButton, QUICK)?,
         Command::Quit(which) => ask(&which, &VmmRequest::Quit, QUICK)?,
         Command::Promote { which, generation, state } => {
@@ -270,6 +291,28 @@ fn readable(s: &VmmStatus) -> String {
         let at = |q: usize| p[(p.len() - 1) * q / 100];
         let _ =
             writeln!(out, "  pauses: p50 {} µs, p99 {} µs, max {} µs ({} newest)", at(50), at(99), at(100), p.len());
+    }
+    if s.replicated {
+        let c = &s.capture;
+        let _ = writeln!(out, "  capture: {}; last cut: {}", c.strategy, c.choice);
+        let _ = writeln!(
+            out,
+            "    {} pages in the last cut, {} copied while it stood still ({} stay writable), {} copied before; {} of {} cuts repeated",
+            c.pages, c.stopped_pages, c.hot_pages, c.early_pages, c.repeated, c.cuts
+        );
+        let _ = writeln!(
+            out,
+            "    costs here: fault {} ns, copy {} ns, protect {} ns a page; stop {} µs, state {} µs, locked page's fault {} µs",
+            c.fault_ns,
+            c.copy_ns,
+            c.protect_ns,
+            c.kick_ns / 1000,
+            c.state_ns / 1000,
+            c.lock_fault_ns / 1000
+        );
+    }
+    if s.capture.throttle_percent < 100 {
+        let _ = writeln!(out, "  throttled: the vCPUs run {} % of the time", s.capture.throttle_percent);
     }
     for p in &s.serial {
         let _ = writeln!(

@@ -41,6 +41,14 @@ struct Piece {
     host: u64,
 }
 
+impl Piece {
+    /// Its words in a page set. (Pieces are multiples of 1 MiB: 256 pages, 4 words.)
+    fn words(&self) -> std::ops::Range<usize> {
+        let first = (self.file / PAGE as u64 / 64) as usize;
+        first..first + (self.size / PAGE as u64 / 64) as usize
+    }
+}
+
 /// All of a machine's RAM.
 #[derive(Debug)]
 pub struct Ram {
@@ -156,24 +164,38 @@ impl Ram {
         }
     }
 
-    /// Pages written since the last call by guest or VMM, added to `set`. The log must be on.
-    pub fn collect_dirty(&self, vm: &VmFd, set: &mut PageSet) -> Result<()> {
+    /// KVM's log of what the guest wrote, into `set` (which is overwritten). The log must be on. Whether reading also clears it
+    /// depends on [`crate::sys::manual_dirty_log`].
+    pub fn read_log(&self, vm: &VmFd, set: &mut PageSet) -> Result<()> {
         for p in &self.pieces {
-            let log = vm.get_dirty_log(p.slot, p.size as usize).context("KVM does not give its dirty log")?;
-            // Pieces are multiples of 1 MiB: 256 pages, 4 words.
-            union_at(set, (p.file / PAGE as u64 / 64) as usize, &log);
+            let words = set.get_mut(p.words()).context("the page set is too small")?;
+            sys::get_dirty_log(vm, p.slot, p.size, words).context("KVM does not give its dirty log")?;
         }
-        self.collect_own(set);
         Ok(())
     }
 
-    /// Copy a page into the arena; false if either does not exist.
-    pub fn copy_page(&self, index: u64, arena: &mut SharedMap, offset: usize) -> bool {
-        let at = index * PAGE as u64;
-        let Some(p) = self.pieces.iter().find(|p| at >= p.file && at - p.file < p.size) else { return false };
-        // SAFETY: the page lies in the piece's mapping, which lives as long as `self`. A guest that runs concurrently may make the
-        // copy inconsistent, not invalid; cuts call this with all vCPUs stopped.
-        unsafe { arena.put_page(offset, (p.host + (at - p.file)) as *const u8) }
+    /// Protect the pages of `set` again, so that the next write to each shows in the log.
+    pub fn protect(&self, vm: &VmFd, set: &PageSet) -> Result<()> {
+        for p in &self.pieces {
+            let words = set.get(p.words()).context("the page set is too small")?;
+            let Some(first) = words.iter().position(|w| *w != 0) else { continue };
+            let end = words.iter().rposition(|w| *w != 0).map_or(first, |last| last + 1);
+            sys::clear_dirty_log(vm, p.slot, first as u64 * 64, &words[first..end])
+                .context("KVM does not protect pages again")?;
+        }
+        Ok(())
+    }
+
+    /// Where a page is in this process; `None` beyond RAM. Valid as long as `self`; what it holds changes while the guest runs.
+    pub fn page_address(&self, index: u64) -> Option<*const u8> {
+        let at = index.checked_mul(PAGE as u64)?;
+        let p = self.pieces.iter().find(|p| at >= p.file && at - p.file < p.size)?;
+        Some((p.host + (at - p.file)) as *const u8)
+    }
+
+    /// The mappings: host address, bytes, index of the first page.
+    pub fn mappings(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
+        self.pieces.iter().map(|p| (p.host, p.size, p.file / PAGE as u64))
     }
 
     /// Read RAM by its offset in the file.
@@ -302,11 +324,9 @@ mod tests {
         let last_low = 16 * MIB / 4096 - 1;
         let dirty: Vec<u64> = (0..ram.pages()).filter(|p| set[(p / 64) as usize] >> (p % 64) & 1 == 1).collect();
         assert_eq!(dirty, [last_low, last_low + 1 + 3]);
-        let mut arena = Arena::open(&dir.path().join("arena"), MIB).unwrap();
-        assert!(ram.copy_page(last_low + 4, &mut arena.map, 4096));
-        assert!(!ram.copy_page(ram.pages(), &mut arena.map, 0));
-        assert!(!ram.copy_page(0, &mut arena.map, MIB as usize - 4095));
-        assert_eq!(&std::fs::read(&arena.path).unwrap()[4096..4100], b"high");
+        assert!(ram.page_address(last_low + 4).is_some());
+        assert!(ram.page_address(ram.pages()).is_none());
+        assert!(ram.page_address(u64::MAX).is_none());
     }
 
     #[test]

@@ -1,36 +1,50 @@
-//! A replication session: the dirty log, the cut, the commit. Bound to one control connection; when that ends, the session is
-//! dropped, and dropping puts the machine back: gate held, log off, an open cut aborted and the guest running.
+//! A replication session: the dirty log, early copies, the cut, the commit. Bound to one control connection; when that ends, the
+//! session is dropped, and dropping puts the machine back: gate held, log off, an open cut aborted and the guest running.
 //!
 //! ```text
-//!  attach ─► log off ── DirtyLogStart ──► logging ◄── Harvest (bitmap → arena)
+//!  attach ─► log off ── DirtyLogStart ──► logging ◄── Harvest (bitmap → arena)   ◄── Precopy (cold pages → arena, the guest runs)
 //!                                          │   ▲
 //!                                       Cut│   │last piece handed out
 //!                                          ▼   │            ┌─ last: stays stopped until Committed ─► HandedOver
 //!                                        cutting ── CutContinue (more)
 //! ```
-//! The cut, without a hop to another process: signal all vCPUs, wait for all; freeze the devices; save vCPUs (in parallel on their
-//! threads), devices, seal the streams; read the dirty log; copy pages to the arena; run on. The state is saved *before* the log is read, so
-//! that whatever saving writes to guest RAM is in the log.
+//! The cut ([`cut`]), without a hop to another process: signal all vCPUs, wait for all; freeze the devices; read vCPUs (in parallel on
+//! their threads) and devices, seal the streams; read the dirty log; protect what must show its next write; copy what cannot wait; run on;
+//! copy the rest. The state is read *before* the log, so that whatever reading it writes to guest RAM is in the log.
 //!
 //! What must hold: a page once taken from the log stays in `pending` until it was handed out in a piece of a *finished* cut (or in a
-//! harvested bitmap), so that an aborted cut loses none.
+//! harvested bitmap), so that an aborted cut loses none. A page that is not protected again is copied while the guest stands still.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use understudy_protocol::control::{Attached, Captured, Gate, Harvested, VmmState};
+use understudy_protocol::control::{Attached, Captured, Gate, Harvested, Strategy, VmmState};
 use understudy_protocol::ids::Epoch;
 
+use crate::capture::gather::Gather;
+use crate::capture::hot::Hot;
+use crate::capture::lock::Locker;
 use crate::devices::VmTime;
 use crate::machine::Machine;
-use crate::memory::{Arena, PAGE, PageSet, count};
+use crate::memory::{Arena, PageSet, count, union};
+
+mod cut;
+mod slots;
+
+pub use cut::CutRequest;
+use cut::Open;
+use slots::Slots;
 
 /// How long the guest stands still for a replicator that does not fetch the next piece of a cut.
 pub const PIECE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long it stands still for the commit of its last cut. (Afterwards it runs on here with its outputs held: nothing leaves before the
 /// cluster has decided.)
 pub const LAST_PATIENCE: Duration = Duration::from_secs(60);
+/// An early copy that was made in vain costs the guest a fault: with more than this share of them, none are made for a while.
+const WASTE: f64 = 0.5;
+/// … for so many cuts.
+const NOT_EARLY_FOR: u32 = 32;
 
 /// The arena, shared by consecutive sessions.
 pub type SharedArena = Arc<std::sync::Mutex<Arena>>;
@@ -40,28 +54,30 @@ pub struct Session {
     machine: Arc<Machine>,
     arena: SharedArena,
     logging: bool,
-    /// Written since they were last handed out.
+    /// Written since they were last handed out, and taken from the log.
     pending: PageSet,
+    /// KVM's log as it was read last, and the VMM's own.
+    log: PageSet,
+    own: PageSet,
+    /// Handed out early since the last cut.
+    early: PageSet,
+    /// Share of the early copies that were in vain, and the cuts for which none are made.
+    waste: f64,
+    not_early: u32,
+    hot: Hot,
+    gather: Gather,
+    locker: Option<Locker>,
     /// A cut whose pieces are being handed out.
     open: Option<Open>,
     /// Epoch and VM time of a finished last cut that waits for its commit.
     last: Option<(Epoch, VmTime)>,
 }
 
-struct Open {
-    epoch: Epoch,
-    last: bool,
-    since: Instant,
-    state: Vec<u8>,
-    vm_time_ns: u64,
-    /// Pages still to be copied, ascending.
-    pages: Vec<u64>,
-    done: usize,
-}
-
 impl Session {
     /// Attach to `machine`; refused while another session lives or when there is nothing to replicate.
     pub fn attach(machine: Arc<Machine>, arena: SharedArena) -> Result<(Self, Attached)> {
+        let gather = Gather::new()?;
+        machine.calibrate();
         let mut life = machine.life();
         if life.session {
             bail!("a replicator is attached already; its connection must end first");
@@ -80,8 +96,24 @@ impl Session {
             ram_bytes: machine.core.ram.bytes(),
             arena_bytes: arena.lock().map(|a| a.map.len() as u64).unwrap_or(0),
         };
-        let pending = machine.core.ram.no_pages();
-        Ok((Self { machine, arena, logging: false, pending, open: None, last: None }, attached))
+        let none = || machine.core.ram.no_pages();
+        let session = Self {
+            pending: none(),
+            log: none(),
+            own: none(),
+            early: none(),
+            hot: Hot::new(machine.core.ram.pages()),
+            gather,
+            arena,
+            logging: false,
+            waste: 0.0,
+            not_early: 0,
+            locker: None,
+            open: None,
+            last: None,
+            machine,
+        };
+        Ok((session, attached))
     }
 
     /// From now on every write to RAM is recorded.
@@ -96,16 +128,48 @@ impl Session {
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<()> {
+    fn attached(&self) -> Result<()> {
         ensure!(self.logging, "start the dirty log first (dirty-log-start)");
+        ensure!(self.open.is_none(), "a cut is under way: finish it with cut-continue first");
+        ensure!(self.last.is_none(), "the last cut was taken; commit it or close the connection");
+        Ok(())
+    }
+
+    /// Read both logs. Where KVM's is cleared by that, its pages go to `pending`; the VMM's own always do.
+    fn read_logs(&mut self) -> Result<()> {
+        let core = &self.machine.core;
+        // Our own pages first: a device may write a page, then the guest, in this order; both are seen now or at the next reading.
+        self.own.fill(0);
+        core.ram.collect_own(&mut self.own);
+        union(&mut self.pending, &self.own);
+        core.ram.read_log(&core.vm, &mut self.log)?;
+        if !core.manual_log {
+            union(&mut self.pending, &self.log);
+        }
+        Ok(())
+    }
+
+    /// Protect the logged pages again but those that stay writable. (Where KVM has done it while reading: nothing.)
+    fn protect_log(&mut self, leave_hot: bool) -> Result<u64> {
         let core = self.machine.core.clone();
-        core.ram.collect_dirty(&core.vm, &mut self.pending)
+        if !core.manual_log {
+            return Ok(0);
+        }
+        union(&mut self.pending, &self.log);
+        if leave_hot {
+            for (i, word) in self.log.iter_mut().enumerate() {
+                *word &= !self.hot.left_writable(i);
+            }
+        }
+        core.ram.protect(&core.vm, &self.log)?;
+        Ok(count(&self.log))
     }
 
     /// Hand out which pages were written, without stopping the guest.
     pub fn harvest(&mut self) -> Result<Harvested> {
-        ensure!(self.open.is_none(), "a cut is under way: finish it with cut-continue first");
-        self.collect()?;
+        self.attached()?;
+        self.read_logs()?;
+        self.protect_log(false)?;
         let mut arena = self.arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?;
         let bytes: Vec<u8> = self.pending.iter().flat_map(|w| w.to_le_bytes()).collect();
         let len = (self.machine.core.ram.pages().div_ceil(8)) as usize;
@@ -117,121 +181,59 @@ impl Session {
         drop(arena);
         let harvested = Harvested { dirty_pages: count(&self.pending), bitmap_bytes: len as u64 };
         self.pending.fill(0);
+        // Whoever harvests begins a first copy: what was handed out early has no meaning any more.
+        self.early.fill(0);
         Ok(harvested)
     }
 
-    /// Cut: see the module.
-    pub fn cut(&mut self, epoch: Epoch, arm: bool, last: bool) -> Result<Captured> {
-        let since = Instant::now();
-        ensure!(self.logging, "start the dirty log first (dirty-log-start)");
-        ensure!(self.open.is_none(), "a cut is under way: finish it with cut-continue first");
-        ensure!(self.last.is_none(), "the last cut was taken; commit it or close the connection");
-        let machine = self.machine.clone();
-        {
-            let mut life = machine.quiet_life()?;
-            ensure!(
-                matches!(life.state, VmmState::Running | VmmState::Paused | VmmState::ShutDown),
-                "the machine cannot be cut any more ({:?})",
-                life.state
-            );
-            ensure!(epoch > life.last_cut, "epoch {epoch} was cut already (the newest is {})", life.last_cut);
-            life.cutting = true;
-            let taken = (|| {
-                let mut hardware = machine.freeze(&life);
-                let at = hardware.stopwatch.now();
-                let state = match Machine::paused_state(&life) {
-                    // Streams may have been acknowledged since the pause, nothing else can have changed.
-                    Some(paused) => paused.to_vec(),
-                    None => machine.capture(&life, &hardware, at)?,
-                };
-                hardware.seal(epoch);
-                if arm {
-                    hardware.set_gate(Gate::Hold);
-                }
-                anyhow::Ok((state, at.0))
-            })();
-            let taken = taken.and_then(|taken| self.collect().map(|()| taken));
-            match taken {
-                Ok((state, vm_time_ns)) => {
-                    life.last_cut = epoch;
-                    let pages = indices(&self.pending);
-                    self.open = Some(Open { epoch, last, since, state, vm_time_ns, pages, done: 0 });
-                }
-                Err(e) => {
-                    machine.unfreeze(&mut life)?;
-                    return Err(e.context("no cut was made; the machine runs on"));
-                }
+    /// Copy pages that will probably stay as they are until the cut, while the guest runs. What is written again shows in the log,
+    /// because the pages are protected before they are copied.
+    pub fn precopy(&mut self, epoch: Epoch) -> Result<Captured> {
+        self.attached()?;
+        ensure!(epoch > self.machine.life().last_cut, "epoch {epoch} was cut already");
+        let strategy = self.machine.capturing().strategy;
+        if strategy == Strategy::Stop || self.not_early > 0 {
+            return Ok(nothing(epoch));
+        }
+        self.read_logs()?;
+        if self.machine.core.manual_log {
+            for (i, word) in self.log.iter_mut().enumerate() {
+                *word &= !self.hot.pages().get(i).copied().unwrap_or(0);
             }
         }
-        self.piece()
+        let arena = self.arena.clone();
+        let mut arena = arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?;
+        let mut slots = Slots::new(&mut arena.map)?;
+        limit(&mut self.log, slots.capacity());
+        let core = self.machine.core.clone();
+        // Until they are handed out they are pending: an error in between loses none.
+        union(&mut self.pending, &self.log);
+        if core.manual_log {
+            core.ram.protect(&core.vm, &self.log)?;
+        }
+        let pages = indices(&self.log);
+        slots.copy(&self.gather, &core.ram, &pages)?;
+        let captured = slots.captured(epoch, 0);
+        union(&mut self.early, &self.log);
+        for (pending, handed) in self.pending.iter_mut().zip(&self.log) {
+            *pending &= !handed;
+        }
+        Ok(captured)
     }
 
-    /// The next piece of a cut that was larger than the arena.
-    pub fn cut_continue(&mut self) -> Result<Captured> {
-        ensure!(self.open.is_some(), "there is no cut to continue");
-        self.piece()
-    }
-
-    /// Fill the arena; at the last piece let the guest go.
-    fn piece(&mut self) -> Result<Captured> {
-        match self.fill() {
-            Ok(captured) if captured.more => Ok(captured),
-            Ok(mut captured) => {
-                // Handed out completely.
-                self.pending.fill(0);
-                let Some(open) = self.open.take() else { bail!("there is no cut to continue") };
-                let machine = self.machine.clone();
-                let mut life = machine.life();
-                if open.last {
-                    self.last = Some((open.epoch, VmTime(open.vm_time_ns)));
-                } else {
-                    machine.unfreeze(&mut life)?;
-                }
-                captured.pause_us = Machine::note_pause(&mut life, open.since);
-                Ok(captured)
-            }
-            Err(e) => {
-                self.abort();
-                Err(e.context("the cut was aborted; the machine runs on"))
+    /// After a cut: how many of the early copies were in vain.
+    fn judge_early(&mut self, written: &PageSet) -> u64 {
+        let early = count(&self.early);
+        self.not_early = self.not_early.saturating_sub(1);
+        if early >= 64 {
+            let vain: u64 = self.early.iter().zip(written).map(|(e, w)| u64::from((e & w).count_ones())).sum();
+            self.waste += (vain as f64 / early as f64 - self.waste) / 4.0;
+            if self.waste > WASTE {
+                self.waste = 0.0;
+                self.not_early = NOT_EARLY_FOR;
             }
         }
-    }
-
-    fn fill(&mut self) -> Result<Captured> {
-        let Some(open) = &mut self.open else { bail!("there is no cut to continue") };
-        let mut arena = self.arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?;
-        let size = arena.map.len();
-        let fits = |pages: usize, state: usize| (pages * 8).next_multiple_of(PAGE) + pages * PAGE + state <= size;
-        ensure!(
-            fits(1, open.state.len()),
-            "the arena ({size} bytes) cannot hold the device state ({} bytes): start the VMM with a larger --arena",
-            open.state.len()
-        );
-        let rest = &open.pages[open.done..];
-        let more = !fits(rest.len(), open.state.len());
-        let n = if more { rest.len().min(size.saturating_sub(PAGE) / (PAGE + 8)) } else { rest.len() };
-        let pages_offset = (n * 8).next_multiple_of(PAGE);
-        let indices: Vec<u8> = rest[..n].iter().flat_map(|i| i.to_le_bytes()).collect();
-        let mut ok = arena.map.put(0, &indices);
-        for (i, index) in rest[..n].iter().enumerate() {
-            ok &= self.machine.core.ram.copy_page(*index, &mut arena.map, pages_offset + i * PAGE);
-        }
-        let state_offset = pages_offset + n * PAGE;
-        let state: &[u8] = if more { &[] } else { &open.state };
-        ok &= arena.map.put(state_offset, state);
-        ensure!(ok, "a dirty page lies outside of RAM or the arena");
-        open.done += n;
-        Ok(Captured {
-            epoch: open.epoch,
-            pages: n as u64,
-            indices_offset: 0,
-            pages_offset: pages_offset as u64,
-            state_offset: state_offset as u64,
-            state_len: state.len() as u64,
-            more,
-            pause_us: 0,
-            vm_time_ns: open.vm_time_ns,
-        })
+        early
     }
 
     /// The standby holds the checkpoint of `epoch`.
@@ -267,7 +269,7 @@ impl Session {
     /// How long the guest may stand still for the next request of this session; `None` while it runs.
     pub fn patience(&self) -> Option<Duration> {
         match (&self.open, &self.last) {
-            (Some(_), _) => Some(PIECE_PATIENCE),
+            (Some(open), _) => open.stands_still().then_some(PIECE_PATIENCE),
             (None, Some(_)) => Some(LAST_PATIENCE),
             (None, None) => None,
         }
@@ -275,7 +277,8 @@ impl Session {
 
     /// Give up an open cut or an uncommitted last one: the guest runs on. Its pages stay pending.
     fn abort(&mut self) {
-        if self.open.take().is_none() && self.last.take().is_none() {
+        let stood_still = self.open.take().is_some_and(|open| open.stands_still());
+        if !stood_still && self.last.take().is_none() {
             return;
         }
         let machine = self.machine.clone();
@@ -304,6 +307,34 @@ impl Drop for Session {
     }
 }
 
+/// A piece without pages.
+fn nothing(epoch: Epoch) -> Captured {
+    Captured {
+        epoch,
+        pages: 0,
+        indices_offset: 0,
+        pages_offset: 0,
+        state_offset: 0,
+        state_len: 0,
+        more: false,
+        pause_us: 0,
+        vm_time_ns: 0,
+    }
+}
+
+/// Keep only the first so many pages of a set.
+fn limit(set: &mut PageSet, mut pages: usize) {
+    for word in set.iter_mut() {
+        let here = word.count_ones() as usize;
+        if here > pages {
+            while word.count_ones() as usize > pages {
+                *word &= !(1 << (63 - word.leading_zeros()));
+            }
+        }
+        pages -= here.min(pages);
+    }
+}
+
 /// The pages of a set, ascending.
 fn indices(set: &PageSet) -> Vec<u64> {
     let mut pages = Vec::with_capacity(count(set) as usize);
@@ -326,5 +357,15 @@ mod tests {
         let mut set = vec![0, 1 << 63 | 1, 0b1010];
         crate::memory::union(&mut set, &[1 << 5]);
         assert_eq!(indices(&set), [5, 64, 127, 129, 131]);
+    }
+
+    #[test]
+    fn a_limited_set_keeps_its_first_pages() {
+        for keep in 0..7 {
+            let mut set = vec![0b111, 0, 1 << 63 | 1, 1];
+            let all = indices(&set);
+            limit(&mut set, keep);
+            assert_eq!(indices(&set), all[..keep.min(all.len())]);
+        }
     }
 }

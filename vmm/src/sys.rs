@@ -7,8 +7,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_run,
-    kvm_userspace_memory_region,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
+    KVM_EXIT_MMIO, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_run, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -78,6 +79,46 @@ pub fn host_tsc() -> u64 {
 pub fn set_memory_slot(vm: &VmFd, region: kvm_userspace_memory_region) -> io::Result<()> {
     // SAFETY: the caller is crate::memory, whose mappings live as long as the VM that they are given to.
     unsafe { vm.set_user_memory_region(region) }.map_err(io::Error::from)
+}
+
+const KVM_GET_DIRTY_LOG: libc::c_ulong =
+    nix::request_code_write!(KVMIO, 0x42, size_of::<kvm_dirty_log>()) as libc::c_ulong;
+const KVM_CLEAR_DIRTY_LOG: libc::c_ulong =
+    nix::request_code_readwrite!(KVMIO, 0xc0, size_of::<kvm_clear_dirty_log>()) as libc::c_ulong;
+
+/// Read the dirty log of a slot of `bytes` bytes into `words` (one bit a page, 64 pages a word), without allocating. With
+/// [`manual_dirty_log`] it is only read, without it is cleared and the pages are protected again.
+pub fn get_dirty_log(vm: &VmFd, slot: u32, bytes: u64, words: &mut [u64]) -> io::Result<()> {
+    if words.len() as u64 != (bytes / 4096).div_ceil(64) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the dirty bitmap has the wrong size"));
+    }
+    let log = kvm_dirty_log {
+        slot,
+        padding1: 0,
+        __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_mut_ptr().cast() },
+    };
+    // SAFETY: KVM writes one bit a page of the slot, rounded up to whole longs: exactly `words` (just checked).
+    let ret = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_DIRTY_LOG, &raw const log) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Protect the pages that are set in `words` again and clear them in KVM's log; `words` begins at the slot's page `first` (a
+/// multiple of 64). Only after [`manual_dirty_log`].
+pub fn clear_dirty_log(vm: &VmFd, slot: u32, first: u64, words: &[u64]) -> io::Result<()> {
+    let mut clear = kvm_clear_dirty_log { slot, first_page: first, ..Default::default() };
+    clear.num_pages = u32::try_from(words.len() * 64).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    clear.__bindgen_anon_1.dirty_bitmap = words.as_ptr().cast_mut().cast();
+    // SAFETY: KVM reads `num_pages` bits from the bitmap, which are `words`, and does not write there.
+    let ret = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG, &raw const clear) };
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Make reading the dirty log and protecting pages again two different things (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`); false where KVM
+/// does not offer it (before Linux 5.1).
+pub fn manual_dirty_log(vm: &VmFd) -> bool {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+    cap.args[0] = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
+    vm.enable_cap(&cap).is_ok()
 }
 
 /// What a vCPU came back with.
@@ -245,6 +286,12 @@ impl SharedMap {
         self.len == 0
     }
 
+    /// All of it. (Another process maps the file too, and only reads.)
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: `len` bytes are mapped as long as `self` lives, and `&mut self` makes this the only reference in this process.
+        unsafe { std::slice::from_raw_parts_mut(self.base, self.len) }
+    }
+
     /// Copy `bytes` to `offset`; false if they do not fit.
     pub fn put(&mut self, offset: usize, bytes: &[u8]) -> bool {
         if offset.checked_add(bytes.len()).is_none_or(|end| end > self.len) {
@@ -252,19 +299,6 @@ impl SharedMap {
         }
         // SAFETY: the target lies within the mapping (just checked) and cannot overlap a Rust slice, which never points into it.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(offset), bytes.len()) };
-        true
-    }
-
-    /// Copy one 4096-byte page of guest RAM at host address `page` to `offset`; false if it does not fit.
-    ///
-    /// # Safety
-    /// `page` points to 4096 readable bytes.
-    pub unsafe fn put_page(&mut self, offset: usize, page: *const u8) -> bool {
-        if offset.checked_add(4096).is_none_or(|end| end > self.len) {
-            return false;
-        }
-        // SAFETY: source by the caller's promise, target checked; the arena and guest RAM are different mappings.
-        unsafe { std::ptr::copy_nonoverlapping(page, self.base.add(offset), 4096) };
         true
     }
 }

@@ -10,12 +10,15 @@
 //! ```
 //! Stopping signals *all* vCPUs and then waits for *all*: the cost is that of the slowest, not the sum. Everything that touches a
 //! vCPU's state runs as a task on its own thread, while it is parked.
+//!
+//! Every entry into `KVM_RUN` and every return is counted ([`Vcpus::touch`]), and a throttled machine's vCPUs nap for a share of every
+//! [`PERIOD`] ([`Vcpus::throttle`]).
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{
@@ -47,16 +50,50 @@ enum Order {
     End,
 }
 
-#[derive(Default)]
+/// A throttled vCPU runs for a share of each such stretch.
+pub const PERIOD: Duration = Duration::from_millis(10);
+
 struct Shared {
     stop: AtomicBool,
     running: Mutex<usize>,
     all_parked: Condvar,
+    /// Share of the time that the vCPUs run, percent.
+    share: AtomicU8,
+    /// Until when they nap, ns after `start`.
+    nap_until: AtomicU64,
+    start: Instant,
+    napping: Mutex<()>,
+    nap_over: Condvar,
+}
+
+impl Shared {
+    fn now(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
+
+    /// Nap, if it is time to; a stop ends it.
+    fn nap(&self) {
+        let until = self.nap_until.load(Ordering::Relaxed);
+        if until <= self.now() {
+            return;
+        }
+        let mut napping = self.napping.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let rest = until.saturating_sub(self.now());
+            if rest == 0 || self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            let waited = self.nap_over.wait_timeout(napping, Duration::from_nanos(rest));
+            napping = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
 }
 
 struct Handle {
     kick: Arc<Kick>,
     orders: Sender<Order>,
+    /// Odd while the thread is inside of `KVM_RUN`.
+    entries: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -64,6 +101,7 @@ struct Handle {
 pub struct Vcpus {
     shared: Arc<Shared>,
     handles: Vec<Handle>,
+    throttler: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// A vCPU thread that panics must not leave `Kick`s behind that point into its unmapped `kvm_run`.
@@ -80,12 +118,30 @@ impl Vcpus {
     /// Start the threads; the vCPUs are parked.
     pub fn start(fds: Vec<VcpuFd>, exits: &Arc<impl Exits>) -> Result<Self> {
         sys::install_kick_handler().context("cannot install the vCPU signal's handler")?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            running: Mutex::new(0),
+            all_parked: Condvar::new(),
+            share: AtomicU8::new(100),
+            nap_until: AtomicU64::new(0),
+            start: Instant::now(),
+            napping: Mutex::new(()),
+            nap_over: Condvar::new(),
+        });
         let mut handles = Vec::new();
         for (id, mut fd) in fds.into_iter().enumerate() {
             let kick = Arc::new(Kick::new(&mut fd));
             let (orders, inbox) = channel();
-            let mut worker = Worker { id, fd, kick: kick.clone(), shared: shared.clone(), exits: exits.clone(), inbox };
+            let entries = Arc::new(AtomicU64::new(0));
+            let mut worker = Worker {
+                id,
+                fd,
+                kick: kick.clone(),
+                shared: shared.clone(),
+                exits: exits.clone(),
+                inbox,
+                entries: entries.clone(),
+            };
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .stack_size(256 * 1024)
@@ -94,9 +150,9 @@ impl Vcpus {
                     worker.main();
                 })
                 .with_context(|| format!("cannot start the thread of vCPU {id}"))?;
-            handles.push(Handle { kick, orders, thread: Some(thread) });
+            handles.push(Handle { kick, orders, entries, thread: Some(thread) });
         }
-        Ok(Self { shared, handles })
+        Ok(Self { shared, handles, throttler: Mutex::new(None) })
     }
 
     /// Number of vCPUs.
@@ -123,6 +179,10 @@ impl Vcpus {
     /// Stop all vCPUs; returns when every one is parked with its pending I/O completed. Harmless when they are parked already.
     pub fn stop_all(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
+        if self.shared.share.load(Ordering::Relaxed) < 100 {
+            let _napping = self.shared.napping.lock().unwrap_or_else(PoisonError::into_inner);
+            self.shared.nap_over.notify_all();
+        }
         let mut running = self.shared.running.lock().unwrap_or_else(PoisonError::into_inner);
         while *running > 0 {
             for handle in &self.handles {
@@ -138,11 +198,79 @@ impl Vcpus {
         }
     }
 
+    /// See every vCPU outside of `KVM_RUN` once, without stopping the machine: when this returns, whatever the kernel was doing for
+    /// a vCPU when it was called (writing to guest RAM on the guest's behalf, for one) is complete, its trace in the dirty log
+    /// included.
+    pub fn touch(&self) {
+        const AGAIN: Duration = Duration::from_millis(20);
+        let inside: Vec<_> = self
+            .handles
+            .iter()
+            .map(|h| (h, h.entries.load(Ordering::SeqCst)))
+            .filter(|(_, entries)| entries % 2 == 1)
+            .inspect(|(h, _)| h.kick.kick())
+            .collect();
+        for (handle, entries) in inside {
+            let mut kicked = Instant::now();
+            while handle.entries.load(Ordering::SeqCst) == entries {
+                std::thread::yield_now();
+                if kicked.elapsed() > AGAIN {
+                    handle.kick.kick();
+                    kicked = Instant::now();
+                }
+            }
+        }
+    }
+
+    /// Let the vCPUs run only for `percent` (1 to 100) of the time.
+    pub fn throttle(&self, percent: u8) -> Result<()> {
+        let mut thread = self.throttler.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.shared.share.swap(percent.clamp(1, 100), Ordering::SeqCst);
+        if percent >= 100 || before < 100 {
+            // The thread sees the change, or there is none and need be none.
+            return Ok(());
+        }
+        if let Some(ending) = thread.take() {
+            let _ = ending.join();
+        }
+        let shared = self.shared.clone();
+        let kicks: Vec<_> = self.handles.iter().map(|h| h.kick.clone()).collect();
+        let started = std::thread::Builder::new().name("throttle".into()).stack_size(64 * 1024).spawn(move || {
+            loop {
+                let share = u32::from(shared.share.load(Ordering::SeqCst));
+                if share == 100 {
+                    return;
+                }
+                let nap = PERIOD * (100 - share) / 100;
+                shared.nap_until.store(shared.now() + nap.as_nanos() as u64, Ordering::Relaxed);
+                kicks.iter().for_each(|kick| kick.kick());
+                // The pace of the naps is what this thread is for; nothing is waited for.
+                std::thread::sleep(PERIOD);
+            }
+        });
+        *thread = Some(started.context("cannot start the thread that throttles the machine")?);
+        Ok(())
+    }
+
+    /// Share of the time that the vCPUs run, percent.
+    pub fn share(&self) -> u8 {
+        self.shared.share.load(Ordering::Relaxed)
+    }
+
     /// Run `f(vcpu index, fd)` on every vCPU's thread, in parallel; they are parked. Results in vCPU order.
     pub fn on_all<R: Send + 'static>(
         &self,
         f: impl Fn(usize, &mut VcpuFd) -> Result<R> + Send + Sync + 'static,
     ) -> Result<Vec<R>> {
+        self.on_all_meanwhile(f, || ()).map(|(results, ())| results)
+    }
+
+    /// As [`Vcpus::on_all`]; `meanwhile` runs on this thread at the same time.
+    pub fn on_all_meanwhile<R: Send + 'static, M>(
+        &self,
+        f: impl Fn(usize, &mut VcpuFd) -> Result<R> + Send + Sync + 'static,
+        meanwhile: impl FnOnce() -> M,
+    ) -> Result<(Vec<R>, M)> {
         let f = Arc::new(f);
         let (reply, replies) = channel();
         for id in 0..self.handles.len() {
@@ -153,11 +281,13 @@ impl Vcpus {
             self.order(id, Order::Task(task))?;
         }
         drop(reply);
+        let meanwhile = meanwhile();
         let mut results: Vec<Option<R>> = self.handles.iter().map(|_| None).collect();
         for (id, result) in replies {
             results[id] = Some(result.with_context(|| format!("vCPU {id}"))?);
         }
-        results.into_iter().collect::<Option<Vec<R>>>().context("the thread of a vCPU has ended")
+        let results = results.into_iter().collect::<Option<Vec<R>>>().context("the thread of a vCPU has ended")?;
+        Ok((results, meanwhile))
     }
 
     /// As [`Vcpus::on_all`], for the first vCPU alone.
@@ -173,6 +303,11 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
+        // Its kicks must not outlive the vCPUs.
+        self.shared.share.store(100, Ordering::SeqCst);
+        if let Some(thread) = self.throttler.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = thread.join();
+        }
         self.stop_all();
         for handle in &mut self.handles {
             let _ = handle.orders.send(Order::End);
@@ -190,6 +325,7 @@ struct Worker<E> {
     shared: Arc<Shared>,
     exits: Arc<E>,
     inbox: Receiver<Order>,
+    entries: Arc<AtomicU64>,
 }
 
 impl<E: Exits> Worker<E> {
@@ -214,10 +350,17 @@ impl<E: Exits> Worker<E> {
 
     /// Guest code until something stops it.
     fn run(&mut self) {
-        // In this order: a stop that comes after the clear is seen by the load, one that came before has set the flag.
-        self.kick.clear();
-        while !self.shared.stop.load(Ordering::SeqCst) {
-            match self.fd.run().map(|_| ()) {
+        loop {
+            // In this order: a stop that comes after the clear is seen by the load, one that came before has set the flag.
+            self.kick.clear();
+            if self.shared.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            self.shared.nap();
+            self.entries.fetch_add(1, Ordering::SeqCst);
+            let came_back = self.fd.run().map(|_| ());
+            self.entries.fetch_add(1, Ordering::SeqCst);
+            match came_back {
                 Ok(()) => {
                     if !self.exit() {
                         return;

@@ -14,7 +14,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 use understudy_vmm::backend::BackendConfig;
 use understudy_vmm::machine::{BootSource, Machine, MachineConfig};
 use understudy_vmm::memory::{Arena, PAGE};
-use understudy_vmm::session::{Session, SharedArena};
+use understudy_vmm::session::{CutRequest, Session, SharedArena};
 
 const TAKEOVERS: u64 = 4;
 const EPOCH: Duration = Duration::from_millis(100);
@@ -111,7 +111,8 @@ fn a_debian_guest_counts_on_through_takeovers_without_gap_or_repetition() {
         // Epochs until the guest has printed some more, then a power cut in the middle of one.
         while primary.console().matches("tick").count() < ticks + 2 || epoch < 10 {
             epoch += 1;
-            let mut piece = session.cut(Epoch(epoch), epoch == 1, false).unwrap();
+            let mut piece =
+                session.cut(CutRequest { epoch: Epoch(epoch), arm: epoch == 1, last: false, again: false }).unwrap();
             loop {
                 pages += piece.pages;
                 let indices = primary.arena_bytes(piece.indices_offset, piece.pages * 8);

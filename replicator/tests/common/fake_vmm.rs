@@ -235,6 +235,7 @@ impl FakeVmm {
                     resets: 0,
                     serial: Vec::new(),
                     recent_pauses_us: Vec::new(),
+                    capture: understudy_protocol::control::CaptureStatus::default(),
                 };
                 json(&|| serde_json::to_value(&status).unwrap())
             }
@@ -278,7 +279,7 @@ impl FakeVmm {
                 let harvested = Harvested { dirty_pages: log.len() as u64, bitmap_bytes: bitmap.len() as u64 };
                 json(&|| serde_json::to_value(harvested).unwrap())
             }
-            VmmRequest::Cut { epoch, arm, last } => {
+            VmmRequest::Cut { epoch, arm, last, .. } => {
                 if machine.log.is_none() {
                     return Err("the dirty log is off".into());
                 }

@@ -1,6 +1,7 @@
 //! Building a machine: KVM, RAM, interrupt controllers, vCPUs, devices. Nothing runs afterwards.
 
 use super::*;
+use crate::sys;
 
 impl Machine {
     /// Build everything; nothing runs. Events go to `events`.
@@ -21,6 +22,7 @@ impl Machine {
         vm.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() })
             .context("KVM does not offer its timer (PIT)")?;
         routing::set(&vm)?;
+        let manual_log = sys::manual_dirty_log(&vm);
         ram.attach(&vm, false)?;
 
         let offered = kvm
@@ -43,7 +45,7 @@ impl Machine {
             HardwareConfig { serial_ports: config.serial.len(), console: config.console.is_some() },
             &ram,
         )?;
-        let core = Arc::new(Core::new(config.name.clone(), vm, ram, hardware, events));
+        let core = Arc::new(Core::new(config.name.clone(), vm, ram, manual_log, hardware, events));
         let vcpus = Vcpus::start(fds, &core)?;
         let cpuids = Arc::new(cpuids);
         let pristine = {
@@ -77,6 +79,7 @@ impl Machine {
             life_changed: Condvar::new(),
             pumps: Mutex::new(Vec::new()),
             kvm_backend: kvm_backend(),
+            capture: Mutex::default(),
         })
     }
 }

@@ -1,33 +1,62 @@
 //! Stopping a machine and letting it go on: capture, pause and resume, save, and the short stop of a cut.
 
+use kvm_ioctls::VcpuFd;
+
 use super::*;
+
+/// A machine's state as it was read, before it becomes bytes.
+pub struct RawState {
+    machine: state::V1,
+    vm: vm_state::state::V1,
+    /// The first one's comes with the clock.
+    vcpus: Vec<(vcpu_state::state::V1, Option<clock::state::V1>)>,
+    devices: Vec<Payload>,
+}
+
+impl RawState {
+    /// As bytes.
+    pub fn encode(self) -> Result<Vec<u8>> {
+        let mut payloads: Vec<Payload> = vec![
+            container::payload(KIND, "this", VERSION, &self.machine)?,
+            container::payload(vm_state::KIND, "this", vm_state::VERSION, &self.vm)?,
+        ];
+        for (id, (vcpu, clock)) in self.vcpus.iter().enumerate() {
+            if let Some(clock) = clock {
+                payloads.push(container::payload(clock::KIND, "this", clock::VERSION, clock)?);
+            }
+            payloads.push(container::payload(vcpu_state::KIND, &id.to_string(), vcpu_state::VERSION, vcpu)?);
+        }
+        payloads.extend(self.devices);
+        Ok(container::encode(&payloads))
+    }
+}
 
 impl Machine {
     /// Everything but RAM, as bytes. The vCPUs are parked and the devices frozen.
     /// `at` is the VM time that the state carries.
     pub fn capture(&self, life: &Life, hardware: &Hardware, at: VmTime) -> Result<Vec<u8>> {
+        self.capture_raw(life, hardware, at)?.encode()
+    }
+
+    /// As [`Machine::capture`], not yet as bytes: a cut does that when the guest runs again.
+    pub fn capture_raw(&self, life: &Life, hardware: &Hardware, at: VmTime) -> Result<RawState> {
         let can = self.can.clone();
         let cpuids = self.cpuids.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let vcpus = self.vcpus.on_all(move |id, fd| {
-            let state = vcpu_state::save(fd, &can, &cpuids[id])?;
-            container::payload(vcpu_state::KIND, &id.to_string(), vcpu_state::VERSION, &state)
-        })?;
+        let core = self.core.clone();
+        let save = move |id: usize, fd: &mut VcpuFd| {
+            let clock = if id == 0 { Some(clock::read(&core.vm, fd, at)?) } else { None };
+            anyhow::Ok((vcpu_state::save(fd, &can, &cpuids[id])?, clock))
+        };
+        let rest = || anyhow::Ok((vm_state::save(&self.core.vm)?, hardware.save()?));
+        let (vcpus, rest) = self.vcpus.on_all_meanwhile(save, rest)?;
+        let (vm, devices) = rest?;
         let machine = state::V1 {
             vcpus: self.config.vcpus,
             ram_bytes: self.core.ram.bytes(),
             life: life.born,
             resets: life.resets,
         };
-        let core = self.core.clone();
-        let clock = self.vcpus.on_first(move |fd| clock::read(&core.vm, fd, at))?;
-        let mut payloads: Vec<Payload> = vec![
-            container::payload(KIND, "this", VERSION, &machine)?,
-            container::payload(vm_state::KIND, "this", vm_state::VERSION, &vm_state::save(&self.core.vm)?)?,
-            container::payload(clock::KIND, "this", clock::VERSION, &clock)?,
-        ];
-        payloads.extend(vcpus);
-        payloads.extend(hardware.save()?);
-        Ok(container::encode(&payloads))
+        Ok(RawState { machine, vm, vcpus, devices })
     }
 
     /// The state that a paused machine was captured with.
