@@ -62,10 +62,38 @@ pub struct StageBytes {
     pub captured: u64,
     /// Pages and device state before encoding, those of first copies included.
     pub raw: u64,
+    /// (sender) Of the pages in `raw`, those that were neither zero nor as the standby has them.
+    pub changed: u64,
+    /// (sender) What of these is left as changes, references to other pages, and whole pages.
+    pub encoded: u64,
+    /// (sender) The same after compression, if the link made that worth while.
+    pub compressed: u64,
     /// As encoded and framed, before encryption: sent by the sender, received by the receiver.
     pub wire: u64,
     /// Of `wire`, what belongs to epochs that the standby has committed.
     pub committed: u64,
+}
+
+/// How the sender has encoded pages, since the process started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Encoding {
+    /// Pages that were as the standby has them.
+    pub unchanged_pages: u64,
+    /// Pages of zeros.
+    pub zero_pages: u64,
+    /// Pages sent as what changed in them.
+    pub delta_pages: u64,
+    /// Pages sent as a reference to another page of the same content.
+    pub same_pages: u64,
+    /// Pages sent whole.
+    pub raw_pages: u64,
+    /// Pages whose last sent content is kept, now.
+    pub shadow_pages: u64,
+    /// Memory for that, with its tables, now.
+    pub shadow_bytes: u64,
+    /// Compression of what is sent now: `none`, `lz4`, `zstd`.
+    pub compression: String,
 }
 
 /// The measurements in [`crate::control::ReplicatorStatus`].
@@ -85,6 +113,8 @@ pub struct Statistics {
     pub bytes: StageBytes,
     /// (sender) Epochs cut and not yet acknowledged.
     pub in_flight: u64,
+    /// (sender) How pages were encoded.
+    pub encoding: Encoding,
 }
 
 #[cfg(test)]

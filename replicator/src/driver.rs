@@ -25,8 +25,10 @@ use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
 use understudy_protocol::secure::{SecureStream, SecureWriter};
+use understudy_protocol::statistics::Encoding;
 
-use crate::codec::{BatchWriter, EpochDigest, PAGE};
+use self::pages::Pages;
+use crate::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE};
 use crate::hook::Hook;
 use crate::log;
 use crate::message::Message;
@@ -56,6 +58,8 @@ pub struct DriverConfig {
     pub key: Arc<Key>,
     /// Files.
     pub layout: Layout,
+    /// How pages are encoded.
+    pub encoding: EncodingConfig,
     /// The cluster's arm.
     pub hook: Hook,
     /// Called once the VMM is attached: notes its generation here, and says the newest that this node knows.
@@ -101,6 +105,8 @@ pub struct SenderView {
     pub pauses: Vec<u64>,
     /// Histograms.
     pub stats: SenderStats,
+    /// How pages were encoded: bytes and pages, and what the shadow takes.
+    pub encoding: (crate::codec::writer::Statistics, Encoding),
 }
 
 /// A running sender.
@@ -141,6 +147,7 @@ impl SenderHandle {
             answers: Vec::new(),
             batch: BatchWriter::default(),
             digest: EpochDigest::default(),
+            pages: Pages::default(),
             block: Vec::new(),
             kept: Vec::new(),
             keeping: false,
@@ -226,6 +233,7 @@ struct Driver {
 
     batch: BatchWriter,
     digest: EpochDigest,
+    pages: Pages,
     block: Vec<u8>,
     /// Frames of the epoch that is on its way.
     kept: Vec<u8>,
@@ -504,6 +512,7 @@ impl Driver {
             let (_, address) = self.config.peers.iter().find(|(n, _)| n == name)?;
             Some(format!("{name} {address}"))
         });
+        let encoding = self.encoding();
         let mut view = lock(&self.view);
         view.facts = facts.clone();
         view.generation = self.core.generation();
@@ -522,6 +531,7 @@ impl Driver {
         view.wire_bytes = self.wire_bytes;
         view.pauses.clone_from(&self.pauses);
         view.stats.clone_from(&self.stats);
+        view.encoding = (self.batch.statistics(), encoding);
     }
 }
 

@@ -4,26 +4,34 @@
 //! SHM/MACHINE/ram               guest RAM, created by the VMM
 //! SHM/MACHINE/image/record      what RAM and stage together are      (durable.rs)
 //! SHM/MACHINE/image/floor       highest generation seen
-//! SHM/MACHINE/image/stage       pages of the epoch that is arriving, as checked records
-//! SHM/MACHINE/image/state.new   device state of the epoch that is arriving
+//! SHM/MACHINE/image/stage       pages of the epoch that is arriving    (stage.rs)
+//! SHM/MACHINE/image/stage.index which pages, and their hashes
+//! SHM/MACHINE/image/state.new   device state of an epoch that is about to be committed
 //! SHM/MACHINE/image/state-G-E   device state of the committed epoch E of generation G
 //! ```
 //! RAM is written with `pwrite`, not through a mapping: a full tmpfs is then an error, not a signal. Every page is written
 //! at least once in a first copy, zero pages too, so applying a committed epoch later never needs new memory.
+//!
+//! What arrives is decoded here ([`crate::codec`]): pages over those of the stage or of RAM, the device state over the committed
+//! one. [`Step::Verify`] compares the result with what the sender says of it. Anything that is wrong with it is an
+//! [`ImageError::Content`]: sending the same again would not help.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
-use understudy_protocol::frame::{self, Header};
+use understudy_protocol::frame::Header;
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::Layout;
 
-use crate::codec::{BatchError, PAGE, Record as PageRecord, for_each_record};
+use crate::codec::state::{self, STATE_LIMIT};
+use crate::codec::{BatchError, Decoder, PAGE, Page, PageHash, Target};
 use crate::durable::{self, Durable, DurableError, Pending, RamIdentity, Record};
+use crate::message::End;
 use crate::receiver::Step;
+use crate::stage::Stage;
 
 /// Most payload bytes of one frame between replicators and in the stage.
 pub const FRAME_LIMIT: usize = 1 << 20;
@@ -52,6 +60,9 @@ pub enum ImageError {
         /// What is wrong.
         why: String,
     },
+    /// What the sender sent is not what it says, or cannot be made whole with what is here.
+    #[error("{0}")]
+    Content(String),
     /// The RAM file was replaced while it was being filled.
     #[error("{0} is not the file that was being filled any more: the VMM has made a new one")]
     RamReplaced(String),
@@ -61,6 +72,12 @@ pub enum ImageError {
         /// The limit.
         limit: u64,
     },
+}
+
+impl From<BatchError> for ImageError {
+    fn from(e: BatchError) -> Self {
+        Self::Content(e.to_string())
+    }
 }
 
 fn advice(source: &io::Error) -> &'static str {
@@ -78,11 +95,17 @@ pub struct Image {
     dir: PathBuf,
     ram_path: PathBuf,
     ram: Option<(File, RamIdentity)>,
-    stage: File,
-    stage_len: u64,
-    stage_crc: crc32fast::Hasher,
-    stage_limit: u64,
-    state: File,
+    stage: Stage,
+    decoder: Decoder,
+    /// Encoded device state of the epoch that is arriving, and the same decoded.
+    encoded_state: Vec<u8>,
+    state: Vec<u8>,
+    /// Device state of the epoch that was committed last.
+    committed: Option<(Generation, Epoch, Vec<u8>)>,
+    /// What an earlier process may have left behind is gone.
+    swept: bool,
+    /// Pages on their way to RAM in a first copy.
+    run: Vec<u8>,
 }
 
 impl Image {
@@ -90,27 +113,23 @@ impl Image {
     pub fn open(layout: &Layout) -> Result<Self, ImageError> {
         let dir = layout.image_dir();
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|e| io_error("create", &dir, e))?;
-        let open = |name: &str| {
-            let path = dir.join(name);
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            options.open(&path).map_err(|e| io_error("open", &path, e))
-        };
         Ok(Self {
-            stage: open("stage")?,
-            state: open("state.new")?,
+            stage: Stage::open(&dir)?,
             ram_path: layout.ram(),
             ram: None,
-            stage_len: 0,
-            stage_crc: crc32fast::Hasher::new(),
-            stage_limit: u64::MAX,
+            decoder: Decoder::default(),
+            encoded_state: Vec::new(),
+            state: Vec::new(),
+            committed: None,
+            swept: false,
+            run: Vec::new(),
             dir,
         })
     }
 
     /// Let no epoch's stage grow beyond `bytes`.
     pub fn limit_stage(&mut self, bytes: u64) {
-        self.stage_limit = bytes;
+        self.stage.limit(bytes);
     }
 
     /// Read record and floor. A damaged record means that the image is lost, not that the node is: it reads as
@@ -143,39 +162,110 @@ impl Image {
                 durable::store(&self.dir.join("record"), record)?;
                 Ok(())
             }
-            Step::WriteSync => self.write_pages(payload),
-            Step::ResetStage => self.reset_stage(),
-            Step::AppendStage => match frame {
-                Some((header, payload)) => self.append_stage(header, payload),
-                None => Ok(()),
-            },
-            Step::AppendState => self.state.write_all(payload).map_err(|e| self.error("write", "state.new", e)),
+            Step::BeginDigest => {
+                self.decoder.begin();
+                self.encoded_state.clear();
+                Ok(())
+            }
+            Step::WriteSync => self.write_sync(payload),
+            Step::ResetStage => {
+                self.encoded_state.clear();
+                self.stage.reset()
+            }
+            Step::AppendStage => self.append_stage(payload),
+            Step::AppendState => {
+                if self.encoded_state.len() + payload.len() > STATE_LIMIT {
+                    return Err(ImageError::Content("the device state is larger than any machine's".into()));
+                }
+                self.encoded_state.extend_from_slice(payload);
+                Ok(())
+            }
+            Step::Verify { epoch, end, base } => self.verify(*epoch, end, *base),
             Step::Commit(record) => self.commit(record),
             Step::Apply => self.apply(),
             Step::Send(..) | Step::Close(_) | Step::Report(_) => Ok(()),
         }
     }
 
-    /// Empty the stage: it belongs to no commit record any more.
+    /// Empty the stage and give its room back: it belongs to no commit record any more.
     pub fn reset_stage(&mut self) -> Result<(), ImageError> {
-        self.stage_len = 0;
-        self.stage_crc = crc32fast::Hasher::new();
-        let reset = |file: &mut File| file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0)));
-        let done = reset(&mut self.stage).and_then(|_| reset(&mut self.state));
-        done.map(|_| ()).map_err(|e| self.error("empty", "stage", e))
+        self.encoded_state = Vec::new();
+        // A state that was not committed takes room too; there may be none.
+        let _ = fs::remove_file(self.dir.join("state.new"));
+        self.stage.release()
     }
 
-    fn append_stage(&mut self, header: &Header, payload: &[u8]) -> Result<(), ImageError> {
-        let full = |_| ImageError::StageFull { limit: u64::from(u32::MAX) };
-        let head = frame::encode_header(header, &[payload]).map_err(full)?;
-        self.stage_len += (head.len() + payload.len()) as u64;
-        if self.stage_len > self.stage_limit {
-            return Err(ImageError::StageFull { limit: self.stage_limit });
+    fn append_stage(&mut self, batch: &[u8]) -> Result<(), ImageError> {
+        struct Over<'a> {
+            stage: &'a mut Stage,
+            ram: &'a File,
+            ram_path: &'a Path,
+            ram_pages: u64,
         }
-        self.stage_crc.update(&head);
-        self.stage_crc.update(payload);
-        let written = self.stage.write_all(&head).and_then(|()| self.stage.write_all(payload));
-        written.map_err(|e| self.error("write", "stage", e))
+        impl Target for Over<'_> {
+            type Error = ImageError;
+            fn read(&mut self, index: u64, page: &mut Page) -> Result<(), ImageError> {
+                match self.stage.page(index) {
+                    Some(staged) => *page = *staged,
+                    None => read_page(self.ram, self.ram_path, index, page)?,
+                }
+                Ok(())
+            }
+            fn page(&mut self, index: u64, content: &Page, hash: PageHash) -> Result<(), ImageError> {
+                self.stage.put(index, self.ram_pages, content, hash)
+            }
+            fn zeros(&mut self, index: u64, count: u64) -> Result<(), ImageError> {
+                (index..index + count).try_for_each(|index| self.stage.put_zeros(index, self.ram_pages))
+            }
+        }
+        self.open_ram_once()?;
+        let Some((ram, identity)) = &self.ram else { return Ok(()) };
+        let ram_pages = identity.bytes / PAGE as u64;
+        let mut target = Over { stage: &mut self.stage, ram, ram_path: &self.ram_path, ram_pages };
+        self.decoder.batch(batch, ram_pages, &mut target)
+    }
+
+    /// Pages of a first copy go straight to RAM, which is nobody's image meanwhile.
+    fn write_sync(&mut self, batch: &[u8]) -> Result<(), ImageError> {
+        self.open_ram_once()?;
+        let Some((ram, identity)) = &self.ram else { return Ok(()) };
+        self.run.clear();
+        let mut target = Straight { ram, ram_path: &self.ram_path, begin: 0, run: &mut self.run };
+        self.decoder.batch(batch, identity.bytes / PAGE as u64, &mut target)?;
+        target.flush()
+    }
+
+    /// Whether what has arrived is what the sender captured.
+    fn verify(&mut self, epoch: Epoch, end: &End, base: Option<(Generation, Epoch)>) -> Result<(), ImageError> {
+        let content = |why: String| Err(ImageError::Content(why));
+        self.load_state(base);
+        let held = self.committed.as_ref().map(|(_, epoch, state)| (*epoch, &state[..])).filter(|_| base.is_some());
+        self.state = match state::decode(&self.encoded_state, held) {
+            Ok(state) => state,
+            Err(e) => return content(format!("epoch {epoch} has no device state: {e}")),
+        };
+        let (pages, len) = (self.decoder.digest().pages(), self.state.len() as u64);
+        if (pages, len) != (end.pages, end.state_len) {
+            return content(format!(
+                "epoch {epoch} arrived with {pages} pages and {len} bytes of device state instead of {} and {}",
+                end.pages, end.state_len
+            ));
+        }
+        self.decoder.digest().state(&self.state);
+        if self.decoder.digest().finish() != end.digest {
+            return content(format!("epoch {epoch} differs from what the primary captured (its digest is wrong)"));
+        }
+        Ok(())
+    }
+
+    /// Have the device state of the committed epoch at hand; after a restart it is in its file.
+    fn load_state(&mut self, base: Option<(Generation, Epoch)>) {
+        let Some((generation, epoch)) = base else { return };
+        if self.committed.as_ref().is_none_or(|(g, e, _)| (*g, *e) != (generation, epoch)) {
+            // A state that cannot be read is a base that is not here: the sender begins again.
+            let state = fs::read(self.state_file(generation, epoch)).ok();
+            self.committed = state.map(|state| (generation, epoch, state));
+        }
     }
 
     fn commit(&mut self, record: &Record) -> Result<(), ImageError> {
@@ -183,15 +273,30 @@ impl Image {
         if self.ram_identity() != record.ram || self.open_ram()?.1 != record.ram {
             return Err(ImageError::RamReplaced(self.ram_path.display().to_string()));
         }
-        self.stage.sync_data().map_err(|e| self.error("write", "stage", e))?;
-        self.state.sync_data().map_err(|e| self.error("write", "state.new", e))?;
-        let state = self.state_file(record.generation, record.epoch);
-        fs::rename(self.dir.join("state.new"), &state).map_err(|e| io_error("rename to", &state, e))?;
-        let pending = Pending { stage_len: self.stage_len, stage_crc: self.stage_crc.clone().finalize() };
-        let path = self.dir.join("state.new");
-        self.state = File::create(&path).map_err(|e| io_error("create", &path, e))?;
+        let pending = self.stage.finish(self.decoder.seed())?;
+        let new = self.dir.join("state.new");
+        let write = || {
+            let mut options = OpenOptions::new();
+            let file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            file.write_all_at(&self.state, 0)?;
+            file.sync_data()
+        };
+        write().map_err(|e| io_error("write", &new, e))?;
+        let file = self.state_file(record.generation, record.epoch);
+        fs::rename(&new, &file).map_err(|e| io_error("rename to", &file, e))?;
         durable::store(&self.dir.join("record"), &Record { pending: Some(pending), ..record.clone() })?;
-        self.remove_other_states(&state);
+        let (mut spare, old) = match self.committed.take() {
+            Some((generation, epoch, state)) => (state, Some(self.state_file(generation, epoch))),
+            None => (Vec::new(), None),
+        };
+        match old {
+            // The only other one is the epoch's before. It is in nobody's way except by its size.
+            Some(old) if old != file && self.swept => drop(fs::remove_file(old)),
+            _ => self.remove_other_states(&file),
+        }
+        self.swept = true;
+        std::mem::swap(&mut spare, &mut self.state);
+        self.committed = Some((record.generation, record.epoch, spare));
         Ok(())
     }
 
@@ -201,7 +306,6 @@ impl Image {
         for path in entries.flatten().map(|entry| entry.path()) {
             let is_state = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("state-"));
             if is_state && path != keep {
-                // It is in nobody's way except by its size; the next commit tries again.
                 let _ = fs::remove_file(path);
             }
         }
@@ -209,41 +313,14 @@ impl Image {
 
     /// Check that the stage is the one that was committed: needed before applying it after a restart.
     pub fn verify_stage(&mut self, pending: Pending) -> Result<(), ImageError> {
-        let damaged =
-            |why: &str| ImageError::Stage { file: self.dir.join("stage").display().to_string(), why: why.to_owned() };
-        let mut stage = &self.stage;
-        stage.seek(SeekFrom::Start(0)).map_err(|e| self.error("read", "stage", e))?;
-        let (mut crc, mut len, mut buffer) = (crc32fast::Hasher::new(), 0, vec![0; 1 << 16]);
-        loop {
-            let n = stage.read(&mut buffer).map_err(|e| self.error("read", "stage", e))?;
-            if n == 0 {
-                break;
-            }
-            crc.update(&buffer[..n]);
-            len += n as u64;
-        }
-        if len != pending.stage_len {
-            return Err(damaged("its length is wrong"));
-        }
-        if crc.finalize() != pending.stage_crc {
-            return Err(damaged("its checksum is wrong"));
-        }
-        Ok(())
+        let ram_pages = self.ram_identity().map_or(0, |ram| ram.bytes / PAGE as u64);
+        self.stage.load(pending, ram_pages)
     }
 
     fn apply(&mut self) -> Result<(), ImageError> {
         self.open_ram()?;
-        self.stage.seek(SeekFrom::Start(0)).map_err(|e| self.error("read", "stage", e))?;
-        let stage = self.stage.try_clone().map_err(|e| self.error("read", "stage", e))?;
-        let mut reader = BufReader::with_capacity(1 << 18, stage);
-        let mut payload = Vec::new();
-        loop {
-            match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {
-                Ok(Some(_)) => self.write_pages(&payload)?,
-                Ok(None) => return Ok(()),
-                Err(e) => return Err(self.error("read", "stage", e)),
-            }
-        }
+        let Some((ram, _)) = &self.ram else { return Ok(()) };
+        self.stage.apply(ram).map_err(|e| io_error("write", &self.ram_path, e))
     }
 
     fn open_ram(&mut self) -> Result<(&File, Option<RamIdentity>), ImageError> {
@@ -260,55 +337,69 @@ impl Image {
         }
     }
 
-    fn write_pages(&mut self, batch: &[u8]) -> Result<(), ImageError> {
-        static ZEROS: [u8; 64 * PAGE] = [0; 64 * PAGE];
+    fn open_ram_once(&mut self) -> Result<(), ImageError> {
         if self.ram.is_none() {
             self.open_ram()?;
         }
-        let Some((ram, identity)) = &self.ram else { return Ok(()) };
-        enum Fault {
-            Batch(BatchError),
-            Io(io::Error),
-        }
-        impl From<BatchError> for Fault {
-            fn from(e: BatchError) -> Self {
-                Self::Batch(e)
-            }
-        }
-        let written = for_each_record(batch, identity.bytes / PAGE as u64, |record| {
-            match record {
-                PageRecord::Page { index, bytes } => ram.write_all_at(bytes, index * PAGE as u64).map_err(Fault::Io)?,
-                PageRecord::Zeros { index, count } => {
-                    let (mut at, end) = (index * PAGE as u64, (index + count) * PAGE as u64);
-                    while at < end {
-                        let n = (end - at).min(ZEROS.len() as u64);
-                        ram.write_all_at(&ZEROS[..n as usize], at).map_err(Fault::Io)?;
-                        at += n;
-                    }
-                }
-            }
-            Ok(())
-        });
-        written.map_err(|fault| match fault {
-            Fault::Io(e) => io_error("write", &self.ram_path, e),
-            Fault::Batch(e) => self.error("read", "stage", io::Error::other(e)),
-        })
+        Ok(())
     }
 
     /// Make sure that the next access opens the RAM file that is at its path then.
     pub fn forget_ram(&mut self) {
         self.ram = None;
     }
+}
 
-    fn error(&self, what: &'static str, name: &str, source: io::Error) -> ImageError {
-        io_error(what, &self.dir.join(name), source)
+/// Pages to RAM, neighbours together.
+struct Straight<'a> {
+    ram: &'a File,
+    ram_path: &'a Path,
+    /// Page number of the first of `run`.
+    begin: u64,
+    run: &'a mut Vec<u8>,
+}
+
+/// Most bytes in one write.
+const RUN: usize = 64 * PAGE;
+
+impl Straight<'_> {
+    fn flush(&mut self) -> Result<(), ImageError> {
+        let written = self.ram.write_all_at(self.run, self.begin * PAGE as u64);
+        self.run.clear();
+        written.map_err(|e| io_error("write", self.ram_path, e))
     }
+}
+
+impl Target for Straight<'_> {
+    type Error = ImageError;
+
+    fn read(&mut self, index: u64, page: &mut Page) -> Result<(), ImageError> {
+        self.flush()?;
+        read_page(self.ram, self.ram_path, index, page)
+    }
+
+    fn page(&mut self, index: u64, content: &Page, _hash: PageHash) -> Result<(), ImageError> {
+        if self.run.len() >= RUN || self.begin + (self.run.len() / PAGE) as u64 != index {
+            self.flush()?;
+            self.begin = index;
+        }
+        self.run.extend_from_slice(content);
+        Ok(())
+    }
+
+    fn zeros(&mut self, index: u64, count: u64) -> Result<(), ImageError> {
+        (index..index + count).try_for_each(|index| self.page(index, &[0; PAGE], 0))
+    }
+}
+
+fn read_page(ram: &File, path: &Path, index: u64, page: &mut Page) -> Result<(), ImageError> {
+    ram.read_exact_at(page, index * PAGE as u64).map_err(|e| io_error("read", path, e))
 }
 
 fn identity(metadata: &fs::Metadata) -> RamIdentity {
     RamIdentity { dev: metadata.dev(), ino: metadata.ino(), bytes: metadata.len() }
 }
 
-fn io_error(what: &'static str, file: &Path, source: io::Error) -> ImageError {
+pub(crate) fn io_error(what: &'static str, file: &Path, source: io::Error) -> ImageError {
     ImageError::Io { what, file: file.display().to_string(), source }
 }

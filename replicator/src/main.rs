@@ -16,6 +16,9 @@ use understudy_protocol::control::{HandedOver, ReplicatorRequest, TakenOver, cal
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::{DEFAULT_KEY_FILE, Key};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
+use understudy_replicator::codec::EncodingConfig;
+use understudy_replicator::codec::method::Method;
+use understudy_replicator::codec::writer::{Compression, ShadowBudget};
 use understudy_replicator::hook::Arm;
 use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_offline};
 use understudy_replicator::report::{Sample, metrics, text, top};
@@ -129,6 +132,16 @@ struct Run {
     /// Most MiB that one epoch may take on this node while it arrives.
     #[arg(long)]
     stage_limit_mib: Option<u64>,
+    /// Memory of the sender for copies of pages that were sent, as a percentage of the machine's RAM: pages that are written
+    /// again are then sent as what changed in them. 0 = no copies.
+    #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u8).range(0..=100))]
+    shadow_percent: u8,
+    /// The same in MiB, instead of a percentage.
+    #[arg(long, conflicts_with = "shadow_percent")]
+    shadow_mib: Option<u64>,
+    /// How what is sent is compressed: auto (only when the link is slower than the compression), none, lz4, zstd.
+    #[arg(long, default_value = "auto", value_parser = parse_compression)]
+    compression: Compression,
 }
 
 impl Place {
@@ -245,6 +258,10 @@ fn serve(run: Run) -> anyhow::Result<()> {
         interval: Duration::from_millis(run.interval_ms),
         peer_timeout: Duration::from_millis(run.peer_timeout_ms),
         arm,
+        encoding: EncodingConfig {
+            shadow: run.shadow_mib.map_or(ShadowBudget::Percent(run.shadow_percent), ShadowBudget::Mib),
+            compression: run.compression,
+        },
         stage_limit: run.stage_limit_mib.map(|mib| mib << 20),
     })?;
     let stop = replicator.stopper();
@@ -255,6 +272,15 @@ fn serve(run: Run) -> anyhow::Result<()> {
     });
     replicator.wait();
     Ok(())
+}
+
+fn parse_compression(text: &str) -> Result<Compression, String> {
+    let method = [Method::Plain].into_iter().chain(Method::COMPRESSING).find(|method| method.name() == text);
+    match (text, method) {
+        ("auto", _) => Ok(Compression::Auto),
+        (_, Some(method)) => Ok(Compression::Always(method)),
+        _ => Err("it is one of auto, none, lz4, zstd".into()),
+    }
 }
 
 fn parse_peers(text: &str) -> anyhow::Result<Vec<(String, String)>> {

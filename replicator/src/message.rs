@@ -23,7 +23,7 @@ use thiserror::Error;
 use understudy_protocol::ids::{Epoch, Generation};
 
 /// Version of this conversation; both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// How the sender introduces itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -26,6 +26,7 @@ use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
 use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream};
 
+use crate::codec::EncodingConfig;
 use crate::driver::{DriverConfig, SenderHandle};
 use crate::hook::{Arm, Hook, Reporter};
 use crate::image::{FRAME_LIMIT, ImageError};
@@ -62,6 +63,8 @@ pub struct Config {
     pub arm: Arm,
     /// Files.
     pub layout: Layout,
+    /// How the sender encodes pages.
+    pub encoding: EncodingConfig,
     /// Most bytes of one epoch's stage; `None` = as much as the file system gives.
     pub stage_limit: Option<u64>,
 }
@@ -434,6 +437,7 @@ impl Shared {
                 clustered: hook.clustered(),
             },
             peers: config.peers.iter().filter(|(name, _)| *name != config.node).cloned().collect(),
+            encoding: config.encoding,
             key: config.key.clone(),
             layout: config.layout.clone(),
             hook,

@@ -18,7 +18,7 @@
 
 use understudy_protocol::ids::{Epoch, Generation};
 
-use crate::codec::{BatchError, EpochDigest, PAGE, for_each_record};
+use crate::codec::{PAGE, batch};
 use crate::durable::{Durable, ImageKind, RamIdentity, Record, Taken};
 use crate::message::{End, Envelope, Hello, Message, VERSION, Welcome};
 
@@ -60,14 +60,25 @@ pub enum Step {
     SaveFloor(Generation),
     /// Make the record durable.
     SaveRecord(Record),
-    /// Write the message's pages to RAM.
+    /// Forget what has come of an epoch or first copy: what follows is digested from the start.
+    BeginDigest,
+    /// Decode the message's pages over RAM into RAM, and digest them.
     WriteSync,
     /// Begin an empty stage.
     ResetStage,
-    /// Append the message's pages to the stage.
+    /// Decode the message's pages over the stage and RAM into the stage, and digest them.
     AppendStage,
-    /// Append the message's device state to the stage's.
+    /// Append the message to the epoch's encoded device state.
     AppendState,
+    /// Decode the device state over the one of epoch `base`, and compare everything digested with `end`. Fails if it differs.
+    Verify {
+        /// The epoch that ends.
+        epoch: Epoch,
+        /// What the sender says of it.
+        end: End,
+        /// The committed epoch that it follows, if it is of the same generation; none after a first copy.
+        base: Option<(Generation, Epoch)>,
+    },
     /// Finish the stage's files, then make the record durable, with what names and checks them filled in.
     Commit(Record),
     /// Write the stage's pages to RAM. Idempotent.
@@ -103,7 +114,8 @@ pub struct Surroundings {
 #[derive(Debug)]
 struct Stage {
     epoch: Epoch,
-    state_len: u64,
+    /// Device state has come.
+    state: bool,
 }
 
 #[derive(Debug)]
@@ -117,7 +129,6 @@ struct Session {
     /// Epochs may follow: the image is whole and of this session, or the first copy has begun.
     based: bool,
     stage: Option<Stage>,
-    digest: EpochDigest,
     ram: RamIdentity,
     /// 0 = nothing to tell, 1 = tell when the cluster knows, 2 = told.
     promotable: u8,
@@ -137,6 +148,8 @@ pub struct Receiver {
     sync_pages: u64,
     /// Pages received since the start, for the status.
     pages: u64,
+    /// What a sender sent did not fit what is here: only a first copy can be trusted.
+    distrusted: bool,
 }
 
 /// The answer to a take-over.
@@ -164,6 +177,7 @@ impl Receiver {
             told: None,
             sync_pages: 0,
             pages: 0,
+            distrusted: false,
         };
         let record = &this.durable.record;
         if record.image != ImageKind::Inconsistent && (record.ram.is_none() || record.ram != ram) {
@@ -246,36 +260,32 @@ impl Receiver {
         match &envelope.message {
             Message::Ping => steps.push(reply(Message::Pong)),
             Message::SyncBegin => self.sync_begin(steps),
-            Message::SyncPages(batch) if session.syncing && session.stage.is_none() => {
-                let before = session.digest.pages();
-                match digest_batch(batch, session.ram, &mut session.digest) {
-                    Ok(()) => steps.push(Step::WriteSync),
-                    Err(e) => return self.fail(conn, e.to_string(), steps),
+            Message::SyncPages(batch) if session.syncing && session.stage.is_none() => match batch::pages(batch) {
+                Ok(pages) => {
+                    steps.push(Step::WriteSync);
+                    self.sync_pages += pages;
+                    self.pages += pages;
                 }
-                let pages = session.digest.pages() - before;
-                self.sync_pages += pages;
-                self.pages += pages;
-            }
+                Err(e) => self.fail(conn, e.to_string(), steps),
+            },
             Message::Pages(batch) => {
                 if let Err(why) = self.begin_stage(envelope.epoch, steps) {
                     return self.fail(conn, why, steps);
                 }
-                let Some(session) = &mut self.session else { return };
-                let before = session.digest.pages();
-                match digest_batch(batch, session.ram, &mut session.digest) {
-                    Ok(()) => steps.push(Step::AppendStage),
-                    Err(e) => return self.fail(conn, e.to_string(), steps),
+                match batch::pages(batch) {
+                    Ok(pages) => {
+                        steps.push(Step::AppendStage);
+                        self.pages += pages;
+                    }
+                    Err(e) => self.fail(conn, e.to_string(), steps),
                 }
-                self.pages += session.digest.pages() - before;
             }
-            Message::State(piece) => {
+            Message::State(_) => {
                 if let Err(why) = self.begin_stage(envelope.epoch, steps) {
                     return self.fail(conn, why, steps);
                 }
-                let Some(session) = &mut self.session else { return };
-                session.digest.state(piece);
-                if let Some(stage) = &mut session.stage {
-                    stage.state_len += piece.len() as u64;
+                if let Some(stage) = self.session.as_mut().and_then(|session| session.stage.as_mut()) {
+                    stage.state = true;
                 }
                 steps.push(Step::AppendState);
             }
@@ -370,10 +380,12 @@ impl Receiver {
             whole,
             generation: record.generation,
             epoch: record.epoch,
-            session: record.session,
+            // Another session than the sender's: it begins with a first copy. (A sender draws 0 once in 2^64.)
+            session: if self.distrusted { 0 } else { record.session },
         };
         // The sender may go on where it stopped only if nothing of its dirty log is missing.
         let based = whole && record.generation == generation && record.session == hello.session && !record.handed_over;
+        let based = based && !self.distrusted;
         self.session = Some(Session {
             conn,
             generation,
@@ -382,10 +394,10 @@ impl Receiver {
             syncing: false,
             based,
             stage: None,
-            digest: EpochDigest::default(),
             ram,
             promotable: u8::from(based),
         });
+        steps.push(Step::BeginDigest);
         steps.push(Step::Send(conn, generation, Epoch::ZERO, Message::Welcome(welcome)));
         self.report(steps);
         if let Some(told) = self.told {
@@ -396,10 +408,10 @@ impl Receiver {
 
     fn sync_begin(&mut self, steps: &mut Vec<Step>) {
         let Some(session) = &mut self.session else { return };
+        self.distrusted = false;
         session.syncing = true;
         session.based = true;
         session.stage = None;
-        session.digest = EpochDigest::default();
         session.promotable = 0;
         self.sync_pages = 0;
         let ready = Step::Send(session.conn, session.generation, Epoch::ZERO, Message::SyncReady);
@@ -408,6 +420,7 @@ impl Receiver {
         self.durable.record = Record::default();
         steps.push(Step::SaveRecord(Record::default()));
         steps.push(Step::ResetStage);
+        steps.push(Step::BeginDigest);
         steps.push(ready);
         self.report(steps);
     }
@@ -424,7 +437,7 @@ impl Receiver {
                 Err(format!("epoch {epoch} arrived after epoch {} was committed", self.durable.record.epoch))
             }
             None => {
-                session.stage = Some(Stage { epoch, state_len: 0 });
+                session.stage = Some(Stage { epoch, state: false });
                 steps.push(Step::ResetStage);
                 Ok(())
             }
@@ -436,19 +449,13 @@ impl Receiver {
         let Some(stage) = session.stage.take().filter(|stage| stage.epoch == epoch) else {
             return Err(format!("the end of epoch {epoch} arrived without the epoch"));
         };
-        let pages = session.digest.pages();
-        if pages != end.pages || stage.state_len != end.state_len {
-            return Err(format!(
-                "epoch {epoch} arrived with {pages} pages and {} bytes of device state instead of {} and {}",
-                stage.state_len, end.pages, end.state_len
-            ));
-        }
-        if stage.state_len == 0 {
+        if !stage.state || end.state_len == 0 {
             return Err(format!("epoch {epoch} arrived without device state"));
         }
-        if session.digest.finish() != end.digest {
-            return Err(format!("epoch {epoch} differs from what the primary captured (its digest is wrong)"));
-        }
+        let committed = &self.durable.record;
+        let follows = committed.image == ImageKind::Whole && committed.generation == session.generation;
+        let base = follows.then_some((committed.generation, committed.epoch));
+        steps.push(Step::Verify { epoch, end: *end, base });
         session.syncing = false;
         if session.promotable == 0 {
             session.promotable = 1;
@@ -575,6 +582,12 @@ impl Receiver {
         }
     }
 
+    /// What the sender sent does not fit what is here: it must not go on from there, nor send the same again. The image stays
+    /// what it is until the first copy begins.
+    pub fn distrust(&mut self) {
+        self.distrusted = true;
+    }
+
     /// The image turned out to be unusable.
     pub fn give_up_image(&mut self, steps: &mut Vec<Step>) {
         let taken = self.durable.record.taken;
@@ -600,11 +613,4 @@ impl Receiver {
             steps.push(Step::Report(standing));
         }
     }
-}
-
-fn digest_batch(batch: &[u8], ram: RamIdentity, digest: &mut EpochDigest) -> Result<(), BatchError> {
-    for_each_record(batch, ram.bytes / PAGE as u64, |record| {
-        digest.record(record);
-        Ok(())
-    })
 }

@@ -176,7 +176,7 @@ impl Standby {
             Message::SyncBegin => self.counters.sync_began = Some(Instant::now()),
             // What has come so far is no part of an epoch.
             Message::Hello(_) | Message::SyncPages(_) => self.counters.stats.forget(self.counters.wire_bytes),
-            Message::State(piece) => self.state_bytes += piece.len() as u64,
+            Message::End(end) => self.state_bytes += end.state_len,
             _ => {}
         }
         let began = Instant::now();
@@ -334,6 +334,9 @@ impl Standby {
     fn run(&mut self, steps: Vec<Step>, frame: Option<(&Header, &[u8])>) {
         if let Err(e) = self.perform(&steps, frame) {
             self.start_over(&e.to_string());
+            if matches!(e, ImageError::Content(_)) {
+                self.core.distrust();
+            }
         }
     }
 

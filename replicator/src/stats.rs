@@ -193,8 +193,15 @@ impl SenderStats {
             epoch_us: self.epoch.histogram(),
             commit_us: self.commit.histogram(),
             epoch_bytes: self.epoch_bytes.histogram(),
-            bytes: StageBytes { captured: self.captured, raw, wire, committed: self.committed },
+            bytes: StageBytes {
+                captured: self.captured,
+                raw,
+                wire,
+                committed: self.committed,
+                ..StageBytes::default()
+            },
             in_flight: self.flights.iter().flatten().count() as u64,
+            ..Statistics::default()
         }
     }
 }

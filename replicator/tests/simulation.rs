@@ -15,7 +15,11 @@ use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{Attached, Captured};
 use understudy_protocol::ids::{Epoch, Generation};
-use understudy_replicator::codec::{BatchError, BatchWriter, EpochDigest, PAGE, Record as PageRecord, for_each_record};
+use understudy_replicator::codec::state::{self, StateEncoder};
+use understudy_replicator::codec::writer::{Compression, ShadowBudget};
+use understudy_replicator::codec::{
+    BatchError, BatchWriter, Decoder, EncodingConfig, EpochDigest, PAGE, Page, PageHash, Target,
+};
 use understudy_replicator::durable::{Durable, ImageKind, Pending, RamIdentity, Record};
 use understudy_replicator::message::{End, Envelope, Message};
 use understudy_replicator::receiver::{Conn, LocalVmm, Receiver, Standing, Step, Surroundings};
@@ -35,6 +39,12 @@ enum Sabotage {
     SkipInconsistentRecord,
     ForgetRepair,
     VetoNotAwaited,
+    /// A new first copy refers to what an earlier one had sent.
+    KeepShadow,
+    /// The same for the device state.
+    KeepStateBase,
+    /// What is sent again is encoded anew, against what the sender has become meanwhile.
+    ResendIsNotTheSame,
 }
 
 struct Random(u64);
@@ -73,36 +83,105 @@ impl Frame {
 struct Disk {
     durable: Durable,
     ram: Vec<u64>,
-    stage: Vec<Vec<u8>>,
-    new_state: Vec<u8>,
+    /// Decoded pages of the epoch that is arriving, in the order of their first arrival.
+    stage: Vec<(u64, u64)>,
     states: BTreeMap<(u64, u64), Vec<u8>>,
 }
 
-fn crc(stage: &[Vec<u8>]) -> Pending {
+/// What does not.
+#[derive(Default)]
+struct Volatile {
+    decoder: Decoder,
+    encoded_state: Vec<u8>,
+    state: Vec<u8>,
+}
+
+fn crc(stage: &[(u64, u64)]) -> Pending {
     let mut hasher = crc32fast::Hasher::new();
-    stage.iter().for_each(|piece| hasher.update(piece));
-    Pending { stage_len: stage.iter().map(|piece| piece.len() as u64).sum(), stage_crc: hasher.finalize() }
+    stage.iter().for_each(|(index, seed)| hasher.update(&[index.to_le_bytes(), seed.to_le_bytes()].concat()));
+    Pending { stage_len: stage.len() as u64, stage_crc: hasher.finalize() }
+}
+
+/// A page that eight bytes describe: each stands in a line of its own, so that a change of some of them is a small delta.
+fn page(seed: u64) -> Page {
+    let mut page = [if seed == 0 { 0 } else { 0xA5 }; PAGE];
+    for (byte, line) in seed.to_le_bytes().into_iter().zip(page.as_chunks_mut::<512>().0) {
+        line[64] = byte;
+    }
+    page
+}
+
+/// Back; a page that no guest wrote is marked as such.
+fn seed(content: &Page) -> u64 {
+    let mut bytes = [0; 8];
+    for (byte, line) in bytes.iter_mut().zip(content.as_chunks::<512>().0) {
+        *byte = line[64];
+    }
+    let seed = u64::from_le_bytes(bytes);
+    if page(seed) == *content { seed } else { u64::MAX }
+}
+
+/// The device state: long enough that a change of it is much smaller.
+fn device_state(epoch: Epoch) -> Vec<u8> {
+    let mut state: Vec<u8> = (0..200).collect();
+    state.splice(100..100, epoch.0.to_string().into_bytes());
+    state
+}
+
+/// Why the standby's process stopped in a step.
+enum Stop {
+    Crash,
+    /// What arrived is not what the primary captured: the wire does not lie here, so that is a fault of ours.
+    Content(String),
+}
+
+impl From<BatchError> for Stop {
+    fn from(e: BatchError) -> Self {
+        Self::Content(e.to_string())
+    }
+}
+
+/// Where a batch is decoded to: the stage over RAM, or RAM itself; it stops after `limit` pages, as a crash would.
+struct Onto<'a> {
+    disk: &'a mut Disk,
+    staged: bool,
+    limit: u64,
+}
+
+impl Target for Onto<'_> {
+    type Error = Stop;
+
+    fn read(&mut self, index: u64, content: &mut Page) -> Result<(), Stop> {
+        let staged = self.disk.stage.iter().find(|(staged, _)| self.staged && *staged == index);
+        *content = page(staged.map_or(self.disk.ram[index as usize], |(_, seed)| *seed));
+        Ok(())
+    }
+
+    fn page(&mut self, index: u64, content: &Page, _: PageHash) -> Result<(), Stop> {
+        self.limit = self.limit.checked_sub(1).ok_or(Stop::Crash)?;
+        let seed = seed(content);
+        if !self.staged {
+            self.disk.ram[index as usize] = seed;
+        } else if let Some(staged) = self.disk.stage.iter_mut().find(|(staged, _)| *staged == index) {
+            staged.1 = seed;
+        } else {
+            self.disk.stage.push((index, seed));
+        }
+        Ok(())
+    }
+
+    fn zeros(&mut self, index: u64, count: u64) -> Result<(), Stop> {
+        (index..index + count).try_for_each(|index| self.page(index, &[0; PAGE], 0))
+    }
 }
 
 impl Disk {
-    /// Write a batch; stop after `limit` pages, as a crash would.
-    fn write(&mut self, batch: &[u8], limit: &mut u64) -> bool {
-        let ram = &mut self.ram;
-        for_each_record(batch, PAGES, |record| {
-            let (first, pages) = match record {
-                PageRecord::Page { index, bytes } => (index, vec![u64::from_le_bytes(bytes[..8].try_into().unwrap())]),
-                PageRecord::Zeros { index, count } => (index, vec![0; count as usize]),
-            };
-            for (index, seed) in (first..).zip(pages) {
-                if *limit == 0 {
-                    return Err(BatchError::Truncated);
-                }
-                *limit -= 1;
-                ram[index as usize] = seed;
-            }
-            Ok(())
-        })
-        .is_ok()
+    /// Write the stage to RAM; false if the process died after `limit` pages.
+    fn apply(&mut self, limit: u64) -> bool {
+        for (index, seed) in self.stage.iter().take(usize::try_from(limit).unwrap_or(usize::MAX)) {
+            self.ram[*index as usize] = *seed;
+        }
+        limit >= self.stage.len() as u64
     }
 
     /// What a take-over after a restart would find.
@@ -114,9 +193,7 @@ impl Disk {
         }
         if let Some(pending) = record.pending {
             assert_eq!(crc(&disk.stage), pending, "the committed stage is gone");
-            for batch in disk.stage.clone() {
-                disk.write(&batch, &mut u64::MAX.clone());
-            }
+            disk.apply(u64::MAX);
         }
         let state = disk.states.get(&(record.generation.0, record.epoch.0)).cloned().unwrap_or_default();
         Some((record.generation, record.epoch, disk.ram, state))
@@ -150,6 +227,7 @@ struct World {
     vmm: Vmm,
     sender: Sender,
     batch: BatchWriter,
+    state: StateEncoder,
     digest: EpochDigest,
     kept: Vec<Frame>,
     cursor: u64,
@@ -159,6 +237,7 @@ struct World {
 
     receiver: Receiver,
     disk: Disk,
+    volatile: Volatile,
     reports: VecDeque<Standing>,
     conn: Option<Conn>,
     conns: Conn,
@@ -199,6 +278,7 @@ impl World {
             vmm: Vmm { ram: vec![0; PAGES as usize], ..Vmm::default() },
             sender: Sender::new(config, now),
             batch: BatchWriter::default(),
+            state: StateEncoder::default(),
             digest: EpochDigest::default(),
             kept: Vec::new(),
             cursor: 0,
@@ -207,6 +287,7 @@ impl World {
             sessions: 0,
             receiver,
             disk,
+            volatile: Volatile::default(),
             reports: VecDeque::new(),
             conn: None,
             conns: 0,
@@ -238,7 +319,15 @@ impl World {
         }
         for _ in 0..self.random.below(3) {
             let page = self.random.below(PAGES);
-            self.vmm.ram[page as usize] = if self.random.one_in(4) { 0 } else { self.random.next() };
+            let (old, other) = (self.vmm.ram[page as usize], self.vmm.ram[self.random.below(PAGES) as usize]);
+            self.vmm.ram[page as usize] = match self.random.below(8) {
+                0 => 0,
+                1 => old,
+                2 => other,
+                // (The highest value marks what no guest wrote.)
+                3 | 4 => self.random.next() >> 1,
+                _ => (old ^ (self.random.next() & 0xFF) << (8 * self.random.below(8))) & (u64::MAX >> 1),
+            };
             if let Some(log) = &mut self.vmm.log {
                 log.insert(page);
             }
@@ -254,10 +343,6 @@ impl World {
     }
 
     // The sender's side.
-
-    fn page(seed: u64) -> Vec<u8> {
-        seed.to_le_bytes().repeat(PAGE / 8)
-    }
 
     fn event(&mut self, event: Event) {
         self.sender.event(event, self.now);
@@ -329,17 +414,20 @@ impl World {
                 self.event(Event::Harvested { pages });
             }
             Action::CopySlice { first } => {
-                self.cursor = if first { 0 } else { self.cursor };
+                if first {
+                    self.cursor = 0;
+                    self.first_copy();
+                }
                 let end = (self.cursor + 3).min(PAGES);
                 for index in self.cursor..end {
-                    self.batch.push(index, &Self::page(self.vmm.ram[index as usize]), &mut self.digest);
+                    self.batch.push(index, &page(self.vmm.ram[index as usize]), &mut self.digest);
                 }
                 self.cursor = end;
                 self.send_sync(Event::Copied { done: end == PAGES });
             }
             Action::SendDirty => {
                 for index in std::mem::take(&mut self.bitmap) {
-                    self.batch.push(index, &Self::page(self.vmm.ram[index as usize]), &mut self.digest);
+                    self.batch.push(index, &page(self.vmm.ram[index as usize]), &mut self.digest);
                 }
                 self.send_sync(Event::DirtySent { done: true });
             }
@@ -353,7 +441,10 @@ impl World {
             }
             Action::SendPiece(captured) => self.send_piece(captured),
             Action::Resend => {
-                let frames = self.kept.clone();
+                let frames = match self.sabotage {
+                    Sabotage::ResendIsNotTheSame => self.encoded_again(),
+                    _ => self.kept.clone(),
+                };
                 let sent = frames.into_iter().all(|frame| self.transmit(frame));
                 self.event(if sent { Event::Resent } else { Event::PeerLost("broken".into()) });
             }
@@ -399,7 +490,19 @@ impl World {
         Ok(())
     }
 
+    /// As the driver does. Room for copies of half of the pages, so that some are evicted.
+    fn first_copy(&mut self) {
+        let config = EncodingConfig { shadow: ShadowBudget::Percent(50), compression: Compression::Auto };
+        if self.sabotage != Sabotage::KeepShadow || self.sessions == 1 && self.vmm.cut == Epoch::ZERO {
+            self.batch.restart(PAGES, &config, self.random.next());
+        }
+        if self.sabotage != Sabotage::KeepStateBase {
+            self.state.restart();
+        }
+    }
+
     fn send_sync(&mut self, event: Event) {
+        self.batch.seal();
         let frame = Frame::new(Generation(1), Epoch::ZERO, &Message::SyncPages(self.batch.bytes()));
         let sent = self.batch.is_empty() || self.transmit(frame);
         self.batch.clear();
@@ -444,9 +547,10 @@ impl World {
     }
 
     fn send_piece(&mut self, captured: Captured) {
-        for (page, seed) in std::mem::take(&mut self.vmm.arena) {
-            self.batch.push(page, &Self::page(seed), &mut self.digest);
+        for (index, seed) in std::mem::take(&mut self.vmm.arena) {
+            self.batch.push(index, &page(seed), &mut self.digest);
         }
+        self.batch.seal();
         let epoch = captured.epoch;
         let mut frames = Vec::new();
         if !self.batch.is_empty() {
@@ -454,11 +558,14 @@ impl World {
             self.batch.clear();
         }
         if !captured.more {
-            let state = epoch.0.to_le_bytes();
+            let (state, mut encoded) = (device_state(epoch), Vec::new());
             self.digest.state(&state);
-            frames.push(Frame::new(Generation(1), epoch, &Message::State(&state)));
+            self.state.encode(epoch, &state, &mut encoded);
+            for piece in encoded.chunks(150) {
+                frames.push(Frame::new(Generation(1), epoch, &Message::State(piece)));
+            }
             let pages = self.digest.pages();
-            let end = End { pages, state_len: 8, digest: self.digest.finish() };
+            let end = End { pages, state_len: state.len() as u64, digest: self.digest.finish() };
             frames.push(Frame::new(Generation(1), epoch, &Message::End(end)));
         }
         let mut sent = true;
@@ -470,6 +577,25 @@ impl World {
         if !sent {
             self.event(Event::PeerLost("broken".into()));
         }
+    }
+
+    /// What a sender would send that keeps an epoch's pages instead of its frames.
+    fn encoded_again(&mut self) -> Vec<Frame> {
+        let mut frames = self.kept.clone();
+        let (snapshot, _) = self.vmm.snapshots[&self.vmm.cut.0].clone();
+        let Some(pages) =
+            frames.iter_mut().find(|frame| matches!(Message::parse(frame.kind, &[]), Ok(Message::Pages(_))))
+        else {
+            return frames;
+        };
+        (0..PAGES)
+            .for_each(|index| self.batch.push(index, &page(snapshot[index as usize]), &mut EpochDigest::default()));
+        self.batch.seal();
+        if !self.batch.is_empty() {
+            pages.payload = self.batch.bytes().to_vec();
+        }
+        self.batch.clear();
+        frames
     }
 
     // The wire and the cluster.
@@ -544,43 +670,59 @@ impl World {
             if self.troubled && self.random.one_in(40) {
                 return self.crash();
             }
-            if !self.perform(&step, frame) {
-                return self.crash();
+            match self.perform(&step, frame) {
+                Ok(()) => {}
+                Err(Stop::Crash) => return self.crash(),
+                Err(Stop::Content(why)) => return Err(format!("what arrived is not what was captured: {why}")),
             }
             self.check()?;
         }
         Ok(())
     }
 
-    /// False: the process died inside the step.
-    fn perform(&mut self, step: &Step, frame: Option<&Frame>) -> bool {
-        let mut limit = if self.troubled && self.random.one_in(20) { self.random.below(PAGES) } else { u64::MAX };
+    fn perform(&mut self, step: &Step, frame: Option<&Frame>) -> Result<(), Stop> {
+        let limit = if self.troubled && self.random.one_in(20) { self.random.below(PAGES) } else { u64::MAX };
         let payload = frame.map_or(&[][..], |frame| &frame.payload);
         match step {
             Step::SaveFloor(floor) => self.disk.durable.floor = *floor,
             Step::SaveRecord(record) => self.disk.durable.record = record.clone(),
-            Step::WriteSync => return self.disk.write(payload, &mut limit),
+            Step::BeginDigest => {
+                self.volatile.decoder.begin();
+                self.volatile.encoded_state.clear();
+            }
+            Step::WriteSync | Step::AppendStage => {
+                let staged = *step == Step::AppendStage;
+                let mut onto = Onto { disk: &mut self.disk, staged, limit };
+                self.volatile.decoder.batch(payload, PAGES, &mut onto)?;
+            }
             Step::ResetStage => {
                 self.disk.stage.clear();
-                self.disk.new_state.clear();
+                self.volatile.encoded_state.clear();
             }
-            Step::AppendStage => self.disk.stage.push(payload.to_vec()),
-            Step::AppendState => self.disk.new_state.extend_from_slice(payload),
+            Step::AppendState => self.volatile.encoded_state.extend_from_slice(payload),
+            Step::Verify { epoch, end, base } => {
+                let base = base.and_then(|(generation, epoch)| {
+                    Some((epoch, &self.disk.states.get(&(generation.0, epoch.0))?[..]))
+                });
+                let decoded = state::decode(&self.volatile.encoded_state, base);
+                self.volatile.state = decoded.map_err(|e| Stop::Content(e.to_string()))?;
+                let digest = self.volatile.decoder.digest();
+                let (pages, len) = (digest.pages(), self.volatile.state.len() as u64);
+                digest.state(&self.volatile.state);
+                if (pages, len, digest.finish()) != (end.pages, end.state_len, end.digest) {
+                    return Err(Stop::Content(format!("epoch {epoch}: the digest")));
+                }
+            }
             Step::Commit(record) => {
-                let state = std::mem::take(&mut self.disk.new_state);
+                let state = std::mem::take(&mut self.volatile.state);
                 self.disk.states.insert((record.generation.0, record.epoch.0), state);
                 if limit < 3 {
-                    return false;
+                    return Err(Stop::Crash);
                 }
                 self.disk.durable.record = Record { pending: Some(crc(&self.disk.stage)), ..record.clone() };
             }
-            Step::Apply => {
-                for batch in self.disk.stage.clone() {
-                    if !self.disk.write(&batch, &mut limit) {
-                        return false;
-                    }
-                }
-            }
+            Step::Apply if !self.disk.apply(limit) => return Err(Stop::Crash),
+            Step::Apply => {}
             Step::Send(conn, generation, epoch, message) => {
                 if self.conn == Some(*conn) {
                     self.to_sender.push_back((*conn, Frame::new(*generation, *epoch, message)));
@@ -595,7 +737,7 @@ impl World {
             }
             Step::Report(standing) => self.reports.push_back(*standing),
         }
-        true
+        Ok(())
     }
 
     /// The standby's process dies and is started again.
@@ -605,6 +747,7 @@ impl World {
         self.conn = None;
         self.ghosts.clear();
         self.reports.clear();
+        self.volatile = Volatile::default();
         let mut steps = Vec::new();
         let durable = self.disk.durable.clone();
         self.receiver = Receiver::recover("m", "n2", durable, Some(IDENTITY), &mut steps);
@@ -680,7 +823,7 @@ impl World {
             if generation != Generation(1) || *snapshot != ram {
                 return Err(format!("the image is not epoch {epoch}: {ram:x?} instead of {snapshot:x?}"));
             }
-            if state != epoch.0.to_le_bytes() {
+            if state != device_state(epoch) {
                 return Err(format!("the device state is not epoch {epoch}'s"));
             }
             covered = Some(*made);
@@ -843,4 +986,19 @@ fn the_simulation_notices_a_restart_without_repair() {
 #[test]
 fn the_simulation_notices_a_gate_that_does_not_wait_for_the_veto() {
     is_noticed(Sabotage::VetoNotAwaited);
+}
+
+#[test]
+fn the_simulation_notices_a_first_copy_that_refers_to_the_one_before() {
+    is_noticed(Sabotage::KeepShadow);
+}
+
+#[test]
+fn the_simulation_notices_a_device_state_that_refers_to_one_from_before_the_first_copy() {
+    is_noticed(Sabotage::KeepStateBase);
+}
+
+#[test]
+fn the_simulation_notices_an_epoch_that_is_encoded_again_instead_of_sent_again() {
+    is_noticed(Sabotage::ResendIsNotTheSame);
 }

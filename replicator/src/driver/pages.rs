@@ -1,44 +1,65 @@
-//! Pages from RAM and from the arena, encoded into batches.
+//! Pages from RAM and from the arena, encoded into batches; the device state, encoded against the last one.
+//!
+//! In a first copy pages are read from RAM; those of an epoch (and of its beginning, sent before the cut) stand in the arena, which
+//! is mapped: every byte of it is looked at once or twice anyway. The same page may come more than once in an epoch.
 
-use std::os::unix::fs::FileExt;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Instant;
 
 use understudy_protocol::control::Captured;
 use understudy_protocol::ids::Epoch;
+use understudy_protocol::statistics::Encoding;
 
-use super::{Driver, Trouble};
-use crate::codec::PAGE;
+use super::{Driver, Trouble, random};
+use crate::codec::state::{STATE_LIMIT, StateEncoder};
+use crate::codec::{PAGE, Page};
+use crate::mapping::ReadMap;
 use crate::message::{End, Message};
 use crate::sender::Event;
 
 /// Pages in one slice of the first copy: short enough for the gate to be opened between two.
 const SLICE: u64 = 1024;
-/// Pages read at once.
+/// Pages read from RAM at once.
 const BLOCK: u64 = 64;
 /// A batch goes out when it has reached this size: with its last page it still fits four messages of the secure stream.
 const BATCH_BYTES: usize = 192 << 10;
-/// Device state travels in pieces of this size.
+/// Encoded device state travels in pieces of this size.
 const STATE_PIECE: usize = 256 << 10;
+
+/// What encoding keeps beside the batch.
+#[derive(Debug, Default)]
+pub(super) struct Pages {
+    state: StateEncoder,
+    encoded_state: Vec<u8>,
+    /// The arena as it was mapped: device, inode, length.
+    map: Option<(ReadMap, (u64, u64, u64))>,
+}
+
 impl Driver {
     pub(super) fn copy_slice(&mut self, first: bool) -> Result<Event, Trouble> {
         if first {
             self.cursor = 0;
+            // The standby's RAM holds nothing that could be relied on: not even what it was sent before.
+            self.batch.restart(self.ram_pages, &self.config.encoding, random());
+            self.pages.state.restart();
         }
         let end = (self.cursor + SLICE).min(self.ram_pages);
         while self.cursor < end {
             let pages = BLOCK.min(end - self.cursor);
             self.read_ram(self.cursor, pages)?;
-            for i in 0..pages {
-                let page = &self.block[i as usize * PAGE..][..PAGE];
-                self.batch.push(self.cursor + i, page, &mut self.digest);
-            }
+            let block = std::mem::take(&mut self.block);
+            let pushed = block.as_chunks::<PAGE>().0.iter().zip(self.cursor..self.cursor + pages);
+            let pushed: Result<(), Trouble> = pushed.into_iter().try_for_each(|(page, index)| {
+                self.batch.push(index, page, &mut self.digest);
+                self.ship_when_full(Epoch::ZERO, false)
+            });
+            self.block = block;
+            pushed?;
             self.cursor += pages;
-            if self.batch.len() >= BATCH_BYTES {
-                self.send_batch(Epoch::ZERO, false)?;
-            }
         }
         if self.cursor == self.ram_pages {
-            self.send_batch(Epoch::ZERO, false)?;
+            self.ship(Epoch::ZERO, false)?;
         }
         self.publish();
         Ok(Event::Copied { done: self.cursor == self.ram_pages })
@@ -54,17 +75,17 @@ impl Driver {
             }
             if byte >> (self.cursor % 8) & 1 == 1 {
                 self.read_ram(self.cursor, 1)?;
-                self.batch.push(self.cursor, &self.block[..PAGE], &mut self.digest);
-                sent += 1;
-                if self.batch.len() >= BATCH_BYTES {
-                    self.send_batch(Epoch::ZERO, false)?;
+                if let Some(page) = self.block.first_chunk::<PAGE>() {
+                    self.batch.push(self.cursor, page, &mut self.digest);
                 }
+                sent += 1;
+                self.ship_when_full(Epoch::ZERO, false)?;
             }
             self.cursor += 1;
         }
         let done = self.cursor >= self.ram_pages;
         if done {
-            self.send_batch(Epoch::ZERO, false)?;
+            self.ship(Epoch::ZERO, false)?;
         }
         Ok(Event::DirtySent { done })
     }
@@ -94,49 +115,98 @@ impl Driver {
     }
 
     fn encode_piece(&mut self, captured: Captured, trouble: &mut Option<String>) -> Result<(), String> {
-        let unreadable = |e: std::io::Error| format!("its arena cannot be read: {e}");
-        let Some(arena) = self.arena.take() else { return Err("it is not attached".into()) };
+        let Some(arena) = &self.arena else { return Err("it is not attached".into()) };
+        let identity = self.pages.map_arena(arena).map_err(|e| format!("its arena cannot be mapped: {e}"))?;
+        // Taken out while it is read, so that nothing else can be asked of the VMM in between.
+        let Some((map, _)) = self.pages.map.take() else { return Err("its arena is not mapped".into()) };
+        let encoded = self.encode_mapped(captured, map.bytes(), trouble);
+        self.pages.map = Some((map, identity));
+        encoded
+    }
+
+    fn encode_mapped(&mut self, captured: Captured, arena: &[u8], trouble: &mut Option<String>) -> Result<(), String> {
         let mut note = |sent: Result<(), Trouble>| match sent {
             Ok(()) => {}
             Err(Trouble::Peer(why) | Trouble::Vmm(why)) => *trouble = trouble.take().or(Some(why)),
         };
-        let mut indices = [0; 8 * BLOCK as usize];
-        let mut at = 0;
-        while at < captured.pages {
-            let pages = BLOCK.min(captured.pages - at);
-            let indices = &mut indices[..8 * pages as usize];
-            arena.read_exact_at(indices, captured.indices_offset + 8 * at).map_err(unreadable)?;
-            self.block.resize((BLOCK as usize) * PAGE, 0);
-            let block = &mut self.block[..pages as usize * PAGE];
-            arena.read_exact_at(block, captured.pages_offset + PAGE as u64 * at).map_err(unreadable)?;
-            for (index, page) in indices.chunks_exact(8).zip(block.chunks_exact(PAGE)) {
-                let mut number = [0; 8];
-                number.copy_from_slice(index);
-                self.batch.push(u64::from_le_bytes(number), page, &mut self.digest);
-            }
-            if self.batch.len() >= BATCH_BYTES {
-                note(self.send_batch(self.epoch, true));
-            }
-            at += pages;
+        let part = |offset: u64, len: Option<u64>| {
+            let end = len.and_then(|len| offset.checked_add(len)).and_then(|end| usize::try_from(end).ok());
+            let part = end.and_then(|end| arena.get(usize::try_from(offset).ok()?..end));
+            part.ok_or_else(|| {
+                format!("it says that something is at {offset} of its arena, which ends at {}", arena.len())
+            })
+        };
+        let (indices, _) = part(captured.indices_offset, captured.pages.checked_mul(8))?.as_chunks::<8>();
+        let (pages, _) = part(captured.pages_offset, captured.pages.checked_mul(PAGE as u64))?.as_chunks::<PAGE>();
+        for (index, page) in indices.iter().zip(pages) {
+            let page: &Page = page;
+            self.batch.push(u64::from_le_bytes(*index), page, &mut self.digest);
+            note(self.ship_when_full(self.epoch, true));
         }
-        note(self.send_batch(self.epoch, true));
+        note(self.ship(self.epoch, true));
         if !captured.more {
-            let mut at = 0;
-            let mut piece = vec![0; STATE_PIECE.min(captured.state_len as usize)];
-            while at < captured.state_len {
-                let n = (STATE_PIECE as u64).min(captured.state_len - at) as usize;
-                arena.read_exact_at(&mut piece[..n], captured.state_offset + at).map_err(unreadable)?;
-                self.digest.state(&piece[..n]);
-                note(self.send_epoch_message(&Message::State(&piece[..n])));
-                self.raw_bytes += n as u64;
-                at += n as u64;
+            let state = part(captured.state_offset, Some(captured.state_len))?;
+            if state.len() > STATE_LIMIT {
+                return Err(format!("its device state of {} bytes is larger than any machine's", state.len()));
             }
+            self.digest.state(state);
+            let mut encoded = std::mem::take(&mut self.pages.encoded_state);
+            self.pages.state.encode(self.epoch, state, &mut encoded);
+            for piece in encoded.chunks(STATE_PIECE) {
+                note(self.send_epoch_message(&Message::State(piece)));
+            }
+            self.pages.encoded_state = encoded;
+            self.raw_bytes += captured.state_len;
             let pages = self.digest.pages();
             let digest = self.digest.finish();
             note(self.send_epoch_message(&Message::End(End { pages, state_len: captured.state_len, digest })));
             self.stats.sent(self.epoch, self.wire_bytes);
         }
-        self.arena = Some(arena);
         Ok(())
+    }
+
+    fn ship_when_full(&mut self, epoch: Epoch, keep: bool) -> Result<(), Trouble> {
+        if self.batch.len() >= BATCH_BYTES { self.ship(epoch, keep) } else { Ok(()) }
+    }
+
+    /// Send the batch, and note how long the stream took it: from that follows whether the next is compressed.
+    fn ship(&mut self, epoch: Epoch, keep: bool) -> Result<(), Trouble> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        self.batch.seal();
+        let (before, begun) = (self.wire_bytes, Instant::now());
+        self.send_batch(epoch, keep)?;
+        let ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.batch.sent((self.wire_bytes - before) as usize, ns);
+        Ok(())
+    }
+
+    pub(super) fn encoding(&self) -> Encoding {
+        let pages = self.batch.statistics();
+        let (shadow_bytes, shadow_pages) = self.batch.shadow();
+        Encoding {
+            unchanged_pages: pages.unchanged_pages,
+            zero_pages: pages.zero_pages,
+            delta_pages: pages.delta_pages,
+            same_pages: pages.same_pages,
+            raw_pages: pages.raw_pages,
+            shadow_pages,
+            shadow_bytes,
+            compression: self.batch.method().name().to_owned(),
+        }
+    }
+}
+
+impl Pages {
+    /// Have the arena mapped as the file is now.
+    fn map_arena(&mut self, arena: &File) -> std::io::Result<(u64, u64, u64)> {
+        let metadata = arena.metadata()?;
+        let identity = (metadata.dev(), metadata.ino(), metadata.len());
+        if self.map.as_ref().is_none_or(|(_, mapped)| *mapped != identity) {
+            self.map = None;
+            self.map = Some((ReadMap::new(arena)?, identity));
+        }
+        Ok(identity)
     }
 }

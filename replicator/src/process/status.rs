@@ -25,6 +25,12 @@ impl Shared {
             (false, false, _) => ReplicaState::Inconsistent,
         };
         let (p50, p99, max) = percentiles(&view.pauses);
+        let mut statistics = view.stats.report(view.raw_bytes, view.wire_bytes);
+        let (encoded, encoding) = view.encoding;
+        statistics.bytes.changed = encoded.changed;
+        statistics.bytes.encoded = encoded.encoded;
+        statistics.bytes.compressed = encoded.batches;
+        statistics.encoding = encoding;
         ReplicatorStatus {
             machine: self.config.machine.clone(),
             role: Role::Sender,
@@ -48,7 +54,7 @@ impl Shared {
             pause_p99_us: p99,
             pause_max_us: max,
             note: view.facts.note,
-            statistics: view.stats.report(view.raw_bytes, view.wire_bytes),
+            statistics,
         }
     }
 
