@@ -192,6 +192,7 @@ mod tests {
             pause_p99_us: 0,
             pause_max_us: 0,
             statistics: Default::default(),
+            verify: Default::default(),
             note: String::new(),
         }
     }

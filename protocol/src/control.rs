@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Epoch, Generation};
-use crate::statistics::Statistics;
+use crate::statistics::{Statistics, VerifyStatus};
 
 /// Longest line either side accepts, in bytes.
 pub const MAX_LINE: usize = 1 << 20;
@@ -352,8 +352,18 @@ pub enum ReplicatorRequest {
         /// The generation of the machine that will run from the image.
         generation: Generation,
     },
+    /// (sender) Compare all of RAM with the standby's, while the guest runs; joins a comparison that is under way. Reply:
+    /// [`VerifyStarted`], at once; what comes of it is in the status.
+    Verify,
     /// End the process. Reply: `null`, then the socket closes.
     Quit,
+}
+
+/// Reply to [`ReplicatorRequest::Verify`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyStarted {
+    /// See [`VerifyStatus::pass`].
+    pub pass: u64,
 }
 
 /// Reply to [`ReplicatorRequest::HandOver`].
@@ -469,6 +479,9 @@ pub struct ReplicatorStatus {
     /// Histograms and bytes at each stage.
     #[serde(default)]
     pub statistics: Statistics,
+    /// The comparison of RAM between primary and standby.
+    #[serde(default)]
+    pub verify: VerifyStatus,
 }
 
 /// A request to a board service, e.g. `understudy-serial`.

@@ -117,6 +117,36 @@ pub struct Statistics {
     pub encoding: Encoding,
 }
 
+/// The comparison of RAM between primary and standby, since the process started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VerifyStatus {
+    /// (sender) A pass is under way.
+    pub running: bool,
+    /// (sender) Number of the newest pass, 0 if there was none.
+    pub pass: u64,
+    /// (sender) How much of it is done.
+    pub progress_percent: u8,
+    /// (sender) Passes that found no difference.
+    pub passes: u64,
+    /// Checks that found one. Each costs the standby's image.
+    pub failures: u64,
+    /// Pages compared.
+    pub compared_pages: u64,
+    /// (sender) Pages that the last pass did not compare, because each time they were being written.
+    pub busy_pages: u64,
+    /// Pages that differed.
+    pub differing_pages: u64,
+    /// The newest of these, at most 64: offset in RAM divided by 4096.
+    pub differing: Vec<u64>,
+    /// (sender) The last pass in a sentence.
+    pub last: String,
+    /// (sender) How long the last pass without a difference took, ms.
+    pub last_ms: u64,
+    /// (sender) Seconds since the last pass ended.
+    pub last_ended_s: Option<u64>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -26,6 +26,7 @@ use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
 use understudy_protocol::secure::{SecureStream, SecureWriter};
 use understudy_protocol::statistics::Encoding;
+use understudy_protocol::statistics::VerifyStatus;
 
 use self::pages::Pages;
 use crate::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE};
@@ -34,6 +35,7 @@ use crate::log;
 use crate::message::Message;
 use crate::sender::{Action, Event, Facts, Sender, SenderConfig};
 use crate::stats::SenderStats;
+use crate::verify::worker::Verifier;
 
 /// A VMM that has not answered for so long is lost.
 const VMM_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,6 +47,8 @@ enum Input {
     /// The connection attempt `.0` ended.
     Connect(u64, Result<Box<SecureStream>, String>),
     HandOver(mpsc::Sender<Result<HandedOver, String>>),
+    /// Compare all of RAM; the answer is the pass's number.
+    Verify(mpsc::Sender<u64>),
     Stop,
 }
 
@@ -62,6 +66,8 @@ pub struct DriverConfig {
     pub encoding: EncodingConfig,
     /// The cluster's arm.
     pub hook: Hook,
+    /// From one comparison of all RAM to the next; zero = only on request.
+    pub verify_every: Duration,
     /// Called once the VMM is attached: notes its generation here, and says the newest that this node knows.
     pub attached: Box<dyn Fn(Generation) -> Generation + Send>,
 }
@@ -107,6 +113,8 @@ pub struct SenderView {
     pub stats: SenderStats,
     /// How pages were encoded: bytes and pages, and what the shadow takes.
     pub encoding: (crate::codec::writer::Statistics, Encoding),
+    /// Comparisons of RAM.
+    pub verify: VerifyStatus,
 }
 
 /// A running sender.
@@ -158,6 +166,7 @@ impl SenderHandle {
             wire_bytes: 0,
             pauses: Vec::new(),
             stats: SenderStats::default(),
+            verify: Verifier::new(config.verify_every, Instant::now()),
             logged: Vec::new(),
             config,
         };
@@ -179,6 +188,13 @@ impl SenderHandle {
     pub fn hand_over(&self) -> mpsc::Receiver<Result<HandedOver, String>> {
         let (answer, receiver) = mpsc::channel();
         let _ = self.inputs.send(Input::HandOver(answer));
+        receiver
+    }
+
+    /// Ask for a comparison of all RAM; the number of the pass comes through the channel.
+    pub fn verify(&self) -> mpsc::Receiver<u64> {
+        let (answer, receiver) = mpsc::channel();
+        let _ = self.inputs.send(Input::Verify(answer));
         receiver
     }
 
@@ -247,6 +263,7 @@ struct Driver {
     wire_bytes: u64,
     pauses: Vec<u64>,
     stats: SenderStats,
+    verify: Verifier,
     /// What was logged lately.
     logged: Vec<(String, Instant)>,
 }
@@ -288,6 +305,7 @@ impl Driver {
             Input::Event(event) => self.core.event(event, now),
             Input::Peer(connection, event) if connection == self.connection => {
                 self.stats.heard(&event, now);
+                self.verify.heard(&event, now);
                 self.core.event(event, now);
             }
             Input::Peer(..) => {}
@@ -297,6 +315,12 @@ impl Driver {
                 Ok(()) => self.core.event(Event::Connected, now),
                 Err(e) => self.core.event(Event::PeerLost(format!("the connection broke at once: {e}")), now),
             },
+            Input::Verify(answer) => {
+                let pass = self.verify.request(now);
+                // Whoever asked looks at the status next.
+                lock(&self.view).verify = self.verify.report(now);
+                let _ = answer.send(pass);
+            }
             Input::HandOver(answer) => {
                 self.answers.push(answer);
                 self.core.event(Event::HandOver, now);
@@ -325,6 +349,7 @@ impl Driver {
             Action::CopySlice { first } => Some(self.copy_slice(first).unwrap_or_else(Trouble::event)),
             Action::Cut { epoch, arm, last } => {
                 self.stats.cut(epoch, arm, Instant::now());
+                self.verify.cut(epoch);
                 self.epoch = epoch;
                 self.kept.clear();
                 self.keeping = true;
@@ -348,6 +373,7 @@ impl Driver {
                     self.digest = EpochDigest::default();
                     self.batch.clear();
                     self.stats.first_copy(self.wire_bytes);
+                    self.verify.first_copy();
                 }
                 self.send_message(epoch, &message).err().map(Trouble::event)
             }
@@ -493,6 +519,7 @@ impl Driver {
 
     fn publish(&mut self) {
         let (committed, current) = self.core.epochs();
+        self.verify.step(self.core.streaming(), current, self.ram.as_ref(), self.ram_pages);
         // What is tried again and again fails the same way again and again: once in a while is enough.
         let now = Instant::now();
         self.logged.retain(|(_, time)| now.duration_since(*time) < LOG_AGAIN);
@@ -532,6 +559,7 @@ impl Driver {
         view.pauses.clone_from(&self.pauses);
         view.stats.clone_from(&self.stats);
         view.encoding = (self.batch.statistics(), encoding);
+        view.verify = self.verify.report(now);
     }
 }
 

@@ -32,9 +32,13 @@ use crate::durable::{self, Durable, DurableError, Pending, RamIdentity, Record};
 use crate::message::End;
 use crate::receiver::Step;
 use crate::stage::Stage;
+use crate::verify::{self, Check};
 
 /// Most payload bytes of one frame between replicators and in the stage.
 pub const FRAME_LIMIT: usize = 1 << 20;
+
+/// Pages that a comparison reads at once.
+const COMPARED_AT_ONCE: usize = 64;
 
 /// Why the image could not be read or written.
 #[derive(Debug, Error)]
@@ -183,7 +187,7 @@ impl Image {
             Step::Verify { epoch, end, base } => self.verify(*epoch, end, *base),
             Step::Commit(record) => self.commit(record),
             Step::Apply => self.apply(),
-            Step::Send(..) | Step::Close(_) | Step::Report(_) => Ok(()),
+            Step::Send(..) | Step::Close(_) | Step::Report(_) | Step::Compare => Ok(()),
         }
     }
 
@@ -342,6 +346,22 @@ impl Image {
             self.open_ram()?;
         }
         Ok(())
+    }
+
+    /// The pages of `check` whose content in RAM is another one.
+    pub fn compare(&mut self, check: &Check) -> Result<Vec<u64>, ImageError> {
+        self.open_ram()?;
+        let Some((ram, _)) = &self.ram else { return Ok(Vec::new()) };
+        let mut differing = Vec::new();
+        let mut block = vec![0; COMPARED_AT_ONCE * PAGE];
+        // Runs of neighbours are read at once.
+        for run in check.pages().chunk_by(|a, b| a.0 + 1 == b.0).flat_map(|run| run.chunks(COMPARED_AT_ONCE)) {
+            let bytes = &mut block[..run.len() * PAGE];
+            ram.read_exact_at(bytes, run[0].0 * PAGE as u64).map_err(|e| io_error("read", &self.ram_path, e))?;
+            let pages = run.iter().zip(bytes.chunks_exact(PAGE));
+            differing.extend(pages.filter(|((_, hash), page)| verify::hash(page) != *hash).map(|((page, _), _)| page));
+        }
+        Ok(differing)
     }
 
     /// Make sure that the next access opens the RAM file that is at its path then.

@@ -35,3 +35,4 @@ pub mod shadow;
 pub mod stage;
 pub mod standby;
 pub mod stats;
+pub mod verify;

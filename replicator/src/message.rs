@@ -13,6 +13,8 @@
 //!       ◄────────────────────── Promotable   the cluster knows (once, after the first Ack)
 //! Pages(e+1) … State … End(e+1) ───────►
 //!       ◄──────────────────────── Ack(e+1)
+//! Check(e+1) ──────────────────────────►   compared with the image
+//!       ◄──────────────────── Checked(e+1)
 //! HandedOver ──────────────────────────►   ◄ HandedOverAck
 //! Ping ────────────────────────────────►   ◄ Pong        (at any time)
 //!       ◄───────────────── Failed | Stale    and the connection closes
@@ -21,6 +23,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use understudy_protocol::ids::{Epoch, Generation};
+
+use crate::verify::{Check, page_list, parse_page_list};
 
 /// Version of this conversation; both sides must have the same.
 pub const VERSION: u32 = 2;
@@ -80,6 +84,7 @@ pub enum Message<'a> {
     State(&'a [u8]),
     End(End),
     HandedOver,
+    Check(Check),
     Ping,
     Welcome(Welcome),
     Stale,
@@ -90,6 +95,8 @@ pub enum Message<'a> {
     Failed(String),
     Pong,
     HandedOverAck,
+    /// The pages that differ.
+    Checked(Vec<u64>),
 }
 
 /// A message with the two numbers that every frame carries.
@@ -130,6 +137,7 @@ pub mod kind {
     pub const END: u8 = 6;
     pub const HANDED_OVER: u8 = 7;
     pub const PING: u8 = 8;
+    pub const CHECK: u8 = 9;
     pub const WELCOME: u8 = 16;
     pub const STALE: u8 = 17;
     pub const REFUSED: u8 = 18;
@@ -139,6 +147,7 @@ pub mod kind {
     pub const FAILED: u8 = 22;
     pub const PONG: u8 = 23;
     pub const HANDED_OVER_ACK: u8 = 24;
+    pub const CHECKED: u8 = 25;
 }
 
 impl<'a> Message<'a> {
@@ -153,6 +162,7 @@ impl<'a> Message<'a> {
             Self::End(_) => kind::END,
             Self::HandedOver => kind::HANDED_OVER,
             Self::Ping => kind::PING,
+            Self::Check(_) => kind::CHECK,
             Self::Welcome(_) => kind::WELCOME,
             Self::Stale => kind::STALE,
             Self::Refused(_) => kind::REFUSED,
@@ -162,6 +172,7 @@ impl<'a> Message<'a> {
             Self::Failed(_) => kind::FAILED,
             Self::Pong => kind::PONG,
             Self::HandedOverAck => kind::HANDED_OVER_ACK,
+            Self::Checked(_) => kind::CHECKED,
         }
     }
 
@@ -176,6 +187,8 @@ impl<'a> Message<'a> {
             Self::Hello(hello) => json(hello).into(),
             Self::Welcome(welcome) => json(welcome).into(),
             Self::Refused(why) | Self::Failed(why) => why.clone().into_bytes().into(),
+            Self::Check(check) => check.payload().into(),
+            Self::Checked(pages) => page_list(pages).into(),
             Self::End(end) => {
                 let mut bytes = Vec::with_capacity(48);
                 bytes.extend_from_slice(&end.pages.to_le_bytes());
@@ -206,6 +219,8 @@ impl<'a> Message<'a> {
             Self::Failed(why) => Message::Failed(why),
             Self::Pong => Message::Pong,
             Self::HandedOverAck => Message::HandedOverAck,
+            Self::Check(check) => Message::Check(check),
+            Self::Checked(pages) => Message::Checked(pages),
         })
     }
 
@@ -231,6 +246,12 @@ impl<'a> Message<'a> {
             kind::PROMOTABLE => Self::Promotable,
             kind::PONG => Self::Pong,
             kind::HANDED_OVER_ACK => Self::HandedOverAck,
+            kind::CHECK => {
+                Self::Check(Check::parse(payload).ok_or_else(|| malformed("it is no list of pages".into()))?)
+            }
+            kind::CHECKED => {
+                Self::Checked(parse_page_list(payload).ok_or_else(|| malformed("it is no list of pages".into()))?)
+            }
             other => return Err(MessageError::Kind(other)),
         })
     }
@@ -277,6 +298,8 @@ mod tests {
             Message::Failed("disk full".into()),
             Message::Pong,
             Message::HandedOverAck,
+            Message::Check(Check::new(vec![(3, u64::MAX), (9, 0)])),
+            Message::Checked(vec![9]),
         ];
         for message in all {
             let payload = message.payload().into_owned();
@@ -289,5 +312,9 @@ mod tests {
         assert!(Message::parse(99, b"").is_err());
         assert!(Message::parse(kind::HELLO, b"{").is_err());
         assert!(Message::parse(kind::END, &[0; 47]).is_err());
+        assert!(Message::parse(kind::CHECK, &[0; 24]).is_err(), "a page without a hash");
+        assert!(Message::parse(kind::CHECK, &[0; 32]).is_err(), "a page twice");
+        assert!(Message::parse(kind::CHECK, &Check::new(vec![(1, 2)]).payload()[1..]).is_err());
+        assert!(Message::parse(kind::CHECKED, &[0; 7]).is_err());
     }
 }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
-use understudy_protocol::control::{ReplicatorRequest, Reply, TakenOver, encode_line, read_line};
+use understudy_protocol::control::{ReplicatorRequest, Reply, TakenOver, VerifyStarted, encode_line, read_line};
 use understudy_protocol::frame;
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::Key;
@@ -43,6 +43,8 @@ const MAX_CONNECTIONS: usize = 32;
 const CONTROL_IDLE: Duration = Duration::from_secs(300);
 /// A hand-over that takes longer is reported as failed (the sender itself gives up earlier, bounded by its timeouts).
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(60);
+/// The sender looks at its requests between two actions; one that takes longer hangs.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What `run` is told.
 #[derive(Debug, Clone)]
@@ -67,6 +69,8 @@ pub struct Config {
     pub encoding: EncodingConfig,
     /// Most bytes of one epoch's stage; `None` = as much as the file system gives.
     pub stage_limit: Option<u64>,
+    /// From one comparison of all RAM to the next; zero = only on request.
+    pub verify_every: Duration,
 }
 
 /// Why it cannot run.
@@ -365,6 +369,7 @@ impl Shared {
             ReplicatorRequest::Demote => answer(self.demote()),
             ReplicatorRequest::HandOver => answer(self.hand_over()),
             ReplicatorRequest::TakeOver { generation } => answer(self.take_over(*generation)),
+            ReplicatorRequest::Verify => answer(self.verify()),
             ReplicatorRequest::Quit => answer(Ok(())),
         }
     }
@@ -411,6 +416,22 @@ impl Shared {
         answer.recv_timeout(HAND_OVER_TIMEOUT).unwrap_or_else(|_| Err(late.into()))
     }
 
+    fn verify(&self) -> Result<VerifyStarted, String> {
+        let started = match lock(&self.sender).as_ref() {
+            Some(sender) => sender.verify(),
+            None => {
+                let standby = self.standby();
+                let sender = standby.core().sender().map_or_else(String::new, |(_, _, node)| format!(", {node}"));
+                return Err(format!(
+                    "this replicator is a receiver: ask that of the node that runs the machine{sender}"
+                ));
+            }
+        };
+        let late = "the sender does not answer in time; see its status";
+        let pass = started.recv_timeout(VERIFY_TIMEOUT).map_err(|_| late.to_owned())?;
+        Ok(VerifyStarted { pass })
+    }
+
     fn take_over(&self, generation: Generation) -> Result<TakenOver, String> {
         let _roles = lock(&self.roles);
         if self.sending.load(Ordering::SeqCst) {
@@ -441,6 +462,7 @@ impl Shared {
             key: config.key.clone(),
             layout: config.layout.clone(),
             hook,
+            verify_every: config.verify_every,
         }
     }
 }

@@ -21,6 +21,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 use crate::codec::{PAGE, batch};
 use crate::durable::{Durable, ImageKind, RamIdentity, Record, Taken};
 use crate::message::{End, Envelope, Hello, Message, VERSION, Welcome};
+use crate::verify::names;
 
 /// Names a connection; never used twice in a process.
 pub type Conn = u64;
@@ -83,6 +84,8 @@ pub enum Step {
     Commit(Record),
     /// Write the stage's pages to RAM. Idempotent.
     Apply,
+    /// Compare the message's pages with RAM and answer with [`Receiver::compared`].
+    Compare,
     /// Send to the connection.
     Send(Conn, Generation, Epoch, Message<'static>),
     /// Close the connection, after what was sent.
@@ -294,6 +297,18 @@ impl Receiver {
                     self.fail(conn, why, steps);
                 }
             }
+            Message::Check(check) => {
+                let record = &self.durable.record;
+                let pages = session.ram.bytes / PAGE as u64;
+                if record.image != ImageKind::Whole || record.epoch != envelope.epoch || !session.based {
+                    let why = format!("a check of epoch {} came, but epoch {} is here", envelope.epoch, record.epoch);
+                    return self.fail(conn, why, steps);
+                }
+                if check.pages().last().is_some_and(|(page, _)| *page >= pages) {
+                    return self.fail(conn, "a check names pages beyond the end of RAM".into(), steps);
+                }
+                steps.push(Step::Compare);
+            }
             Message::HandedOver => {
                 if self.durable.record.image != ImageKind::Whole || self.durable.record.epoch != envelope.epoch {
                     let why = format!("epoch {} was handed over, but it is not the one committed here", envelope.epoch);
@@ -477,6 +492,27 @@ impl Receiver {
         self.durable.record = record;
         self.report(steps);
         Ok(())
+    }
+
+    /// The answer to [`Step::Compare`]: these pages differ from the primary's. An image with such pages is given up, durably, before
+    /// the primary hears of it.
+    pub fn compared(&mut self, conn: Conn, epoch: Epoch, differing: Vec<u64>, steps: &mut Vec<Step>) {
+        let Some(session) = self.session.as_ref().filter(|s| s.conn == conn) else { return };
+        let generation = session.generation;
+        let node = self.node.clone();
+        let why = format!(
+            "{} pages of the memory on {node} differ from the primary's in epoch {epoch}: {}; its image is given up",
+            differing.len(),
+            names(&differing)
+        );
+        let fit = differing.is_empty();
+        if !fit {
+            self.give_up_image(steps);
+        }
+        steps.push(Step::Send(conn, generation, epoch, Message::Checked(differing)));
+        if !fit {
+            self.fail(conn, why, steps);
+        }
     }
 
     /// The connection ended, or its peer is silent for too long.

@@ -10,7 +10,6 @@ pub mod top;
 
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use understudy_protocol::control::{
     ControlError, ReplicatorRequest, ReplicatorStatus, VmmRequest, VmmStatus, call_once,
 };
@@ -27,32 +26,16 @@ pub struct Sample {
     /// The replicator, or why it does not say.
     pub replicator: Result<ReplicatorStatus, String>,
     /// The VMM, or why it does not say.
-    pub vmm: Result<Vmm, String>,
-}
-
-/// What the VMM says.
-#[derive(Debug, Clone)]
-pub struct Vmm {
-    /// Its status.
-    pub status: VmmStatus,
-    /// How it captures checkpoints: the strategy asked for, what the last cut chose and why. Empty with a VMM that has no choice.
-    pub strategy: String,
-    /// See `strategy`.
-    pub choice: String,
+    pub vmm: Result<VmmStatus, String>,
 }
 
 impl Sample {
     /// Ask both.
     pub fn take(layout: &Layout) -> Self {
+        let text = |e: ControlError| e.to_string();
         let replicator = call_once(layout.replicator_socket(), &ReplicatorRequest::Status, PATIENCE);
-        let vmm = call_once::<_, Value>(layout.vmm_socket(), &VmmRequest::Status, PATIENCE);
-        let vmm = vmm.map_err(|e: ControlError| e.to_string()).and_then(|value| {
-            let word = |name: &str| value["capture"][name].as_str().unwrap_or_default().to_owned();
-            let (strategy, choice) = (word("strategy"), word("choice"));
-            let status = serde_json::from_value(value).map_err(|e| format!("its status is not understood: {e}"))?;
-            Ok(Vmm { status, strategy, choice })
-        });
-        Self { at: Instant::now(), replicator: replicator.map_err(|e| e.to_string()), vmm }
+        let vmm = call_once(layout.vmm_socket(), &VmmRequest::Status, PATIENCE);
+        Self { at: Instant::now(), replicator: replicator.map_err(text), vmm: vmm.map_err(text) }
     }
 }
 
@@ -62,6 +45,7 @@ pub(crate) mod testing {
     use crate::stats::{ReceiverStats, SenderStats};
     use understudy_protocol::control::{Gate, ReplicaState, Role, SerialStatus, SourceState, VmmState};
     use understudy_protocol::ids::{Epoch, Generation};
+    use understudy_protocol::statistics::VerifyStatus;
 
     /// A node that runs the machine: 100 pauses, 99 of 100 µs and one of 2 ms.
     pub(crate) fn sender() -> Sample {
@@ -95,11 +79,19 @@ pub(crate) mod testing {
             pause_max_us: 2000,
             note: "protected: n2 holds epoch 1".into(),
             statistics,
+            verify: VerifyStatus {
+                pass: 2,
+                passes: 2,
+                compared_pages: 130_000,
+                last_ended_s: Some(60),
+                ..VerifyStatus::default()
+            },
         };
         let vmm = serde_json::json!({
             "machine": "m", "state": VmmState::Running, "generation": 3, "gate": Gate::Hold, "vcpus": 2, "ram_bytes": 1 << 28,
             "vm_time_ns": 1_500_000_000u64, "last_cut": 100, "last_committed": 99, "replicated": true, "kvm_backend": "none",
             "resets": 0, "recent_pauses_us": [],
+            "capture": {"strategy": "auto", "choice": "copied in the pause: few pages", "cuts": 100, "hot_pages": 3},
             "serial": [SerialStatus {
                 port: "com1".into(),
                 backend: "none".into(),
@@ -110,12 +102,7 @@ pub(crate) mod testing {
                 rx_bytes: 5,
             }],
         });
-        let vmm = Vmm {
-            status: serde_json::from_value(vmm).unwrap(),
-            strategy: "auto".into(),
-            choice: "copied in the pause: few pages".into(),
-        };
-        Sample { at: Instant::now(), replicator: Ok(replicator), vmm: Ok(vmm) }
+        Sample { at: Instant::now(), replicator: Ok(replicator), vmm: Ok(serde_json::from_value(vmm).unwrap()) }
     }
 
     /// The other node.

@@ -271,6 +271,10 @@ impl Sender {
     pub fn connected(&self) -> bool {
         !matches!(self.peer, Peer::Away | Peer::Connecting | Peer::Greeting { .. })
     }
+    /// Whether epochs stream, and the peer's image is whole.
+    pub fn streaming(&self) -> bool {
+        self.peer == Peer::Streaming && self.peer_whole
+    }
     /// Whether a first copy is under way.
     pub fn syncing(&self) -> bool {
         matches!(self.peer, Peer::Begun | Peer::Copying { .. } | Peer::Rounds { .. } | Peer::Arm)

@@ -12,6 +12,7 @@ use understudy_protocol::frame::Header;
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::Layout;
 use understudy_protocol::secure::SecureWriter;
+use understudy_protocol::statistics::VerifyStatus;
 
 use crate::codec::PAGE;
 use crate::hook::Reporter;
@@ -22,6 +23,7 @@ use crate::log;
 use crate::message::{Envelope, Message};
 use crate::receiver::{Conn, Receiver, Standing, Step, Surroundings};
 use crate::stats::ReceiverStats;
+use crate::verify::{self, Check};
 
 /// How long the local VMM may think about a status request before it counts as using its RAM.
 const VMM_TIMEOUT: Duration = Duration::from_secs(1);
@@ -60,6 +62,8 @@ pub struct Counters {
     pub note: String,
     /// Histograms.
     pub stats: ReceiverStats,
+    /// Comparisons with the primary's RAM.
+    pub verify: VerifyStatus,
 }
 
 /// The receiving side of one machine on this node.
@@ -180,7 +184,11 @@ impl Standby {
             _ => {}
         }
         let began = Instant::now();
+        let compare = steps.contains(&Step::Compare);
         self.run(steps, Some((header, payload)));
+        if let (true, Message::Check(check)) = (compare, &envelope.message) {
+            self.compare(conn, header.epoch, check);
+        }
         self.counters.raw_bytes = self.state_bytes + self.core.pages_received() * PAGE as u64;
         if self.core.durable().record.epoch != before && self.core.durable().record.epoch > Epoch::ZERO {
             self.counters.epochs += 1;
@@ -192,6 +200,25 @@ impl Standby {
                 self.note(format!("the first copy took {ms} ms; epoch {epoch} is committed"));
             }
         }
+    }
+
+    fn compare(&mut self, conn: Conn, epoch: Epoch, check: &Check) {
+        let differing = match self.image.compare(check) {
+            Ok(differing) => differing,
+            Err(e) => return self.start_over(&e.to_string()),
+        };
+        let counts = &mut self.counters.verify;
+        counts.compared_pages += check.pages().len() as u64;
+        if !differing.is_empty() {
+            counts.failures += 1;
+            counts.differing_pages += differing.len() as u64;
+            counts.differing = differing.iter().copied().take(64).collect();
+            let (n, names) = (differing.len(), verify::names(&differing));
+            self.note(format!("VERIFY FAILED: {n} pages differ from the primary's in epoch {epoch}: {names}"));
+        }
+        let mut steps = Vec::new();
+        self.core.compared(conn, epoch, differing, &mut steps);
+        self.run(steps, None);
     }
 
     /// A connection ended.

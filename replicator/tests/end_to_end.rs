@@ -593,3 +593,79 @@ fn the_live_view_writes_lines_into_a_pipe_and_a_screen_on_a_terminal_that_q_ends
     let after = nix::sys::termios::tcgetattr(&terminal.slave).unwrap();
     assert_eq!(before.local_flags, after.local_flags, "the terminal is as it was");
 }
+
+/// `verify --wait` on the node: whether it agreed, and what was said.
+fn verify(node: &Node) -> (bool, String) {
+    let output = people(node, &["verify", "--wait"]).output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(text).unwrap())
+}
+
+#[test]
+fn a_flipped_byte_in_the_standbys_memory_is_found_named_and_repaired_by_a_new_copy() {
+    use std::os::unix::fs::FileExt;
+    // The guest writes one page an epoch.
+    let load = Load { ram_pages: 3000, burst: 1, pause: None, ..Load::default() };
+    let (pair, primary, _standby) = Pair::started(&Options { load, ..Options::default() });
+    primary.write_noise(2500);
+    pair.wait_protected();
+    pair.wait_epochs(3);
+    let (agreed, text) = verify(&pair.n1);
+    assert!(agreed && text.contains("pages agree"), "{text}");
+
+    // Not a page that the guest is about to write anyway: it has 3000.
+    let ram = fs::File::options().read(true).write(true).open(pair.n2.layout.ram()).unwrap();
+    let mut byte = [0];
+    ram.read_exact_at(&mut byte, 1234 * 4096 + 99).unwrap();
+    ram.write_all_at(&[byte[0] ^ 0x10], 1234 * 4096 + 99).unwrap();
+    let (agreed, text) = verify(&pair.n1);
+    assert!(!agreed && text.contains("FAILED") && text.contains(": 1234;"), "{text}");
+    let status = pair.n1.status().verify;
+    assert_eq!((status.failures, status.differing_pages, &status.differing[..]), (1, 1, &[1234][..]), "{status:?}");
+    assert!(pair.n2.log().contains("pages differ from the primary's") && pair.n2.log().contains(": 1234"));
+    assert_eq!(
+        metric(&said(people(&pair.n2, &["metrics"])), "understudy_replicator_verify_differing_pages_total"),
+        1.0
+    );
+
+    wait_until("the image is made anew", || pair.n1.log().matches("is its first checkpoint").count() == 2);
+    pair.wait_protected();
+    let told: Vec<String> =
+        pair.n2.hook_calls().into_iter().map(|call| call.rsplit(' ').next().unwrap().into()).collect();
+    assert_eq!(
+        told,
+        ["inconsistent", "syncing", "uptodate", "inconsistent", "syncing", "uptodate"],
+        "the cluster knew"
+    );
+    let (agreed, text) = verify(&pair.n1);
+    assert!(agreed, "{text}");
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
+fn comparing_a_busy_guests_memory_again_and_again_gives_no_false_alarm() {
+    // About a tenth of its pages in each epoch, at any moment of it.
+    let load = Load { ram_pages: 2000, burst: 30, snapshots: false, ..Load::default() };
+    let (pair, _primary, _standby) = Pair::started(&Options { load, ..Options::default() });
+    pair.wait_protected();
+    for pass in 1..=15 {
+        let (agreed, text) = verify(&pair.n1);
+        assert!(agreed && text.contains(&format!("verify {pass}: ")), "{text}");
+    }
+    let (sent, received) = (pair.n1.status().verify, pair.n2.status().verify);
+    assert_eq!((sent.passes, sent.failures, received.failures), (15, 0, 0));
+    assert!(received.compared_pages > 15 * 500, "{received:?}");
+    assert_eq!(pair.n1.status().losses, 0);
+}
+
+#[test]
+fn ram_is_compared_on_schedule_and_only_the_sender_can_be_asked() {
+    let options = ["--interval-ms", "10", "--peer-timeout-ms", "1000", "--verify-every", "1"];
+    let options: &'static [&'static str] = Box::leak(Box::new(options));
+    let (pair, _primary, _standby) = Pair::started(&Options { extra: options, ..Options::default() });
+    pair.wait_protected();
+    wait_until("two passes were made", || pair.n1.status().verify.passes >= 2);
+    let (agreed, text) = verify(&pair.n2);
+    assert!(!agreed && text.contains("is a receiver") && text.contains("n1"), "{text}");
+}

@@ -736,6 +736,8 @@ impl World {
                 }
             }
             Step::Report(standing) => self.reports.push_back(*standing),
+            // Nobody asks for it here: what is compared, and when, is tested beside it (verify/tests.rs).
+            Step::Compare => {}
         }
         Ok(())
     }

@@ -137,6 +137,7 @@ impl Driver {
             })
         };
         let (indices, _) = part(captured.indices_offset, captured.pages.checked_mul(8))?.as_chunks::<8>();
+        self.verify.carried(self.epoch, indices);
         let (pages, _) = part(captured.pages_offset, captured.pages.checked_mul(PAGE as u64))?.as_chunks::<PAGE>();
         for (index, page) in indices.iter().zip(pages) {
             let page: &Page = page;
@@ -161,6 +162,9 @@ impl Driver {
             let digest = self.digest.finish();
             note(self.send_epoch_message(&Message::End(End { pages, state_len: captured.state_len, digest })));
             self.stats.sent(self.epoch, self.wire_bytes);
+            if let Some(check) = self.verify.ended(self.epoch) {
+                note(self.send_message(self.epoch, &Message::Check(check)));
+            }
         }
         Ok(())
     }

@@ -110,6 +110,7 @@ impl Driver {
         // What its reader and its connector still say belongs to the past.
         self.connection += 1;
         self.writer = None;
+        self.verify.interrupted();
         if let Some(peer) = lock(&self.peer_twin).take() {
             let _ = peer.shutdown(Shutdown::Both);
         }

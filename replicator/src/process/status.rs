@@ -55,6 +55,7 @@ impl Shared {
             pause_max_us: max,
             note: view.facts.note,
             statistics,
+            verify: view.verify,
         }
     }
 
@@ -96,6 +97,7 @@ impl Shared {
             pause_max_us: 0,
             note: counters.note.clone(),
             statistics: counters.stats.report(counters.raw_bytes, counters.wire_bytes),
+            verify: counters.verify.clone(),
         }
     }
 }

@@ -8,11 +8,11 @@ use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use understudy_protocol::control::{Gate, ReplicaState, ReplicatorStatus, Role, SourceState, VmmState};
+use understudy_protocol::control::{Gate, ReplicaState, ReplicatorStatus, Role, SourceState, VmmState, VmmStatus};
 use understudy_protocol::layout::Layout;
 use understudy_protocol::statistics::Histogram;
 
-use super::{Sample, Vmm};
+use super::Sample;
 use crate::stats::{RANGES, SIZES, TIMES_US};
 
 /// What the text is, for HTTP.
@@ -83,12 +83,50 @@ fn replicator(out: &mut Exposition, status: &ReplicatorStatus) {
         ),
         ("captured_bytes", "Sender: pages and device state taken from the VMM.", statistics.bytes.captured),
         ("raw_bytes", "Pages and device state before encoding, first copies included.", status.raw_bytes),
-        ("wire_bytes", "The same as encoded: sent or received.", status.wire_bytes),
+        (
+            "changed_bytes",
+            "Sender: of these, pages neither zero nor as the standby has them.",
+            statistics.bytes.changed,
+        ),
+        ("encoded_bytes", "Sender: what is left of these as changes, references and pages.", statistics.bytes.encoded),
+        ("compressed_bytes", "Sender: the same after compression, if there was any.", statistics.bytes.compressed),
+        ("wire_bytes", "As encoded and framed: sent or received.", status.wire_bytes),
         ("committed_bytes", "Of the wire bytes, those of committed epochs.", statistics.bytes.committed),
     ];
     for (name, help, value) in counters {
         out.counter(&format!("understudy_replicator_{name}_total"), help, value as f64);
     }
+    let encoding = &statistics.encoding;
+    let pages = [
+        ("unchanged", encoding.unchanged_pages),
+        ("zero", encoding.zero_pages),
+        ("delta", encoding.delta_pages),
+        ("same", encoding.same_pages),
+        ("raw", encoding.raw_pages),
+    ];
+    let pages = pages.map(|(how, count)| (how.to_owned(), count as f64)).into_iter();
+    let help = "Sender: pages by how they were encoded.";
+    out.labelled("understudy_replicator_encoded_pages_total", "counter", help, "as", pages);
+    let help = "Sender: memory for copies of pages that were sent.";
+    out.gauge("understudy_replicator_shadow_bytes", help, encoding.shadow_bytes as f64);
+    let verify = &status.verify;
+    out.gauge(
+        "understudy_replicator_verify_running",
+        "Sender: whether RAM is being compared now.",
+        yes(verify.running),
+    );
+    let verified = [
+        ("passes", "Sender: comparisons of all RAM that found no difference.", verify.passes),
+        ("failures", "Comparisons that found a difference; each costs the standby's image.", verify.failures),
+        ("compared_pages", "Pages compared.", verify.compared_pages),
+        ("differing_pages", "Pages that differed.", verify.differing_pages),
+    ];
+    for (name, help, value) in verified {
+        out.counter(&format!("understudy_replicator_verify_{name}_total"), help, value as f64);
+    }
+    let ago = verify.last_ended_s.map_or(-1.0, |s| s as f64);
+    let help = "Sender: time since the last comparison of all RAM ended, -1 if there was none.";
+    out.gauge("understudy_replicator_verify_age_seconds", help, ago);
     let times = [
         ("pause_seconds", "Sender: how long the vCPUs stood still for a cut.", &statistics.pause_us),
         ("epoch_seconds", "Sender: time from one cut to the next.", &statistics.epoch_us),
@@ -105,8 +143,7 @@ fn replicator(out: &mut Exposition, status: &ReplicatorStatus) {
     out.histogram("understudy_replicator_epoch_bytes", help, &statistics.epoch_bytes, &SIZES, 1.0);
 }
 
-fn vmm(out: &mut Exposition, vmm: &Vmm) {
-    let status = &vmm.status;
+fn vmm(out: &mut Exposition, status: &VmmStatus) {
     use VmmState::{Fenced, HandedOver, Paused, Running, ShutDown, Standby};
     out.states(
         "understudy_vmm_state",
@@ -121,9 +158,25 @@ fn vmm(out: &mut Exposition, vmm: &Vmm) {
     let help = "Time that the machine has run, over all its hosts.";
     out.counter("understudy_vmm_time_seconds_total", help, status.vm_time_ns as f64 / 1e9);
     out.counter("understudy_vmm_resets_total", "Resets by the guest.", status.resets as f64);
-    if !vmm.strategy.is_empty() {
-        let strategy = [(vmm.strategy.clone(), true)];
+    let capture = &status.capture;
+    if !capture.strategy.is_empty() {
+        let strategy = [(capture.strategy.clone(), true)];
         out.states("understudy_vmm_capture_info", "How checkpoints are captured.", "strategy", &strategy);
+    }
+    let stood_still = capture.stood_still_us as f64 / 1e6;
+    out.counter("understudy_vmm_stood_still_seconds_total", "Time that the guest stood still for cuts.", stood_still);
+    out.counter("understudy_vmm_cuts_total", "Cuts.", capture.cuts as f64);
+    let help = "Cuts repeated because the guest wrote to pages before their copies were made.";
+    out.counter("understudy_vmm_cuts_repeated_total", help, capture.repeated as f64);
+    let gauges = [
+        ("cut_pages", "Pages in the last cut.", capture.pages),
+        ("cut_stopped_pages", "Of these, copied while the guest stood still.", capture.stopped_pages),
+        ("cut_hot_pages", "Pages that stay writable and are copied at every cut.", capture.hot_pages),
+        ("cut_early_pages", "Pages copied before the last cut.", capture.early_pages),
+        ("throttle_percent", "Share of the time that the vCPUs may run.", capture.throttle_percent.into()),
+    ];
+    for (name, help, value) in gauges {
+        out.gauge(&format!("understudy_vmm_{name}"), help, value as f64);
     }
     let ports = |value: fn(&understudy_protocol::control::SerialStatus) -> u64| {
         status.serial.iter().map(move |port| (port.port.clone(), value(port) as f64))

@@ -2,13 +2,13 @@
 
 use std::fmt::Write;
 
-use understudy_protocol::control::{ReplicatorStatus, Role};
-use understudy_protocol::statistics::Histogram;
+use understudy_protocol::control::{CaptureStatus, ReplicatorStatus, Role, VmmStatus};
+use understudy_protocol::statistics::{Histogram, VerifyStatus};
 
-use super::Vmm;
+use crate::verify::names;
 
 /// The answer to `status`, lines with newlines.
-pub fn status(status: &ReplicatorStatus, vmm: Option<&Vmm>) -> String {
+pub fn status(status: &ReplicatorStatus, vmm: Option<&VmmStatus>) -> String {
     let mut out = String::new();
     let mut line = |text: String| {
         out.push_str(&text);
@@ -25,9 +25,8 @@ pub fn status(status: &ReplicatorStatus, vmm: Option<&Vmm>) -> String {
             "  protected  {protected}{}",
             if status.vetoed { ", a veto against the standby stands" } else { "" }
         ));
-        if let Some(vmm) = vmm.filter(|vmm| !vmm.strategy.is_empty()) {
-            let choice = if vmm.choice.is_empty() { String::new() } else { format!(": {}", vmm.choice) };
-            line(format!("  capture    {}{choice}", vmm.strategy));
+        if let Some(capture) = vmm.map(|vmm| &vmm.capture).filter(|capture| !capture.strategy.is_empty()) {
+            line(format!("  capture    {}", capture_line(capture)));
         }
     }
     line(format!(
@@ -50,17 +49,49 @@ pub fn status(status: &ReplicatorStatus, vmm: Option<&Vmm>) -> String {
     if status.role == Role::Sender {
         let _ = write!(bytes, "{} captured, ", size(statistics.bytes.captured));
     }
+    if status.role == Role::Sender {
+        let stages =
+            [statistics.bytes.raw, statistics.bytes.changed, statistics.bytes.encoded, statistics.bytes.compressed];
+        let [raw, changed, encoded, compressed] = stages.map(size);
+        let _ = write!(bytes, "{raw} before encoding, {changed} changed, {encoded} encoded, {compressed} compressed, ");
+    } else {
+        let _ = write!(bytes, "{} decoded, ", size(status.raw_bytes));
+    }
     let _ = write!(
         bytes,
-        "{} before encoding, {} on the wire ({ratio:.1} : 1), {} of it in committed epochs",
-        size(status.raw_bytes),
+        "{} on the wire ({ratio:.1} : 1), {} of it in committed epochs",
         size(status.wire_bytes),
         size(statistics.bytes.committed)
     );
     line(format!("  bytes      {bytes}"));
+    line(format!("  verify     {}", verify(&status.verify, status.role)));
     line(format!("  since start {} epochs, {} losses", status.epochs, status.losses));
     line(format!("  note       {}", status.note));
     out
+}
+
+/// How checkpoints are captured: what was asked for, what the last cut chose and why.
+pub fn capture_line(capture: &CaptureStatus) -> String {
+    let throttle = match capture.throttle_percent {
+        0 | 100 => String::new(),
+        percent => format!("; the guest may run {percent} % of the time"),
+    };
+    let choice = if capture.choice.is_empty() { String::new() } else { format!(": {}", capture.choice) };
+    format!("{}{choice}{throttle}", capture.strategy)
+}
+
+/// What came of comparing RAM.
+pub fn verify(verify: &VerifyStatus, role: Role) -> String {
+    let found = match verify.failures {
+        0 => "never a difference".to_owned(),
+        times => format!("{times} TIMES A DIFFERENCE, the last in pages {}", names(&verify.differing)),
+    };
+    match (role, verify.running, verify.last_ended_s) {
+        (Role::Receiver, ..) => format!("{} pages compared, {found}", verify.compared_pages),
+        (Role::Sender, true, _) => format!("pass {} is at {} %; {found}", verify.pass, verify.progress_percent),
+        (Role::Sender, false, Some(ago)) => format!("{}, {ago} s ago; {found}", verify.last),
+        (Role::Sender, false, None) => "not yet".to_owned(),
+    }
 }
 
 /// The role as a word.

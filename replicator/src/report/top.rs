@@ -13,8 +13,8 @@ use understudy_protocol::control::{ReplicatorStatus, Role, VmmStatus};
 use understudy_protocol::layout::Layout;
 use understudy_protocol::statistics::{Bucket, Histogram};
 
-use super::text::{role, size, time};
-use super::{Sample, Vmm};
+use super::Sample;
+use super::text::{capture_line, role, size, time, verify};
 use crate::log;
 
 /// The histograms show so much of the past.
@@ -182,8 +182,9 @@ fn line(before: &Sample, now: &Sample) -> String {
     let mut line = format!("{} {} {:?}", status.machine, role(status.role), status.replica);
     if status.role == Role::Sender {
         line += if status.protected { " protected" } else { " NOT-PROTECTED" };
-        if let Some(vmm) = now.vmm.as_ref().ok().filter(|vmm| !vmm.strategy.is_empty()) {
-            line += &format!(" capture={}", vmm.strategy);
+        let capture = now.vmm.as_ref().ok().map(|vmm| &vmm.capture);
+        if let Some(capture) = capture.filter(|capture| !capture.strategy.is_empty()) {
+            line += &format!(" capture={}", capture.strategy);
         }
     }
     line += &format!(" epoch={} lag={}ms", status.committed, status.lag_ms);
@@ -257,7 +258,11 @@ fn head(between: &Between<'_>, now: &Sample) -> Vec<String> {
     if status.role == Role::Sender {
         stages.push(format!("captured {}", between.bytes(|s| s.statistics.bytes.captured)));
     }
-    stages.push(format!("before encoding {}", between.bytes(|s| s.raw_bytes)));
+    stages.push(format!("raw {}", between.bytes(|s| s.raw_bytes)));
+    if status.role == Role::Sender {
+        stages.push(format!("changed {}", between.bytes(|s| s.statistics.bytes.changed)));
+        stages.push(format!("encoded {}", between.bytes(|s| s.statistics.bytes.encoded)));
+    }
     stages.push(format!("wire {}", between.bytes(|s| s.wire_bytes)));
     stages.push(format!("committed {}", between.bytes(|s| s.statistics.bytes.committed)));
     lines.push(format!("bytes    {}", stages.join("   ")));
@@ -265,18 +270,16 @@ fn head(between: &Between<'_>, now: &Sample) -> Vec<String> {
         let filled = (status.sync_progress * 40.0) as usize;
         lines.push(format!("copy     [{:40}] {:.0} %", "#".repeat(filled.min(40)), status.sync_progress * 100.0));
     }
+    lines.push(format!("verify   {}", verify(&status.verify, status.role)));
     lines.push(format!("note     {}", status.note));
     lines.push(String::new());
     lines
 }
 
-fn vmm_line(vmm: Result<&Vmm, &String>) -> String {
+fn vmm_line(vmm: Result<&VmmStatus, &String>) -> String {
     match vmm {
-        Ok(Vmm { status, strategy, choice }) if strategy.is_empty() => format!("machine  {} {choice}", machine(status)),
-        Ok(Vmm { status, strategy, choice }) if choice.is_empty() => {
-            format!("machine  {}   capture {strategy}", machine(status))
-        }
-        Ok(Vmm { status, strategy, choice }) => format!("machine  {}   capture {strategy}: {choice}", machine(status)),
+        Ok(status) if status.capture.strategy.is_empty() => format!("machine  {}", machine(status)),
+        Ok(status) => format!("machine  {}   capture {}", machine(status), capture_line(&status.capture)),
         Err(why) => format!("machine  {why}"),
     }
 }
