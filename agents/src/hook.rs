@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done and proven; 1 not (yet), ask again; 2 this node has been superseded, stop the machine.
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use ocf::{Deadline, Environment};
 use understudy_protocol::control::{ControlError, ReplicaState, VmmRequest, VmmState, VmmStatus};
+use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 
 use crate::cluster::{Cluster, ClusterError};
@@ -115,8 +117,18 @@ pub fn run(hook: &Hook, environment: &Environment) -> ExitCode {
 fn carry_out(hook: &Hook, cluster: &dyn Cluster, deadline: Deadline) -> Result<(), VetoError> {
     let resource = hook.vmm_resource.as_deref();
     match &hook.call {
-        Call::Veto { machine, peer } => veto::impose(cluster, &Subject { machine, resource }, peer, deadline),
-        Call::ClearVeto { machine, force } => veto::lift(cluster, machine, *force, deadline),
+        Call::Veto { machine, peer } => {
+            let (runs_as, _lock) = exclusively(hook, machine, deadline)?;
+            veto::impose(cluster, &Subject { machine, resource, runs_as }, peer, deadline)
+        }
+        Call::ClearVeto { machine, force: true } => {
+            // A person may do so on any node.
+            veto::lift(cluster, &Subject { machine, resource, runs_as: Generation::ZERO }, true, deadline)
+        }
+        Call::ClearVeto { machine, force: false } => {
+            let (runs_as, _lock) = exclusively(hook, machine, deadline)?;
+            veto::lift(cluster, &Subject { machine, resource, runs_as }, false, deadline)
+        }
         Call::ReplicaState { machine, state } => {
             if !valid_machine_name(machine) {
                 return Err(VetoError::NoClone(machine.clone()));
@@ -140,6 +152,20 @@ fn carry_out(hook: &Hook, cluster: &dyn Cluster, deadline: Deadline) -> Result<(
             Ok(())
         }
     }
+}
+
+/// The machine's generation here, and the lock that its veto is changed under.
+fn exclusively(hook: &Hook, machine: &str, deadline: Deadline) -> Result<(Generation, File), VetoError> {
+    if !valid_machine_name(machine) {
+        return Err(VetoError::NoClone(machine.to_owned()));
+    }
+    let layout = Layout::new(&hook.run_root, DEFAULT_SHM_ROOT, machine);
+    let lock = veto::lock(layout.run_dir(), machine, deadline)?;
+    let runs_as = match ask::<_, VmmStatus>(&layout.vmm_socket(), &VmmRequest::Status, Duration::from_secs(2)) {
+        Ok(status) if machine_runs(status.state) => status.generation,
+        _ => Generation::ZERO,
+    };
+    Ok((runs_as, lock))
 }
 
 /// What this node's VMM does.

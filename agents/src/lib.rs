@@ -29,6 +29,7 @@ pub mod paths;
 pub mod process;
 pub mod replicator;
 pub mod rules;
+pub mod run_lock;
 pub mod score_lock;
 pub mod serial;
 pub mod service;

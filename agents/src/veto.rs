@@ -11,13 +11,20 @@
 //! ```
 //! A node that wakes from the dead still believes itself the primary. Its veto would demote the machine where it really runs; the
 //! generation, looked at before and in the peer's copy after, keeps it from that.
+//!
+//! Two rules here came out of the model (`docs/decisions/0010-takeover-is-model-checked.md`): imposing and lifting exclude each other on a node
+//! ([`lock`]), for a hook may outlive the sender that called it; and a configuration that shows only generations older than the
+//! machine's own (an older copy prevailed when nodes met again) supersedes nobody: the generation is stored again.
 
+use std::fs::File;
+use std::path::Path;
 use std::time::Duration;
 
 use ocf::Deadline;
 use understudy_protocol::ids::Generation;
 
 use crate::cluster::{Cib, Cluster, ClusterError, Member, Veto, generation_attribute, veto_constraint, veto_id};
+use crate::run_lock;
 
 /// Reading the peer's CIB takes milliseconds (a second where everything is emulated), or the peer does not answer at all.
 const PEER_PATIENCE: Duration = Duration::from_millis(2500);
@@ -40,6 +47,9 @@ pub enum VetoError {
     /// This partition may not decide.
     #[error("this partition of the cluster has no quorum: nothing can be decided about {0}")]
     NoQuorum(String),
+    /// Another hook is at it.
+    #[error("another process on this node is still changing the veto for {0}")]
+    Busy(String),
     /// The constraint has no resource to speak of.
     #[error(
         "no promotable clone of ocf:understudy:vmm for machine {0} is configured; name the primitive with --vmm-resource"
@@ -67,6 +77,14 @@ pub struct Subject<'a> {
     pub machine: &'a str,
     /// Its vmm primitive; looked for in the CIB if not given.
     pub resource: Option<&'a str>,
+    /// The generation under which it runs on this node, as its VMM says; zero if that is not known.
+    pub runs_as: Generation,
+}
+
+/// Keep other processes on this node from changing the machine's veto, as long as the result lives. Without this, a hook that lifts
+/// the veto and has outlived its sender could do so after the next sender's veto has been proven.
+pub fn lock(run_dir: &Path, machine: &str, deadline: Deadline) -> Result<File, VetoError> {
+    run_lock::take(run_dir, "veto.lock", deadline).ok_or_else(|| VetoError::Busy(machine.to_owned()))
 }
 
 impl Subject<'_> {
@@ -86,7 +104,11 @@ pub fn impose(cluster: &dyn Cluster, subject: &Subject<'_>, peer: &str, deadline
         return Err(VetoError::NoQuorum(machine.to_owned()));
     }
     let cib = cluster.cib(deadline)?;
-    let ours = current_owner(&cib, machine, &node)?;
+    let ours = current_owner(&cib, subject, &node)?;
+    if newest(&cib, machine).is_none_or(|(_, stored)| stored < subject.runs_as) && subject.runs_as > Generation::ZERO {
+        let attribute = generation_attribute(machine);
+        cluster.set_node_attribute(&node, &attribute, &subject.runs_as.to_string(), deadline)?;
+    }
     let resource = subject.resource(&cib)?;
     let clone = cib.clone_of(&resource).ok_or_else(|| VetoError::NoClone(machine.to_owned()))?;
     let wanted = Veto { only: node.clone(), clone: clone.clone() };
@@ -188,24 +210,25 @@ fn newest(cib: &Cib, machine: &str) -> Option<(String, Generation)> {
     cib.generations(&generation_attribute(machine)).first().cloned()
 }
 
-/// The generation under which `node` runs the machine; fails if another node holds a newer one.
-fn current_owner(cib: &Cib, machine: &str, node: &str) -> Result<Generation, VetoError> {
-    match newest(cib, machine) {
-        Some((owner, generation)) if owner != node => {
-            Err(VetoError::Superseded { machine: machine.to_owned(), owner, generation })
+/// The generation under which `node` runs the machine; fails if another node holds a newer one (or as new a one, if it is not known
+/// under which the machine runs here).
+fn current_owner(cib: &Cib, subject: &Subject<'_>, node: &str) -> Result<Generation, VetoError> {
+    match newest(cib, subject.machine) {
+        Some((owner, generation)) if owner != node && generation >= subject.runs_as => {
+            Err(VetoError::Superseded { machine: subject.machine.to_owned(), owner, generation })
         }
-        Some((_, generation)) => Ok(generation),
-        None => Ok(Generation::ZERO),
+        Some((_, generation)) => Ok(generation.max(subject.runs_as)),
+        None => Ok(subject.runs_as),
     }
 }
 
 /// Lift the veto: the standby holds a whole checkpoint again. Only the owner may.
-pub fn lift(cluster: &dyn Cluster, machine: &str, force: bool, deadline: Deadline) -> Result<(), VetoError> {
+pub fn lift(cluster: &dyn Cluster, subject: &Subject<'_>, force: bool, deadline: Deadline) -> Result<(), VetoError> {
     let cib = cluster.cib(deadline)?;
     if !force {
-        current_owner(&cib, machine, &cluster.node_name(deadline)?)?;
+        current_owner(&cib, subject, &cluster.node_name(deadline)?)?;
     }
-    cluster.delete_constraint(&veto_id(machine), deadline)?;
+    cluster.delete_constraint(&veto_id(subject.machine), deadline)?;
     Ok(())
 }
 
@@ -225,6 +248,7 @@ mod tests {
         peer_follows: bool,
         constraint: RefCell<String>,
         fenced_after: RefCell<Option<u32>>,
+        stored: RefCell<Vec<String>>,
     }
 
     fn healthy() -> Fake {
@@ -236,6 +260,7 @@ mod tests {
             peer_follows: true,
             constraint: RefCell::default(),
             fenced_after: RefCell::default(),
+            stored: RefCell::default(),
         }
     }
 
@@ -261,7 +286,8 @@ mod tests {
             }
             Ok([Member { name: "n1".into(), online: true, unclean: false }].into_iter().chain(peer).collect())
         }
-        fn set_node_attribute(&self, _: &str, _: &str, _: &str, _: Deadline) -> ClusterResult<()> {
+        fn set_node_attribute(&self, node: &str, name: &str, value: &str, _: Deadline) -> ClusterResult<()> {
+            self.stored.borrow_mut().push(format!("{node} {name} {value}"));
             Ok(())
         }
         fn put_constraint(&self, xml: &str, _: Deadline) -> ClusterResult<()> {
@@ -277,7 +303,7 @@ mod tests {
         }
     }
 
-    const SUBJECT: Subject<'static> = Subject { machine: "m1", resource: None };
+    const SUBJECT: Subject<'static> = Subject { machine: "m1", resource: None, runs_as: Generation(3) };
 
     fn try_it(fake: &Fake) -> Result<(), VetoError> {
         impose(fake, &SUBJECT, "n2", Deadline::after(Duration::from_millis(300)))
@@ -353,13 +379,43 @@ mod tests {
     }
 
     #[test]
+    fn a_generation_that_the_configuration_has_lost_is_stored_again() {
+        // The copy of a node that was fenced has prevailed: it knows nothing of the takeover.
+        let old = [("n1", 1), ("n2", 2)].to_vec();
+        let fake = Fake { generations: old.clone(), peer_generations: old, ..healthy() };
+        let error = try_it(&fake).unwrap_err();
+        assert!(matches!(error, VetoError::NotProven { .. }), "not before it can be read back: {error}");
+        assert_eq!(*fake.stored.borrow(), ["n1 understudy-generation-m1 3"]);
+        assert!(fake.constraint.borrow().contains("vm-m1-clone"));
+    }
+
+    #[test]
+    fn a_generation_that_is_not_known_here_is_superseded_by_any_other_nodes() {
+        let old = [("n1", 1), ("n2", 2)].to_vec();
+        let fake = Fake { generations: old.clone(), peer_generations: old, ..healthy() };
+        let subject = Subject { runs_as: Generation::ZERO, ..SUBJECT };
+        let error = impose(&fake, &subject, "n2", Deadline::after(Duration::from_millis(300))).unwrap_err();
+        assert!(matches!(error, VetoError::Superseded { .. }), "{error}");
+    }
+
+    #[test]
+    fn while_a_veto_is_being_lifted_none_is_imposed() {
+        let dir = tempfile::tempdir().unwrap();
+        let soon = || Deadline::after(Duration::from_millis(50));
+        let lifting = lock(dir.path(), "m1", soon()).unwrap();
+        assert!(matches!(lock(dir.path(), "m1", soon()), Err(VetoError::Busy(_))));
+        drop(lifting);
+        assert!(lock(dir.path(), "m1", soon()).is_ok());
+    }
+
+    #[test]
     fn only_the_owner_lifts_a_veto_unless_a_person_insists() {
         let other = Fake { generations: vec![("n1", 3), ("n2", 4)], ..healthy() };
         *other.constraint.borrow_mut() = veto_constraint("m1", "vm-m1-clone", "n2");
         let soon = Deadline::after(Duration::from_secs(1));
-        assert!(lift(&other, "m1", false, soon).is_err());
+        assert!(lift(&other, &SUBJECT, false, soon).is_err());
         assert!(!other.constraint.borrow().is_empty());
-        assert_eq!(lift(&other, "m1", true, soon), Ok(()));
+        assert_eq!(lift(&other, &SUBJECT, true, soon), Ok(()));
         assert!(other.constraint.borrow().is_empty());
     }
 }

@@ -85,6 +85,10 @@ pub fn promote(machine: &Machine<'_>) -> ocf::Result {
     let node = context.environment.node();
     let mut others = cib.as_ref().map(|c| c.promotion_scores(context.environment.resource())).unwrap_or_default();
     others.retain(|(other, _)| *other != node);
+    if cib.as_ref().and_then(|c| c.veto(&machine.name)).is_some_and(|veto| veto.only == node) {
+        // While the veto stands the others' images cannot run, and may lack what has left the machine since: nobody waits for them.
+        others.clear();
+    }
     let from = match rules::origin(image, ended.unwrap_or_default(), highest, &others) {
         Origin::Image(image) => {
             context.log.info(format!(
@@ -94,6 +98,7 @@ pub fn promote(machine: &Machine<'_>) -> ocf::Result {
             PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch }
         }
         Origin::ColdBoot => {
+            forget_images(machine, cib.is_some(), highest)?;
             context.log.info(format!("{} boots: there is no image to continue from", machine.name));
             PromoteFrom::ColdBoot
         }
@@ -110,19 +115,37 @@ pub fn promote(machine: &Machine<'_>) -> ocf::Result {
     if sends {
         change_replicator(machine, &ReplicatorRequest::Promote);
     } else if cib.is_some() && machine.promotable && context.environment.under_pacemaker() {
-        let_outputs_go(machine);
+        let_outputs_go(machine, generation);
     }
     Ok(())
+}
+
+/// Before a cold boot: images of the generations up to now are of a past life, wherever they turn up. (A standby may have committed its
+/// first checkpoint after we looked at its score.)
+fn forget_images(machine: &Machine<'_>, in_cluster: bool, highest: Generation) -> ocf::Result {
+    if !in_cluster || !machine.promotable || highest == Generation::ZERO {
+        return Ok(());
+    }
+    let node =
+        machine.cluster.node_name(machine.context.deadline).unwrap_or_else(|_| machine.context.environment.node());
+    machine
+        .cluster
+        .set_node_attribute(&node, &ended_attribute(&machine.name), &highest.to_string(), machine.context.deadline)
+        .map_err(|e| {
+            let what = "that no older image of it may run could not be stored";
+            Failure::generic(format!("{} does not boot: {what}: {e}", machine.name))
+        })
 }
 
 /// Open the gate if it is certain already that no other node can be promoted: after a power cut the old primary has been
 /// fenced, or we would not be here. The replicator does the same when its turn comes, which on a busy cluster is seconds
 /// later; if there is no proof within a moment it is left to it.
-fn let_outputs_go(machine: &Machine<'_>) {
+fn let_outputs_go(machine: &Machine<'_>, runs_as: Generation) {
     let deadline = machine.context.deadline.within(VETO_PATIENCE);
     let resource = machine.context.environment.resource();
-    let subject = Subject { machine: &machine.name, resource: Some(resource) };
+    let subject = Subject { machine: &machine.name, resource: Some(resource), runs_as };
     let proven = machine.cluster.node_name(deadline).map_err(VetoError::from).and_then(|node| {
+        let _lock = veto::lock(machine.layout.run_dir(), &machine.name, deadline)?;
         let members = machine.cluster.members(deadline)?;
         let mut others = members.iter().filter(|m| m.name != node);
         others.try_for_each(|m| veto::impose(machine.cluster, &subject, &m.name, deadline))

@@ -30,6 +30,8 @@ pub const TESTS: &[Test] = &[
     ("promote counts on from the highest generation of all nodes", promote_generation),
     ("promote boots when there is no image anywhere", promote_cold),
     ("promote refuses to boot while another node holds an image", promote_refused),
+    ("promote boots although another node holds an image, if the veto keeps that from running", promote_vetoed_image),
+    ("a cold boot first stores that older images are of a past life", promote_cold_ends_the_past),
     ("promote does not run a machine whose generation cannot be stored", promote_without_cib),
     ("promote takes over without a replicator process", promote_offline),
     ("promote after a recovery in place finds its replicator still sending", promote_with_sender),
@@ -297,6 +299,31 @@ fn promote_refused() {
     assert!(!node.vmm_told().contains("promote"));
     assert!(node.cluster_told().ends_with("-l reboot -D\n"), "{}", node.cluster_told());
     assert_eq!(node.monitor().code, 0);
+}
+
+fn promote_vetoed_image() {
+    // This node had lost its standby, and then its power: what the standby holds may lack what has left the machine since.
+    let veto = "<rsc_location id='understudy-veto-m1' rsc='vm-m1-clone'><rule id='r' role='Promoted' score='-INFINITY'>\
+                <expression id='e' attribute='#uname' operation='ne' value='n1'/></rule></rsc_location>";
+    let cib = cib(&[("n1", 3)], &[("n1", "5"), ("n2", "1000")])
+        .replace("<constraints/>", &format!("<constraints>{veto}</constraints>"));
+    let node = CLONE().in_a_cluster(Some(&cib));
+    assert_eq!((node.act("start"), node.act("promote")), (0, 0));
+    assert!(node.vmm_told().contains(r#""from":{"kind":"cold-boot"}"#), "{}", node.vmm_told());
+    let other = CLONE().in_a_cluster(Some(&cib.replace("value='n1'/></rule>", "value='n3'/></rule>")));
+    assert_eq!((other.act("start"), other.act("promote")), (0, 1), "another node's veto says nothing of n2's image");
+}
+
+fn promote_cold_ends_the_past() {
+    let node = CLONE().in_a_cluster(Some(&cib(&[("n2", 3)], &[("n2", "5")])));
+    assert_eq!((node.act("start"), node.act("promote")), (0, 0));
+    let calls = node.cluster_told();
+    let ended = calls.find("--node n1 --lifetime forever --name understudy-ended-m1 --update 3").expect(&calls);
+    assert!(ended < calls.find("--promotion=vm-m1 -l reboot -v 10001").unwrap(), "{calls}");
+    // The first boot ever has no past, and a takeover goes on with it.
+    let first = CLONE().in_a_cluster(Some(&cib(&[], &[])));
+    assert_eq!((first.act("start"), first.act("promote")), (0, 0));
+    assert!(!first.cluster_told().contains("understudy-ended-m1"), "{}", first.cluster_told());
 }
 
 fn promote_without_cib() {

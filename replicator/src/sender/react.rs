@@ -335,7 +335,8 @@ impl Sender {
         }
         self.veto = match call {
             VetoCall::Veto if ok => Veto::Standing,
-            VetoCall::ClearVeto if ok => Veto::Cleared,
+            // A hook may outlive the stream that it was called for: then its word says nothing of this one's standby.
+            VetoCall::ClearVeto if ok && self.promotable => Veto::Cleared,
             _ => Veto::Unknown,
         };
         if self.protected() {
