@@ -27,9 +27,11 @@ test: prerequisites ## all tests, tier by tier: fast, kvm, lab
 lab-test: needs-root build lab-guest ## only the lab tier (root)
 	$(LAB) vm run -- understudy-lab-tests
 
-bench: needs-root build lab-guest ## the figures; JSON under target/bench
+bench: needs-root build lab-guest ## the figures; JSON under target/bench (BENCH=--quick: two minutes instead of fifteen)
 	@mkdir -p target/bench
-	$(BIN)/understudy-bench host
+	$(CARGO) build --release -p understudy-tests -p understudy-vmm -p understudy-replicator -p understudy-agents --bins
+	$(dir $(BIN))release/understudy-bench replication $(BENCH)
+	$(dir $(BIN))release/understudy-bench host
 	$(LAB) vm run -- understudy-bench lab
 
 lint: prerequisites ## rustfmt and clippy, warnings are errors

@@ -13,12 +13,15 @@ use serde::Serialize;
 
 use super::memory::VmmMemory;
 use super::{Spread, memory, time_process};
-use crate::lab::{host, places, wait_until};
+use crate::lab::{Lab, host, places};
 use crate::scenario::world::MACHINE;
 use crate::scenario::{Outage, World};
 
+/// Most time to a first byte.
+const FIRST_BYTE_BOUND: Duration = Duration::from_secs(120);
+
 /// The lab part of the report.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct LabReport {
     /// Host or lab VM, and why.
     pub where_it_ran: String,
@@ -38,24 +41,42 @@ pub struct LabReport {
     pub first_copy_ms: u64,
     /// One for each power cut.
     pub power_cuts: Vec<Outage>,
+    /// What went wrong, if anything: the figures after it are missing.
+    pub failure: Option<String>,
 }
 
-/// Measure everything of this part; `cuts` power cuts.
+/// Measure everything of this part; `cuts` power cuts. What was measured before something failed is in the report too.
 pub fn measure(policy: &Path, cuts: usize, say: fn(&str)) -> Result<LabReport> {
+    let mut report = LabReport { where_it_ran: host::choose()?.1, ..LabReport::default() };
     say("first serial byte, beside QEMU");
-    let (first_byte_understudy_ms, first_byte_qemu_ms) = first_bytes(5)?;
-    let mut world = World::up(policy, say)?;
+    (report.first_byte_understudy_ms, report.first_byte_qemu_ms) = first_bytes(5)?;
+    let mut world = match World::up(policy, say) {
+        Ok(world) => world,
+        Err(why) => {
+            let _ = Lab::down();
+            return Err(why);
+        }
+    };
+    if let Err(why) = in_world(&mut world, &mut report, cuts, say) {
+        report.failure = Some(format!("{why:#}"));
+        eprintln!("{}", world.describe());
+    }
+    world.down()?;
+    Ok(report)
+}
+
+fn in_world(world: &mut World, report: &mut LabReport, cuts: usize, say: fn(&str)) -> Result<()> {
     let mut primary = world.wait_running(None)?;
     world.wait_lines(20)?;
     world.wait_protected()?;
-    let status = world.vmm(primary)?;
-    let first_copy_ms = world.replicator(primary)?.last_sync_ms;
+    report.kvm_backend = world.vmm(primary)?.kvm_backend;
+    report.first_copy_ms = world.replicator(primary)?.last_sync_ms;
     say("an agent's monitor, beside a shell agent");
-    let (monitor_understudy_ms, code) = time_process(20, || agent(&world, primary, "understudy/vmm"))?;
+    let (ours, code) = time_process(20, || agent(world, primary, "understudy/vmm"))?;
     ensure!(code == 0 || code == 8, "the monitor of the running machine returned {code}");
-    let (monitor_dummy_ms, _) = time_process(20, || agent(&world, primary, "pacemaker/Dummy"))?;
-    let memory = vmm_memory(&world, primary)?;
-    let mut power_cuts = Vec::new();
+    report.monitor_understudy_ms = ours;
+    report.monitor_dummy_ms = time_process(20, || agent(world, primary, "pacemaker/Dummy"))?.0;
+    report.memory = vmm_memory(world, primary)?;
     for n in 1..=cuts {
         say(&format!("power cut {n} of {cuts}: {primary}"));
         let other = World::other(primary);
@@ -63,27 +84,20 @@ pub fn measure(policy: &Path, cuts: usize, say: fn(&str)) -> Result<LabReport> {
         world.lab.power_cut(primary)?;
         ensure!(world.wait_running(Some(primary))? == other, "the machine runs on the node that was cut");
         world.wait_lines(20)?;
-        outage.collect(&world, other)?;
+        outage.collect(world, other)?;
+        // Measured already, whatever the node's return brings.
+        report.power_cuts.push(outage);
         world.boot(primary)?;
         primary = world.wait_protected()?;
-        outage.protected_ms = places::now_ms().checked_sub(outage.at_ms);
+        ensure!(primary == other, "the machine moved back to {primary} by itself");
+        if let Some(outage) = report.power_cuts.last_mut() {
+            outage.protected_ms = places::now_ms().checked_sub(outage.at_ms);
+        }
         world.wait_lines(50)?;
-        power_cuts.push(outage);
     }
     let verdict = world.final_verdict()?;
-    world.down()?;
     ensure!(verdict.ok, "the device saw violations, so these figures are worth nothing: {verdict:?}");
-    Ok(LabReport {
-        where_it_ran: host::choose()?.1,
-        kvm_backend: status.kvm_backend,
-        first_byte_understudy_ms,
-        first_byte_qemu_ms,
-        monitor_understudy_ms,
-        monitor_dummy_ms,
-        memory,
-        first_copy_ms,
-        power_cuts,
-    })
+    Ok(())
 }
 
 /// An agent's monitor as Pacemaker calls it, with the parameters that the cluster has for it.
@@ -140,7 +154,9 @@ fn first_byte(mut command: Command, serial: &Path) -> Result<f64> {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let started = Instant::now();
     let mut child = Killed(command.spawn().with_context(|| format!("starting {command:?}"))?);
-    wait_until("the guest kernel's first byte", Duration::from_secs(120), || {
+    // Not `wait_for`, whose questions become rare: the answer is a measurement.
+    while !fs::metadata(serial).is_ok_and(|m| m.len() > 0) {
+        ensure!(started.elapsed() < FIRST_BYTE_BOUND, "not within {} s", FIRST_BYTE_BOUND.as_secs());
         if let Some(status) = child.0.try_wait()? {
             let mut said = String::new();
             if let Some(mut stderr) = child.0.stderr.take() {
@@ -148,7 +164,7 @@ fn first_byte(mut command: Command, serial: &Path) -> Result<f64> {
             }
             bail!("it ended ({status}): {said}");
         }
-        Ok(fs::metadata(serial).is_ok_and(|m| m.len() > 0))
-    })?;
+        std::thread::sleep(Duration::from_millis(1));
+    }
     Ok(started.elapsed().as_secs_f64() * 1000.0)
 }

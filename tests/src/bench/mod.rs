@@ -1,15 +1,34 @@
 //! `make bench`: figures, each beside a peer or a physical limit from the same run, and never without the KVM flavour.
 //!
-//! | where | what | module |
+//! | where | what | modules |
 //! |---|---|---|
-//! | on the host's own KVM, with ring-3 guests | pauses, epoch rate, first copy, the VMM's own memory, an agent's monitor | [`host`] |
+//! | on the host's own KVM, with ring-3 guests | the replication engine beside COLO, a plain copy, a plain TCP stream | [`replication`] and what it calls |
+//! | on the host's own KVM | pauses of the fastest writer, first copy, the VMM's own memory, an agent's monitor | [`host`] |
 //! | where the nodes run | first serial byte beside QEMU, monitor beside a shell agent, memory with Linux, power cuts | [`lab`] |
 //! | nowhere | size of the code | [`size`] |
+//!
+//! ```text
+//! replication ─► pauses ──────┐            pair: two VMMs, two replicators over loopback
+//!             ├► flow         ├─► guest ──► qemu: COLO, XBZRLE
+//!             ├► output       │            limits: copy, TCP, LZ4, Zstandard
+//!             └► takeover ────┘            rows: the report
+//! ```
 
+pub mod contents;
+pub mod flow;
+pub mod guest;
 pub mod host;
 pub mod lab;
+pub mod limits;
 pub mod memory;
+pub mod output;
+pub mod pair;
+pub mod pauses;
+pub mod qemu;
+pub mod replication;
+pub mod rows;
 pub mod size;
+pub mod takeover;
 
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -18,7 +37,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 /// Some measurements of the same thing.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Spread {
     /// How many.
     pub runs: usize,

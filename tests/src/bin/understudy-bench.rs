@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
-use understudy_tests::bench::{host, lab, size};
+use understudy_tests::bench::{host, lab, pair, pauses, replication, rows, size};
 
 #[derive(Parser)]
 #[command(name = "understudy-bench", about = "Figures as JSON, each beside a peer or a physical limit")]
@@ -34,15 +34,21 @@ enum Cmd {
         #[arg(long, default_value_t = 10)]
         cuts: usize,
     },
-    /// The VMM of the host part
-    #[command(hide = true)]
-    FlatVmm {
-        run_root: PathBuf,
-        shm_root: PathBuf,
-        pages: u32,
+    /// On this host's own KVM: the replication engine beside COLO, a plain copy and a plain TCP stream
+    Replication {
+        /// The rows; the bars go to a file beside it
+        #[arg(long, default_value = "target/bench/replication.json")]
+        report: PathBuf,
+        /// Two minutes: fewer cases and samples
         #[arg(long)]
-        standby: bool,
+        quick: bool,
+        /// Only these parts
+        #[arg(long, value_delimiter = ',', value_parser = replication::PARTS)]
+        only: Vec<String>,
     },
+    /// The VMM of the measured machines
+    #[command(hide = true)]
+    FlatVmm(pair::FlatVmm),
 }
 
 fn main() -> ExitCode {
@@ -96,9 +102,25 @@ fn run(command: Cmd) -> Result<i32> {
             println!("  first copy: {} ms\n", measured.first_copy_ms);
             print!("{}", understudy_tests::scenario::timeline::table(&measured.power_cuts));
             write(&report, &measured)?;
-            Ok(0)
+            if let Some(why) = &measured.failure {
+                eprintln!("understudy-bench: {why}");
+            }
+            Ok(i32::from(measured.failure.is_some()))
         }
-        Cmd::FlatVmm { run_root, shm_root, pages, standby } => host::flat_vmm(&run_root, &shm_root, pages, standby),
+        Cmd::Replication { report, quick, only } => {
+            let started = std::time::Instant::now();
+            let say = |text: &str| println!("  {:>4} s … {text}", started.elapsed().as_secs());
+            let (measured, bars) = replication::measure(&replication::Extent { quick, only }, &say)?;
+            println!("\n{} (figures of other backends are not comparable)", measured.kvm_backend());
+            print!("{}{}", pauses::table(&measured), measured.table("pause/"));
+            println!("\n  bars for the two-core test host");
+            print!("{}", rows::bars_table(&bars));
+            write(&report, &measured.rows)?;
+            write(&report.with_file_name("replication-bars.json"), &bars)?;
+            // A part that could not be measured is no success, though its figures are written.
+            Ok(i32::from(measured.rows.iter().any(|r| r.name.ends_with("/failed"))))
+        }
+        Cmd::FlatVmm(args) => pair::flat_vmm(args),
     }
 }
 

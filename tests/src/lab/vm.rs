@@ -96,6 +96,15 @@ fn qemu(lab_root: &Path) -> [std::ffi::OsString; 4] {
     ]
 }
 
+/// The lab root's QEMU, ready for a machine's arguments; the benchmarks run others than the lab VM with it.
+pub fn qemu_command(lab_root: &Path) -> Command {
+    let [loader, rest @ ..] = qemu(lab_root);
+    let mut command = Command::new(loader);
+    command.args(rest).env("QEMU_MODULE_DIR", lab_root.join(LIBRARIES).join("qemu"));
+    command.arg("-L").arg(lab_root.join("usr/share/seabios")).arg("-L").arg(lab_root.join("usr/share/qemu"));
+    command
+}
+
 impl Vm {
     /// The VM that is up, if any.
     pub fn running() -> Result<Option<Self>> {

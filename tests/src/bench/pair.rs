@@ -1,0 +1,394 @@
+//! Two replicators and two VMMs on this machine, joined over 127.0.0.1, with a guest of the benchmark's.
+
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use understudy_protocol::control::{
+    ReplicatorRequest, ReplicatorStatus, Role, VmmRequest, VmmState, VmmStatus, call_once,
+};
+use understudy_protocol::layout::Layout;
+use understudy_vmm::backend::BackendConfig;
+use understudy_vmm::machine::{BootSource, MachineConfig};
+use understudy_vmm::run::{RunConfig, run};
+
+use super::guest::{self, Guest};
+use super::memory;
+use crate::lab::{places, wait_for};
+
+/// The machine's name.
+pub const MACHINE: &str = "bench";
+/// Most time that any one answer takes.
+pub const BOUND: Duration = Duration::from_secs(60);
+
+/// How to build a pair.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// The guest does nothing: one vCPU halted, the others never started. Otherwise it is [`guest`]'s.
+    pub idle: bool,
+    /// Milliseconds between two checkpoints.
+    pub interval_ms: u64,
+    /// More arguments for `understudy-replicator run`.
+    pub replicator: Vec<String>,
+    /// COM1 goes to this file or FIFO.
+    pub serial: Option<PathBuf>,
+}
+
+impl Setup {
+    /// The benchmark's guest with two vCPUs, a checkpoint every 25 ms, nothing else.
+    pub fn new(memory_mib: u64) -> Self {
+        Self { memory_mib, vcpus: 2, idle: false, interval_ms: 25, replicator: Vec::new(), serial: None }
+    }
+}
+
+/// The hidden command's arguments: one VMM, as a process of its own.
+#[derive(Debug, clap::Args)]
+pub struct FlatVmm {
+    run_root: PathBuf,
+    shm_root: PathBuf,
+    #[arg(long)]
+    memory: u64,
+    #[arg(long)]
+    vcpus: u32,
+    /// What it runs: flat code in ring 3, or with --idle a kernel image
+    #[arg(long)]
+    code: PathBuf,
+    #[arg(long)]
+    idle: bool,
+    #[arg(long)]
+    serial: Option<PathBuf>,
+    #[arg(long)]
+    standby: bool,
+}
+
+/// Run it.
+pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
+    let layout = Layout::new(&args.run_root, &args.shm_root, MACHINE);
+    let boot = if args.idle {
+        BootSource::Linux { kernel: args.code, initrd: None, cmdline: String::new() }
+    } else {
+        let code = fs::read(&args.code).with_context(|| format!("reading {}", args.code.display()))?;
+        BootSource::Flat { code, at: guest::LOAD_AT }
+    };
+    let machine = MachineConfig {
+        name: MACHINE.into(),
+        memory_mib: args.memory,
+        vcpus: args.vcpus,
+        boot,
+        serial: vec![args.serial.map_or(BackendConfig::None, BackendConfig::File)],
+        console: None,
+        ram_file: layout.ram(),
+    };
+    run(RunConfig { machine, layout, arena_mib: None, standby: args.standby })
+}
+
+/// The smallest kernel by the Linux boot protocol: it halts.
+pub fn halting_kernel() -> Vec<u8> {
+    let mut image = vec![0; 16 * 512];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[4]); // setup sectors
+    put(0x1fe, &0xaa55u16.to_le_bytes());
+    put(0x201, &[0x6a]); // the header's end
+    put(0x202, b"HdrS");
+    put(0x206, &0x20fu16.to_le_bytes()); // version 2.15
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes()); // highest initrd address
+    put(0x230, &0x20_0000u32.to_le_bytes()); // alignment
+    put(0x234, &[1]); // relocatable
+    put(0x236, &1u16.to_le_bytes()); // has the 64-bit entry point
+    put(0x238, &2047u32.to_le_bytes()); // longest command line
+    put(0x258, &0x100_0000u64.to_le_bytes()); // preferred address
+    put(0x260, &0x1_0000u32.to_le_bytes()); // memory that it takes
+    put(5 * 512 + 0x200, &[0xf4, 0xeb, 0xfd]); // again: hlt; jmp again
+    image
+}
+
+/// One side of the pair; everything it started ends with it.
+#[derive(Debug)]
+pub struct Side {
+    /// Its files.
+    pub layout: Layout,
+    /// Parent of its run directory.
+    pub run_root: PathBuf,
+    /// Parent of its shared-memory directory.
+    pub shm_root: PathBuf,
+    vmm: Option<Child>,
+    replicator: Option<Child>,
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl Side {
+    fn new(dir: &Path, name: &str) -> Result<Self> {
+        let (run_root, shm_root) = (dir.join(name).join("run"), dir.join(name).join("shm"));
+        for root in [&run_root, &shm_root] {
+            fs::create_dir_all(root).with_context(|| format!("creating {}", root.display()))?;
+        }
+        let layout = Layout::new(&run_root, &shm_root, MACHINE);
+        Ok(Self { layout, run_root, shm_root, vmm: None, replicator: None })
+    }
+
+    fn start_vmm(&mut self, dir: &Path, name: &str, setup: &Setup, standby: bool) -> Result<()> {
+        let log = dir.join(format!("{name}-vmm.log"));
+        let mut vmm = Command::new(std::env::current_exe()?);
+        vmm.arg("flat-vmm").arg(&self.run_root).arg(&self.shm_root);
+        vmm.arg("--memory").arg(setup.memory_mib.to_string()).arg("--vcpus").arg(setup.vcpus.to_string());
+        vmm.arg("--code").arg(dir.join("code"));
+        if setup.idle {
+            vmm.arg("--idle");
+        }
+        if let Some(serial) = &setup.serial {
+            vmm.arg("--serial").arg(serial);
+        }
+        if standby {
+            vmm.arg("--standby");
+        }
+        let child = self.vmm.insert(spawn(&vmm, &log)?);
+        up("the benchmark's VMM", child, &log, || vmm_status(&self.layout).is_ok())
+    }
+
+    fn start_replicator(&mut self, dir: &Path, name: &str, peers: &str, setup: &Setup) -> Result<()> {
+        let log = dir.join(format!("{name}-replicator.log"));
+        let mut replicator = Command::new(places::bin_dir()?.join("understudy-replicator"));
+        replicator.args(["run", "--machine", MACHINE, "--node", name, "--peers", peers, "--no-cluster"]);
+        replicator.arg("--run-root").arg(&self.run_root).arg("--shm-root").arg(&self.shm_root);
+        replicator.arg("--key").arg(dir.join("key")).arg("--interval-ms").arg(setup.interval_ms.to_string());
+        replicator.args(&setup.replicator);
+        let child = self.replicator.insert(spawn(&replicator, &log)?);
+        up("the benchmark's replicator", child, &log, || replicator_status(&self.layout).is_ok())
+    }
+
+    /// Status of its VMM.
+    pub fn vmm(&self) -> Result<VmmStatus> {
+        vmm_status(&self.layout)
+    }
+
+    /// Any request to its VMM, by its name on the wire: the benchmark also measures releases that do not know it.
+    pub fn ask_vmm(&self, request: &Value) -> Result<Value> {
+        Ok(call_once(self.layout.vmm_socket(), request, BOUND)?)
+    }
+
+    /// Status of its replicator.
+    pub fn replicator(&self) -> Result<ReplicatorStatus> {
+        replicator_status(&self.layout)
+    }
+
+    /// A request to its replicator.
+    pub fn ask_replicator<R: serde::de::DeserializeOwned>(&self, request: &ReplicatorRequest) -> Result<R> {
+        Ok(call_once(self.layout.replicator_socket(), request, BOUND)?)
+    }
+
+    /// Process ids: VMM, replicator.
+    pub fn pids(&self) -> Result<(u32, u32)> {
+        let pid = |child: &Option<Child>| child.as_ref().map(Child::id).context("a process was not started");
+        Ok((pid(&self.vmm)?, pid(&self.replicator)?))
+    }
+
+    /// CPU time that both processes have used for replication, s: everything but the vCPUs' own threads.
+    pub fn cpu_seconds(&self) -> Result<f64> {
+        let (vmm, replicator) = self.pids()?;
+        Ok(cpu_seconds(vmm)? + cpu_seconds(replicator)?)
+    }
+
+    /// Memory beyond the guest's RAM, KiB: both processes' own, and their files in shared memory but the RAM.
+    pub fn memory_beyond_guest_kib(&self) -> Result<f64> {
+        let (vmm, replicator) = self.pids()?;
+        let own = memory::of(vmm)?.own_kib + memory::of(replicator)?.own_kib;
+        let mut files = 0;
+        for entry in fs::read_dir(self.layout.shm_dir()).context("reading the shared-memory directory")? {
+            let entry = entry.context("reading the shared-memory directory")?;
+            if entry.path() != self.layout.ram() {
+                files += allocated_kib(&entry.path())?;
+            }
+        }
+        Ok((own + files) as f64)
+    }
+
+    /// End its processes at once, as a power cut would.
+    pub fn kill(&mut self) {
+        for child in [&mut self.replicator, &mut self.vmm].into_iter().filter_map(Option::as_mut) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn vmm_status(layout: &Layout) -> Result<VmmStatus> {
+    Ok(call_once(layout.vmm_socket(), &VmmRequest::Status, BOUND)?)
+}
+
+fn replicator_status(layout: &Layout) -> Result<ReplicatorStatus> {
+    Ok(call_once(layout.replicator_socket(), &ReplicatorRequest::Status, BOUND)?)
+}
+
+/// The same command as a process that ends with this one, however that ends. To be started by the main thread.
+pub fn tied(command: &Command) -> Command {
+    let mut tied = Command::new("setpriv");
+    tied.args(["--pdeathsig", "SIGKILL"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => tied.env(name, value),
+            None => tied.env_remove(name),
+        };
+    }
+    tied
+}
+
+fn spawn(command: &Command, log: &Path) -> Result<Child> {
+    let mut command = tied(command);
+    let log = fs::File::create(log).with_context(|| format!("creating {}", log.display()))?;
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+    child.with_context(|| format!("starting {command:?}"))
+}
+
+/// Wait until a process answers, and no longer once it has ended.
+fn up(what: &str, child: &mut Child, log: &Path, answers: impl Fn() -> bool) -> Result<()> {
+    let said = || fs::read_to_string(log).unwrap_or_default().trim().to_owned();
+    let up = wait_for(what, BOUND, || match child.try_wait()? {
+        Some(status) => Ok(Some(Err(anyhow::anyhow!("{what} ended ({status}): {}", said())))),
+        None => Ok(answers().then_some(Ok(()))),
+    });
+    up.with_context(said)?
+}
+
+/// Room that a file, or all files below a directory, take in memory.
+fn allocated_kib(path: &Path) -> Result<u64> {
+    let meta = fs::symlink_metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+    if !meta.is_dir() {
+        return Ok(meta.blocks() / 2);
+    }
+    let entries = fs::read_dir(path).with_context(|| format!("reading {}", path.display()))?;
+    entries.flatten().try_fold(0, |sum, entry| Ok(sum + allocated_kib(&entry.path())?))
+}
+
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let mut ticks = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/task")).context("reading a process's threads")?.flatten() {
+        // A thread may end in between.
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        ticks += replication_ticks(&stat).unwrap_or(0);
+    }
+    // USER_HZ is 100 on every Linux on x86.
+    Ok(ticks as f64 / 100.0)
+}
+
+/// utime + stime of a thread's `stat` line; 0 for a vCPU's.
+fn replication_ticks(stat: &str) -> Option<u64> {
+    let (head, rest) = stat.rsplit_once(')')?;
+    if head.split_once('(')?.1.starts_with("vcpu") {
+        return Some(0);
+    }
+    let mut fields = rest.split_ascii_whitespace().skip(11);
+    Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+}
+
+/// A machine and its standby.
+#[derive(Debug)]
+pub struct Pair {
+    /// The primary.
+    pub a: Side,
+    /// The standby.
+    pub b: Side,
+    setup: Setup,
+    // Last, so that it outlives the processes.
+    _dir: tempfile::TempDir,
+}
+
+impl Pair {
+    /// Start both; the machine runs, unprotected. `code` is what it runs, except when idle.
+    pub fn start(setup: &Setup, code: &[u8]) -> Result<Self> {
+        // Guest RAM belongs into a tmpfs.
+        let dir = tempfile::tempdir_in("/dev/shm").context("making a directory in /dev/shm")?;
+        let kernel = halting_kernel();
+        let code = if setup.idle { kernel.as_slice() } else { code };
+        fs::write(dir.path().join("code"), code).context("writing the guest's program")?;
+        let key = dir.path().join("key");
+        let keygen = Command::new(places::bin_dir()?.join("understudy-replicator")).arg("keygen").arg(&key).output();
+        let keygen = keygen.context("starting understudy-replicator")?;
+        if !keygen.status.success() {
+            bail!("making a key failed: {}", String::from_utf8_lossy(&keygen.stderr));
+        }
+        let peers = format!("a=127.0.0.1:{} b=127.0.0.1:{}", free_port()?, free_port()?);
+        let (mut a, mut b) = (Side::new(dir.path(), "a")?, Side::new(dir.path(), "b")?);
+        b.start_vmm(dir.path(), "b", setup, true)?;
+        b.start_replicator(dir.path(), "b", &peers, setup)?;
+        a.start_vmm(dir.path(), "a", setup, false)?;
+        a.start_replicator(dir.path(), "a", &peers, setup)?;
+        let state = a.vmm()?.state;
+        if state != VmmState::Running {
+            bail!("the benchmark's machine is {state:?}");
+        }
+        Ok(Self { a, b, setup: setup.clone(), _dir: dir })
+    }
+
+    /// Begin replication and wait for the end of the first copy.
+    pub fn protect(&self) -> Result<()> {
+        self.a.ask_replicator::<()>(&ReplicatorRequest::Promote)?;
+        wait_for("the first copy", BOUND * 2, || {
+            let s = self.a.replicator()?;
+            Ok((s.role == Role::Sender && s.protected).then_some(()))
+        })
+    }
+
+    /// vCPUs of the machine.
+    pub fn vcpus(&self) -> u32 {
+        self.setup.vcpus
+    }
+
+    /// The guest on the primary.
+    pub fn guest(&self) -> Result<Guest> {
+        Guest::open(&self.a.layout.ram(), self.setup.vcpus)
+    }
+
+    /// Choose a capture strategy; false if this release's VMM has no choice of it.
+    pub fn choose(&self, strategy: &str) -> bool {
+        self.a.ask_vmm(&json!({"cmd": "set-capture", "strategy": strategy})).is_ok()
+    }
+}
+
+/// A port on which nobody listens.
+pub fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("looking for a free port")?;
+    Ok(listener.local_addr().context("looking for a free port")?.port())
+}
+
+/// Which of these arguments `understudy-replicator run` has.
+pub fn replicator_has(argument: &str) -> Result<bool> {
+    let help = Command::new(places::bin_dir()?.join("understudy-replicator")).args(["run", "--help"]).output();
+    Ok(String::from_utf8_lossy(&help.context("starting understudy-replicator")?.stdout).contains(argument))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_of_vcpus_is_not_counted_as_replications() {
+        let stat = |name: &str| format!("7 ({name}) S 1 2 3 4 5 6 7 8 9 10 30 12 0 0 20 0 1 0 100");
+        assert_eq!(replication_ticks(&stat("main) loop")), Some(42));
+        assert_eq!(replication_ticks(&stat("vcpu1")), Some(0));
+        assert_eq!(replication_ticks("garbage"), None);
+    }
+
+    #[test]
+    fn files_are_counted_by_the_room_that_they_take() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("stage")).unwrap();
+        fs::File::create(dir.path().join("hole")).unwrap().set_len(1 << 20).unwrap();
+        let empty = allocated_kib(dir.path()).unwrap();
+        fs::write(dir.path().join("stage/1"), vec![1; 64 << 10]).unwrap();
+        assert!((64..1024).contains(&(allocated_kib(dir.path()).unwrap() - empty)));
+    }
+}
