@@ -22,6 +22,7 @@ pub mod batch;
 pub mod decoder;
 pub mod delta;
 pub mod digest;
+pub mod measure;
 pub mod method;
 pub mod record;
 pub mod state;

@@ -31,7 +31,7 @@ use crate::codec::{BatchError, Decoder, PAGE, Page, PageHash, Target};
 use crate::durable::{self, Durable, DurableError, Pending, RamIdentity, Record};
 use crate::message::End;
 use crate::receiver::Step;
-use crate::stage::Stage;
+use crate::stage::{OverRam, Stage, read_page};
 use crate::verify::{self, Check};
 
 /// Most payload bytes of one frame between replicators and in the stage.
@@ -200,32 +200,10 @@ impl Image {
     }
 
     fn append_stage(&mut self, batch: &[u8]) -> Result<(), ImageError> {
-        struct Over<'a> {
-            stage: &'a mut Stage,
-            ram: &'a File,
-            ram_path: &'a Path,
-            ram_pages: u64,
-        }
-        impl Target for Over<'_> {
-            type Error = ImageError;
-            fn read(&mut self, index: u64, page: &mut Page) -> Result<(), ImageError> {
-                match self.stage.page(index) {
-                    Some(staged) => *page = *staged,
-                    None => read_page(self.ram, self.ram_path, index, page)?,
-                }
-                Ok(())
-            }
-            fn page(&mut self, index: u64, content: &Page, hash: PageHash) -> Result<(), ImageError> {
-                self.stage.put(index, self.ram_pages, content, hash)
-            }
-            fn zeros(&mut self, index: u64, count: u64) -> Result<(), ImageError> {
-                (index..index + count).try_for_each(|index| self.stage.put_zeros(index, self.ram_pages))
-            }
-        }
         self.open_ram_once()?;
         let Some((ram, identity)) = &self.ram else { return Ok(()) };
         let ram_pages = identity.bytes / PAGE as u64;
-        let mut target = Over { stage: &mut self.stage, ram, ram_path: &self.ram_path, ram_pages };
+        let mut target = OverRam { stage: &mut self.stage, ram, ram_path: &self.ram_path, ram_pages };
         self.decoder.batch(batch, ram_pages, &mut target)
     }
 
@@ -410,10 +388,6 @@ impl Target for Straight<'_> {
     fn zeros(&mut self, index: u64, count: u64) -> Result<(), ImageError> {
         (index..index + count).try_for_each(|index| self.page(index, &[0; PAGE], 0))
     }
-}
-
-fn read_page(ram: &File, path: &Path, index: u64, page: &mut Page) -> Result<(), ImageError> {
-    ram.read_exact_at(page, index * PAGE as u64).map_err(|e| io_error("read", path, e))
 }
 
 fn identity(metadata: &fs::Metadata) -> RamIdentity {

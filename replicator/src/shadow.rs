@@ -9,6 +9,8 @@
 //! and the copies' budget. Which pages have a copy:
 //! * One whose last sending lies no more sendings back than there are copies: such a page would have been found in a cache of that
 //!   size that drops the oldest. A page that is written once, or swept over, is not let in while the room is full.
+//! * Not one whose copy was of no use: of a page that is written anew from end to end the next change cannot be told either. Such a
+//!   page gets another trial now and then.
 //! * It replaces one that the clock's hand finds unused since it came by last. The hand looks at a few at most; if
 //!   all of them are in use, the newcomer waits.
 
@@ -34,20 +36,45 @@ const CHUNK: u32 = 1024;
 /// Steps of the clock's hand for one newcomer.
 const SWEEP: u32 = 16;
 const HOTTEST: u8 = 3;
+/// So often in a row a copy may be of no use.
+const USELESS: u8 = 4;
+/// In place of a place: the page had a copy that was of no use.
+const SHUNNED: u32 = u32::MAX;
+/// A shunned page is tried again at one in so many sendings.
+const TRIAL: u32 = 16;
 
 #[derive(Debug, Clone, Copy)]
 struct Copy {
     page: u32,
     heat: u8,
+    useless: u8,
+}
+
+/// A page: all that is looked at for it stands in one cache line as a rule.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    /// The hash's low and high half.
+    hash: [u64; 2],
+    /// Place of its copy plus one; 0 = none.
+    place: u32,
+    /// When it was sent last, counted in sendings; 0 = never.
+    time: u32,
+}
+
+impl Entry {
+    fn hash(&self) -> PageHash {
+        u128::from(self.hash[0]) | u128::from(self.hash[1]) << 64
+    }
+
+    fn set_hash(&mut self, hash: PageHash) {
+        self.hash = [hash as u64, (hash >> 64) as u64];
+    }
 }
 
 /// See the module.
 #[derive(Debug)]
 pub struct Shadow {
-    hashes: Vec<PageHash>,
-    places: Vec<u32>,
-    /// When each page was sent last, counted in sendings; 0 = never.
-    times: Vec<u32>,
+    pages: Vec<Entry>,
     now: u32,
     copies: Vec<Copy>,
     memory: Vec<Box<[u8]>>,
@@ -66,10 +93,7 @@ impl Shadow {
         let pages = if ram_pages < u64::from(u32::MAX) { ram_pages as usize } else { 0 };
         let twins = (pages / 2).next_power_of_two().clamp(1 << 8, 1 << 22);
         Self {
-            hashes: vec![NOTHING; pages],
-            // (Zeroed memory that nobody touches costs nothing, so places are stored plus one.)
-            places: vec![0; pages],
-            times: vec![0; pages],
+            pages: vec![Entry { hash: [0; 2], place: 0, time: 0 }; pages],
             now: 0,
             copies: Vec::new(),
             memory: Vec::new(),
@@ -82,10 +106,10 @@ impl Shadow {
 
     /// What the receiver has of page `index`.
     pub fn known(&self, index: u64) -> Known {
-        match self.hashes.get(index as usize) {
-            None | Some(&NOTHING) => Known::Nothing,
-            Some(&ZERO) => Known::Zero,
-            Some(hash) => Known::Hash(*hash),
+        match self.pages.get(index as usize).map(Entry::hash) {
+            None | Some(NOTHING) => Known::Nothing,
+            Some(ZERO) => Known::Zero,
+            Some(hash) => Known::Hash(hash),
         }
     }
 
@@ -99,26 +123,36 @@ impl Shadow {
     /// Another page that the receiver has with content of this hash.
     pub fn twin(&self, hash: PageHash) -> Option<u64> {
         let page = *self.twins.get(self.twin_slot(hash))?;
-        (self.hashes.get(page as usize) == Some(&hash)).then_some(u64::from(page))
+        (self.pages.get(page as usize)?.hash() == hash).then_some(u64::from(page))
     }
 
-    /// Page `index` is sent with this content.
-    pub fn sent(&mut self, index: u64, hash: PageHash, content: &Page) {
+    /// Page `index` is sent with this content. `useful`: it has no copy, or that has made it shorter.
+    pub fn sent(&mut self, index: u64, hash: PageHash, content: &Page, useful: bool) {
         let at = index as usize;
-        let Some(known) = self.hashes.get_mut(at) else { return };
-        let first = *known == NOTHING;
+        let Some(entry) = self.pages.get_mut(at) else { return };
+        let first = entry.hash() == NOTHING;
         // (One hash in 2^127 is taken for another; the digest would show it.)
-        *known = hash.max(ZERO + 1);
+        entry.set_hash(hash.max(ZERO + 1));
         let slot = self.twin_slot(hash);
         self.twins[slot] = index as u32;
         let last = self.tick(at);
         if let Some(place) = self.place(index) {
             let copy = &mut self.copies[place as usize];
             copy.heat = (copy.heat + 1).min(HOTTEST);
-            self.store(place, content);
+            copy.useless = if useful { 0 } else { copy.useless + 1 };
+            if copy.useless >= USELESS {
+                self.drop_copy(at, place);
+                self.pages[at].place = SHUNNED;
+            } else {
+                self.store(place, content);
+            }
+        } else if self.pages[at].place == SHUNNED && !self.now.is_multiple_of(TRIAL) {
+            // Its time will come.
         } else if let Some(place) = self.admit(first, last) {
-            self.copies[place as usize] = Copy { page: index as u32, heat: 1 };
-            self.places[at] = place + 1;
+            // (One that was shunned has a single trial.)
+            let useless = if self.pages[at].place == SHUNNED { USELESS - 1 } else { 0 };
+            self.copies[place as usize] = Copy { page: index as u32, heat: 1, useless };
+            self.pages[at].place = place + 1;
             self.store(place, content);
         }
     }
@@ -126,14 +160,18 @@ impl Shadow {
     /// Page `index` is sent as zeros.
     pub fn sent_zero(&mut self, index: u64) {
         let at = index as usize;
-        let Some(known) = self.hashes.get_mut(at) else { return };
-        *known = ZERO;
+        let Some(entry) = self.pages.get_mut(at) else { return };
+        entry.set_hash(ZERO);
         self.tick(at);
         if let Some(place) = self.place(index) {
-            self.places[at] = 0;
-            self.copies[place as usize].page = NO_COPY;
-            self.free.push(place);
+            self.drop_copy(at, place);
         }
+    }
+
+    fn drop_copy(&mut self, at: usize, place: u32) {
+        self.pages[at].place = 0;
+        self.copies[place as usize].page = NO_COPY;
+        self.free.push(place);
     }
 
     /// Pages with a copy.
@@ -143,12 +181,13 @@ impl Shadow {
 
     /// Memory that is or may be in use, without the copies' unused budget.
     pub fn bytes(&self) -> u64 {
-        let tables = self.hashes.len() * 24 + self.twins.len() * 4 + self.copies.len() * size_of::<Copy>();
+        let tables =
+            self.pages.len() * size_of::<Entry>() + self.twins.len() * 4 + self.copies.len() * size_of::<Copy>();
         (tables + self.memory.len() * CHUNK as usize * PAGE) as u64
     }
 
     fn place(&self, index: u64) -> Option<u32> {
-        self.places.get(index as usize)?.checked_sub(1)
+        self.pages.get(index as usize).filter(|entry| entry.place != SHUNNED)?.place.checked_sub(1)
     }
 
     fn twin_slot(&self, hash: PageHash) -> usize {
@@ -165,13 +204,13 @@ impl Shadow {
     /// Count a sending of page `at`; how many sendings ago the one before was.
     fn tick(&mut self, at: usize) -> u32 {
         self.now = self.now.wrapping_add(1).max(1);
-        self.now.wrapping_sub(std::mem::replace(&mut self.times[at], self.now))
+        self.now.wrapping_sub(std::mem::replace(&mut self.pages[at].time, self.now))
     }
 
     /// A place for a page that is sent for the first time (`first`), or was `last` sendings ago.
     fn admit(&mut self, first: bool, last: u32) -> Option<u32> {
         // A first copy says nothing about what will be written; it is kept only where there is room for all.
-        if first && (self.capacity as usize) < self.hashes.len() {
+        if first && (self.capacity as usize) < self.pages.len() {
             return None;
         }
         if let Some(place) = self.free.pop() {
@@ -183,7 +222,7 @@ impl Shadow {
                 let pages = CHUNK.min(self.capacity - new);
                 self.memory.push(vec![0; pages as usize * PAGE].into_boxed_slice());
             }
-            self.copies.push(Copy { page: NO_COPY, heat: 0 });
+            self.copies.push(Copy { page: NO_COPY, heat: 0, useless: 0 });
             return Some(new);
         }
         if last > self.capacity {
@@ -194,8 +233,8 @@ impl Shadow {
             self.hand = (self.hand + 1) % self.capacity;
             let copy = &mut self.copies[place as usize];
             if copy.heat == 0 {
-                if let Some(of_old) = self.places.get_mut(copy.page as usize) {
-                    *of_old = 0;
+                if let Some(old) = self.pages.get_mut(copy.page as usize) {
+                    old.place = 0;
                 }
                 return Some(place);
             }
@@ -220,7 +259,7 @@ mod tests {
 
     fn send(shadow: &mut Shadow, index: u64, fill: u64) {
         let content = page(fill);
-        shadow.sent(index, page_hash(1, &content), &content);
+        shadow.sent(index, page_hash(1, &content), &content, fill % 8 != 7);
     }
 
     #[test]
@@ -234,6 +273,19 @@ mod tests {
         assert!(shadow.copy(3) == Some(&page(8)));
         shadow.sent_zero(3);
         assert_eq!((shadow.known(3), shadow.copy(3)), (Known::Zero, None));
+    }
+
+    #[test]
+    fn a_page_whose_copy_is_never_of_use_keeps_none() {
+        let mut shadow = Shadow::new(100, 10);
+        let mut with = 0;
+        for round in 0..1000 {
+            shadow.sent(3, u128::from(round) + 2, &page(round), shadow.copy(3).is_none());
+            with += u32::from(shadow.copy(3).is_some());
+        }
+        assert!(with < 100, "it had a copy {with} times of 1000");
+        (0..100).for_each(|round| shadow.sent(3, u128::from(round) + 2, &page(round), true));
+        assert!(shadow.copy(3).is_some(), "and has one again since that is of use");
     }
 
     #[test]
@@ -286,7 +338,7 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_is_sent_every_copy_and_every_hash_is_what_was_sent_last(
-            sends in proptest::collection::vec((0u64..24, 0u64..6), 0..400), capacity in 0u64..30,
+            sends in proptest::collection::vec((0u64..24, 0u64..10), 0..400), capacity in 0u64..30,
         ) {
             let mut shadow = Shadow::new(20, capacity);
             let mut truth = [None; 24];
@@ -309,7 +361,7 @@ mod tests {
             }
             prop_assert_eq!(shadow.copies(), copies);
             prop_assert!(copies <= capacity);
-            for fill in 1..6 {
+            for fill in 1..10 {
                 if let Some(twin) = shadow.twin(page_hash(1, &page(fill))) {
                     prop_assert_eq!(truth[twin as usize], Some(fill));
                 }

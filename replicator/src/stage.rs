@@ -20,7 +20,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::pwritev;
 
-use crate::codec::{PAGE, Page, PageHash, page_hash};
+use crate::codec::{PAGE, Page, PageHash, Target, page_hash};
 use crate::durable::Pending;
 use crate::image::{ImageError, io_error};
 use crate::mapping::WriteMap;
@@ -276,29 +276,32 @@ impl Stage {
         };
         let (_, seed) = u64s(head);
         let mut parsed = Vec::with_capacity(entries.len() / ENTRY);
-        let mut slots = 0;
+        let mut slots = 0u64;
         for entry in entries.as_chunks::<ENTRY>().0 {
             let (place, hash) = entry.split_at(16);
             let (page, slot) = place.first_chunk().map_or((u64::MAX, 0), u64s);
             let hash = hash.first_chunk().map_or(0, |hash| u128::from_le_bytes(*hash));
             let place = match u32::try_from(slot) {
                 Ok(slot) => Place::Slot(slot),
-                Err(_) => Place::Zeros,
+                Err(_) if slot == u64::MAX => Place::Zeros,
+                Err(_) => return Err(damaged("it names a page that it cannot have")),
             };
             if page >= ram_pages {
                 return Err(damaged("it names a page beyond RAM"));
             }
             if let Place::Slot(slot) = place {
-                slots = slots.max(slot + 1);
+                slots = slots.max(u64::from(slot) + 1);
             }
             parsed.push(Entry { page, place, hash });
         }
-        let room = u64::from(slots.next_multiple_of(CHUNK)) * PAGE as u64;
+        let chunks = slots.div_ceil(u64::from(CHUNK));
+        let chunk_len = CHUNK as usize * PAGE;
+        let room = chunks * chunk_len as u64;
         if self.file.metadata().map_err(unreadable)?.len() < room {
             return Err(damaged("it is too short"));
         }
-        for chunk in 0..slots.div_ceil(CHUNK) {
-            self.map(u64::from(chunk * CHUNK) * PAGE as u64, CHUNK as usize * PAGE)?;
+        for chunk in 0..chunks {
+            self.map(chunk * chunk_len as u64, chunk_len)?;
         }
         for entry in &parsed {
             let good = match entry.place {
@@ -312,7 +315,8 @@ impl Stage {
                 });
             }
         }
-        (self.entries, self.slots) = (parsed, slots);
+        // (The file has room for all of them, so there are fewer than 2^32.)
+        (self.entries, self.slots) = (parsed, slots as u32);
         Ok(())
     }
 
@@ -346,6 +350,44 @@ impl Stage {
     }
 }
 
+/// The stage over the RAM that it will be applied to: where an epoch's batches are decoded.
+#[derive(Debug)]
+pub struct OverRam<'a> {
+    /// Takes the pages.
+    pub stage: &'a mut Stage,
+    /// Has those that have not arrived in this epoch.
+    pub ram: &'a File,
+    /// Its path, for messages.
+    pub ram_path: &'a Path,
+    /// Its size.
+    pub ram_pages: u64,
+}
+
+impl Target for OverRam<'_> {
+    type Error = ImageError;
+
+    fn read(&mut self, index: u64, page: &mut Page) -> Result<(), ImageError> {
+        match self.stage.page(index) {
+            Some(staged) => *page = *staged,
+            None => read_page(self.ram, self.ram_path, index, page)?,
+        }
+        Ok(())
+    }
+
+    fn page(&mut self, index: u64, content: &Page, hash: PageHash) -> Result<(), ImageError> {
+        self.stage.put(index, self.ram_pages, content, hash)
+    }
+
+    fn zeros(&mut self, index: u64, count: u64) -> Result<(), ImageError> {
+        (index..index + count).try_for_each(|index| self.stage.put_zeros(index, self.ram_pages))
+    }
+}
+
+/// One page of RAM, by a read and not through a mapping.
+pub(crate) fn read_page(ram: &File, path: &Path, index: u64, page: &mut Page) -> Result<(), ImageError> {
+    ram.read_exact_at(page, index * PAGE as u64).map_err(|e| io_error("read", path, e))
+}
+
 /// Write the pieces from page `begin` on, and empty the list.
 fn write_pieces(ram: &File, pieces: &mut Vec<IoSlice<'_>>, begin: u64) -> io::Result<()> {
     let mut at = begin * PAGE as u64;
@@ -368,4 +410,126 @@ fn write_pieces(ram: &File, pieces: &mut Vec<IoSlice<'_>>, begin: u64) -> io::Re
 fn u64s(bytes: &[u8; 16]) -> (u64, u64) {
     let both = u128::from_le_bytes(*bytes);
     (both as u64, (both >> 64) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGES: u64 = 4096;
+
+    fn page(fill: u8) -> Page {
+        [fill; PAGE]
+    }
+
+    fn put(stage: &mut Stage, index: u64, fill: u8) {
+        stage.put(index, PAGES, &page(fill), page_hash(3, &page(fill))).unwrap();
+    }
+
+    fn ram(dir: &Path) -> File {
+        let ram = File::options().read(true).write(true).create(true).truncate(false).open(dir.join("ram")).unwrap();
+        ram.set_len(PAGES * PAGE as u64).unwrap();
+        ram
+    }
+
+    fn read(ram: &File, index: u64) -> u8 {
+        let mut content = page(0);
+        ram.read_exact_at(&mut content, index * PAGE as u64).unwrap();
+        assert!(content.iter().all(|byte| *byte == content[0]), "page {index} is torn");
+        content[0]
+    }
+
+    #[test]
+    fn what_was_finished_is_found_and_applied_after_a_restart_however_often() {
+        let dir = tempfile::tempdir().unwrap();
+        let ram = ram(dir.path());
+        let mut stage = Stage::open(dir.path()).unwrap();
+        // More than one chunk, backwards and with a hole; some twice.
+        (0..1500u64).rev().for_each(|i| put(&mut stage, i * 2 % 1501, (i % 200) as u8 + 1));
+        stage.put_zeros(7, PAGES).unwrap();
+        put(&mut stage, 7, 77);
+        stage.put_zeros(9, PAGES).unwrap();
+        let pending = stage.finish(3).unwrap();
+        let expected: Vec<u8> = (0..1501).map(|i| stage.page(i).map_or(0, |page| page[0])).collect();
+        assert_eq!((expected[7], expected[9]), (77, 0));
+        drop(stage);
+        let mut stage = Stage::open(dir.path()).unwrap();
+        stage.load(pending, PAGES).unwrap();
+        for round in 0..3 {
+            if round == 1 {
+                // As if the last time had died in the middle.
+                ram.write_all_at(&[9; 200 * PAGE], 0).unwrap();
+            }
+            stage.apply(&ram).unwrap();
+            for (index, fill) in (0u64..).zip(&expected) {
+                assert_eq!(read(&ram, index), *fill, "page {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_stage_that_is_not_the_one_that_was_committed_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut stage = Stage::open(dir.path()).unwrap();
+        put(&mut stage, 1, 1);
+        put(&mut stage, 2, 2);
+        let pending = stage.finish(3).unwrap();
+        drop(stage);
+        let load = |pending| Stage::open(dir.path()).unwrap().load(pending, PAGES);
+        load(pending).unwrap();
+        for wrong in [Pending { stage_len: pending.stage_len + 1, ..pending }, Pending { stage_crc: 1, ..pending }] {
+            assert!(matches!(load(wrong), Err(ImageError::Stage { .. })));
+        }
+        assert!(matches!(Stage::open(dir.path()).unwrap().load(pending, 2), Err(ImageError::Stage { .. })));
+        let slots = File::options().write(true).open(dir.path().join("stage")).unwrap();
+        slots.write_all_at(&[9], PAGE as u64 + 5).unwrap();
+        assert!(load(pending).unwrap_err().to_string().contains("page 2"));
+        slots.set_len(0).unwrap();
+        assert!(load(pending).unwrap_err().to_string().contains("too short"));
+    }
+
+    #[test]
+    fn an_epoch_takes_no_more_than_its_limit_and_room_that_is_not_needed_is_given_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut stage = Stage::open(dir.path()).unwrap();
+        stage.limit(3000 * 5000);
+        (0..3000).for_each(|index| put(&mut stage, index, 1));
+        let len = || std::fs::metadata(dir.path().join("stage")).unwrap().len();
+        assert_eq!(len(), 3 * u64::from(CHUNK) * PAGE as u64);
+        let full = (3000..PAGES).find_map(|index| stage.put(index, PAGES, &page(1), 0).err());
+        assert!(matches!(full, Some(ImageError::StageFull { limit: 15_000_000 })), "{full:?}");
+        for _ in 0..2 * PATIENCE {
+            stage.reset().unwrap();
+            put(&mut stage, 5, 5);
+        }
+        assert_eq!(len(), u64::from(CHUNK) * PAGE as u64);
+        assert_eq!(stage.page(5), Some(&page(5)));
+        stage.release().unwrap();
+        assert_eq!((len(), stage.page(5)), (0, None));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn any_index_is_a_stage_or_refused_but_never_panics(
+            body in proptest::collection::vec(prop_oneof![0u64..6, Just(u64::MAX), any::<u64>()], 0..24), cut in 0usize..40,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut bytes = MAGIC.to_vec();
+            bytes.extend_from_slice(&3u64.to_le_bytes());
+            bytes.extend(body.iter().flat_map(|word| word.to_le_bytes()));
+            bytes.truncate(bytes.len().saturating_sub(cut / 4));
+            std::fs::write(dir.path().join("stage.index"), &bytes).unwrap();
+            std::fs::write(dir.path().join("stage"), vec![0; 4 << 20]).unwrap();
+            let pending = Pending { stage_len: bytes.len() as u64, stage_crc: crc32fast::hash(&bytes) };
+            let mut stage = Stage::open(dir.path()).unwrap();
+            if stage.load(pending, PAGES).is_ok() {
+                let ram = ram(dir.path());
+                stage.apply(&ram).unwrap();
+            }
+        }
+    }
 }

@@ -101,6 +101,11 @@ impl Decoder {
                     delta.apply(&mut page);
                     self.page(index, &page, head.seed, target)?;
                 }
+                Record::Sparse { index, delta } => {
+                    page.fill(0);
+                    delta.apply(&mut page);
+                    self.page(index, &page, head.seed, target)?;
+                }
                 Record::Same { index, source } => {
                     target.read(source, &mut page)?;
                     self.page(index, &page, head.seed, target)?;

@@ -14,6 +14,8 @@ const LINE: usize = 64;
 const LINES: usize = PAGE / LINE;
 /// A delta longer than this is not worth the receiver's base: the page travels raw.
 const LIMIT: usize = PAGE - PAGE / 8;
+/// When nearly all lines differ, and so many at the front differ in every word, the rest will too: nobody counts it.
+const HOPELESS: usize = 8;
 
 /// A delta whose form has been checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +73,7 @@ pub fn encode(new: &Page, old: &Page, out: &mut Vec<u8>) -> bool {
     }
     let mut masks = [0u8; LINES];
     let mut len = 8;
+    let scattered = lines.count_ones() as usize > LINES - HOPELESS;
     for line in bits(lines) {
         let (a, b) = (new[line].as_chunks::<8>().0, old[line].as_chunks::<8>().0);
         let mut mask = 0;
@@ -78,6 +81,9 @@ pub fn encode(new: &Page, old: &Page, out: &mut Vec<u8>) -> bool {
             mask |= u8::from(a != b) << j;
         }
         masks[line] = mask;
+        if scattered && line + 1 == HOPELESS && len == 8 + HOPELESS * (1 + LINE) {
+            return false;
+        }
         len += 1 + 8 * mask.count_ones() as usize;
     }
     if lines == 0 || len > LIMIT {

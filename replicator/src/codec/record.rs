@@ -7,6 +7,7 @@
 //! kind 3  delta             body = as in `delta`: the words that differ from the page as it stood before
 //! kind 4  same as           body = u64 LE: the page has the content that this other page has by now
 //! kind 5  check             no body: the page is as it was; both ends take its content into the digest
+//! kind 6  sparse            body = as in `delta`: the words that differ from a page of zeros
 //! ```
 //! (Kind 1 was a page compressed by itself; version 1 of the protocol sent it.) Records are decoded in order, each over what
 //! all before it have made: "as it stood before" and "by now" mean that. A page may occur more than once; the last counts.
@@ -30,6 +31,7 @@ pub mod kind {
     pub const DELTA: u8 = 3;
     pub const SAME: u8 = 4;
     pub const CHECK: u8 = 5;
+    pub const SPARSE: u8 = 6;
 }
 
 /// A record's head. Page indices are below 2^56 (RAM sizes are); higher bits are cut off.
@@ -46,6 +48,7 @@ pub enum Record<'a> {
     Delta { index: u64, delta: Delta<'a> },
     Same { index: u64, source: u64 },
     Check { index: u64 },
+    Sparse { index: u64, delta: Delta<'a> },
 }
 
 /// The records of a batch's plain body.
@@ -85,10 +88,11 @@ impl<'a> Records<'a> {
         self.check(index, 1)?;
         match kind {
             kind::RAW => Ok(Record::Raw { index, content: self.take::<PAGE>()? }),
-            kind::DELTA => {
+            kind::DELTA | kind::SPARSE => {
                 let (delta, rest) = Delta::parse(self.rest).ok_or(BatchError::Delta(index))?;
                 self.rest = rest;
-                Ok(Record::Delta { index, delta })
+                let sparse = kind == kind::SPARSE;
+                Ok(if sparse { Record::Sparse { index, delta } } else { Record::Delta { index, delta } })
             }
             kind::SAME => {
                 let source = u64::from_le_bytes(*self.take()?);

@@ -107,6 +107,16 @@ fn what_has_not_changed_takes_no_bytes_and_what_has_takes_few() {
 }
 
 #[test]
+fn a_page_that_is_mostly_zeros_travels_as_its_words_even_when_nothing_is_known_of_it() {
+    let (mut writer, mut receiver) = (BatchWriter::default(), Receiver::new(4));
+    let mut page = [0; PAGE];
+    page[..64].copy_from_slice(&noise(1)[64..128]);
+    assert_eq!(push_all(&mut writer, &[(3, page)]), batch::HEAD + 8 + 8 + 1 + 64);
+    receiver.take(writer.bytes()).unwrap();
+    assert!(receiver.stage[&3] == page);
+}
+
+#[test]
 fn text_travels_compressed_when_the_link_asks_for_it() {
     for method in Method::COMPRESSING {
         let mut writer = writer(64, &config(0, Compression::Always(method)));
@@ -262,7 +272,7 @@ proptest! {
     #[test]
     fn any_bytes_are_refused_or_decoded_within_ram_but_never_panic(
         method in 0u8..4, pages in 0u32..4, plain_len in 0u32..8000,
-        records in proptest::collection::vec((0u8..7, 0u64..80, proptest::collection::vec(any::<u8>(), 0..40)), 0..5),
+        records in proptest::collection::vec((0u8..8, 0u64..80, proptest::collection::vec(any::<u8>(), 0..40)), 0..5),
         pad in 0usize..2,
     ) {
         let mut body = Vec::new();
@@ -312,5 +322,5 @@ proptest! {
 
 #[test]
 fn the_kinds_of_records_have_the_numbers_that_are_documented() {
-    assert_eq!([kind::RAW, kind::ZERO, kind::DELTA, kind::SAME, kind::CHECK], [0, 2, 3, 4, 5]);
+    assert_eq!([kind::RAW, kind::ZERO, kind::DELTA, kind::SAME, kind::CHECK, kind::SPARSE], [0, 2, 3, 4, 5, 6]);
 }

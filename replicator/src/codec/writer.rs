@@ -82,6 +82,7 @@ pub struct Statistics {
 const CHECK_EVERY: u64 = 16;
 /// A delta of at most so many bytes is not worth the look for a twin.
 const SMALL_DELTA: usize = 64;
+static ZEROS: Page = [0; PAGE];
 /// Batches below this are not worth compressing.
 const WORTH: usize = 1024;
 /// What a method is tried on.
@@ -161,42 +162,43 @@ impl BatchWriter {
         self.statistics.changed += PAGE as u64;
         digest.page(index, hash);
         let start = self.bytes.len();
-        self.push_changed(index, page, hash);
+        let useful = self.push_changed(index, page, hash);
         self.statistics.encoded += (self.bytes.len() - start) as u64;
         if let Some(shadow) = &mut self.shadow {
-            shadow.sent(index, hash, page);
+            shadow.sent(index, hash, page, useful);
         }
     }
 
-    fn push_changed(&mut self, index: u64, page: &Page, hash: PageHash) {
+    /// True if the shadow's copy was of use, or there is none.
+    fn push_changed(&mut self, index: u64, page: &Page, hash: PageHash) -> bool {
         let start = self.bytes.len();
         self.record(kind::RAW, index);
+        let (mut tried, mut delta) = (false, false);
         if let Some(shadow) = &self.shadow {
-            let small = match shadow.copy(index) {
-                Some(old) if delta::encode(page, old, &mut self.bytes) => {
-                    self.bytes[start..start + record::HEAD].copy_from_slice(&record::head(kind::DELTA, index));
-                    if self.bytes.len() - start <= SMALL_DELTA {
-                        self.statistics.delta_pages += 1;
-                        return;
-                    }
-                    true
-                }
-                _ => false,
-            };
-            if let Some(twin) = shadow.twin(hash) {
+            if let Some(old) = shadow.copy(index) {
+                tried = true;
+                delta = delta::encode(page, old, &mut self.bytes);
+            }
+            if self.bytes.len() - start <= SMALL_DELTA && delta {
+                // Not worth the look for a twin.
+            } else if let Some(twin) = shadow.twin(hash) {
                 self.bytes.truncate(start);
                 self.bytes.extend_from_slice(&record::head(kind::SAME, index));
                 self.bytes.extend_from_slice(&twin.to_le_bytes());
                 self.statistics.same_pages += 1;
-                return;
-            }
-            if small {
-                self.statistics.delta_pages += 1;
-                return;
+                return true;
             }
         }
-        self.bytes.extend_from_slice(page);
-        self.statistics.raw_pages += 1;
+        let sparse = !delta && delta::encode(page, &ZEROS, &mut self.bytes);
+        if delta || sparse {
+            let kind = if delta { kind::DELTA } else { kind::SPARSE };
+            self.bytes[start..start + record::HEAD].copy_from_slice(&record::head(kind, index));
+            self.statistics.delta_pages += 1;
+        } else {
+            self.bytes.extend_from_slice(page);
+            self.statistics.raw_pages += 1;
+        }
+        delta || !tried
     }
 
     fn begin(&mut self) {
