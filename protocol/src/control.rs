@@ -90,6 +90,12 @@ pub enum VmmRequest {
     /// (session) The veto against the standby is durable: outputs need not wait any more (gate `Open`). Reply: `null`.
     GateOpen,
 
+    /// What a machine must be like to run from this one's image. Reply: [`MachineShape`].
+    Shape,
+    /// Where the vCPUs of a running machine are; they are stopped for a moment, as for a cut. Reply: a list of [`VcpuPosition`], one a
+    /// vCPU.
+    Positions,
+
     /// Choose how checkpoints are captured, from the next cut on. Reply: `null`.
     SetCapture {
         /// The way.
@@ -108,6 +114,29 @@ pub enum VmmRequest {
         /// Longest wait in ms, at most 10,000.
         timeout_ms: u64,
     },
+}
+
+/// Reply to [`VmmRequest::Shape`]: all in which two machines must agree for one to run from the other's image. What is behind the
+/// devices is not part of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineShape {
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Serial ports, 0 to 4.
+    pub serial_ports: u32,
+    /// Whether there is a virtio console.
+    pub console: bool,
+}
+
+/// A vCPU in the reply to [`VmmRequest::Positions`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuPosition {
+    /// Address of the next instruction.
+    pub rip: u64,
+    /// It waits for an interrupt.
+    pub halted: bool,
 }
 
 /// How a checkpoint's pages are captured.
@@ -352,11 +381,34 @@ pub enum ReplicatorRequest {
         /// The generation of the machine that will run from the image.
         generation: Generation,
     },
+    /// (receiver) Copy the image, exactly one committed epoch of it, to `dir`: the files `ram` and `state`. Epochs go on meanwhile and
+    /// wait only for the last pages. Reply: [`CopiedImage`].
+    CopyImage {
+        /// An existing directory; best in the tmpfs that the image is in.
+        dir: String,
+    },
     /// (sender) Compare all of RAM with the standby's, while the guest runs; joins a comparison that is under way. Reply:
     /// [`VerifyStarted`], at once; what comes of it is in the status.
     Verify,
     /// End the process. Reply: `null`, then the socket closes.
     Quit,
+}
+
+/// Reply to [`ReplicatorRequest::CopyImage`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopiedImage {
+    /// The epoch that the copy is.
+    pub epoch: Epoch,
+    /// The generation of the machine that made it.
+    pub generation: Generation,
+    /// Pages copied, those that changed meanwhile again each time.
+    pub pages: u64,
+    /// Rounds, the last one included.
+    pub rounds: u32,
+    /// How long all of it took, ms.
+    pub took_ms: u64,
+    /// How long arriving epochs waited for the last round, µs.
+    pub held_us: u64,
 }
 
 /// Reply to [`ReplicatorRequest::Verify`].

@@ -32,7 +32,7 @@ use crate::durable::{self, Durable, DurableError, Pending, RamIdentity, Record};
 use crate::message::End;
 use crate::receiver::Step;
 use crate::stage::{OverRam, Stage, read_page};
-use crate::verify::{self, Check};
+use crate::verify::{self, Check, PageSet};
 
 /// Most payload bytes of one frame between replicators and in the stage.
 pub const FRAME_LIMIT: usize = 1 << 20;
@@ -110,6 +110,8 @@ pub struct Image {
     swept: bool,
     /// Pages on their way to RAM in a first copy.
     run: Vec<u8>,
+    /// While somebody copies the image: pages of RAM that were written since.
+    changed: Option<PageSet>,
 }
 
 impl Image {
@@ -127,6 +129,7 @@ impl Image {
             committed: None,
             swept: false,
             run: Vec::new(),
+            changed: None,
             dir,
         })
     }
@@ -210,6 +213,8 @@ impl Image {
     /// Pages of a first copy go straight to RAM, which is nobody's image meanwhile.
     fn write_sync(&mut self, batch: &[u8]) -> Result<(), ImageError> {
         self.open_ram_once()?;
+        // Whoever copies has to begin again: RAM is no epoch's now.
+        self.changed = None;
         let Some((ram, identity)) = &self.ram else { return Ok(()) };
         self.run.clear();
         let mut target = Straight { ram, ram_path: &self.ram_path, begin: 0, run: &mut self.run };
@@ -302,6 +307,9 @@ impl Image {
     fn apply(&mut self) -> Result<(), ImageError> {
         self.open_ram()?;
         let Some((ram, _)) = &self.ram else { return Ok(()) };
+        if let Some(changed) = &mut self.changed {
+            self.stage.pages().for_each(|page| changed.insert(page));
+        }
         self.stage.apply(ram).map_err(|e| io_error("write", &self.ram_path, e))
     }
 
@@ -326,6 +334,29 @@ impl Image {
         Ok(())
     }
 
+    /// Note from now on which pages of RAM are written: somebody copies it. RAM to read from, and its identity.
+    pub fn begin_copy(&mut self) -> Result<(File, RamIdentity), ImageError> {
+        self.open_ram()?;
+        let Some((ram, identity)) = &self.ram else {
+            return Err(ImageError::RamReplaced(self.ram_path.display().to_string()));
+        };
+        let file = ram.try_clone().map_err(|e| io_error("open", &self.ram_path, e))?;
+        self.changed = Some(PageSet::none(identity.bytes / PAGE as u64));
+        Ok((file, *identity))
+    }
+
+    /// The pages written since [`Image::begin_copy`] or the last call; `None` if what was copied is of no use any more.
+    pub(crate) fn changed_since(&mut self) -> Option<PageSet> {
+        let (_, identity) = self.ram.as_ref()?;
+        let none = PageSet::none(identity.bytes / PAGE as u64);
+        self.changed.as_mut().map(|changed| std::mem::replace(changed, none))
+    }
+
+    /// Stop noting.
+    pub fn end_copy(&mut self) {
+        self.changed = None;
+    }
+
     /// The pages of `check` whose content in RAM is another one.
     pub fn compare(&mut self, check: &Check) -> Result<Vec<u64>, ImageError> {
         self.open_ram()?;
@@ -345,6 +376,8 @@ impl Image {
     /// Make sure that the next access opens the RAM file that is at its path then.
     pub fn forget_ram(&mut self) {
         self.ram = None;
+        // It may be another one.
+        self.changed = None;
     }
 }
 

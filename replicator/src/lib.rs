@@ -18,6 +18,7 @@
 #![warn(missing_docs)]
 
 pub mod codec;
+pub mod drill;
 pub mod driver;
 pub mod durable;
 pub mod hook;
@@ -32,6 +33,7 @@ pub mod receiver;
 pub mod report;
 pub mod sender;
 pub mod shadow;
+pub mod snapshot;
 pub mod stage;
 pub mod standby;
 pub mod stats;

@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, va
 use understudy_replicator::codec::EncodingConfig;
 use understudy_replicator::codec::method::Method;
 use understudy_replicator::codec::writer::{Compression, ShadowBudget};
+use understudy_replicator::drill::{self, Drill};
 use understudy_replicator::hook::Arm;
 use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_offline};
 use understudy_replicator::report::{Sample, metrics, text, top};
@@ -71,6 +73,21 @@ enum Command {
         /// Wait for the result and print it.
         #[arg(long)]
         wait: bool,
+    },
+    /// Try the image on this node out: resume a copy of it, connected to nothing, watch it, throw it away. Protection goes on
+    /// meanwhile. Exit status 0: its guest lives; 1: it does not, or the drill could not be held.
+    Drill {
+        #[command(flatten)]
+        place: Place,
+        /// How long the guest is watched.
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        seconds: u64,
+        /// The result as one JSON object.
+        #[arg(long)]
+        json: bool,
+        /// understudy-vmm [default: beside this program, or in PATH].
+        #[arg(long, value_name = "FILE")]
+        vmm: Option<PathBuf>,
     },
     /// Become the sender: protect the machine that runs on this node.
     Promote(Place),
@@ -208,6 +225,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             let interval = Duration::from_millis(interval_ms);
             top::watch(&place.layout()?, interval, count).context("cannot show the live view")
         }
+        Command::Drill { place, seconds, json, vmm } => hold_drill(&place, Duration::from_secs(seconds), json, vmm),
         Command::Verify { place, wait } => verify(&place, wait),
         Command::Metrics { place, listen } => publish(&place, listen.as_deref()),
         Command::Promote(place) => place.call(&ReplicatorRequest::Promote, SHORT),
@@ -235,6 +253,36 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+fn hold_drill(place: &Place, watch: Duration, json: bool, vmm: Option<PathBuf>) -> anyhow::Result<()> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // The default action would leave the copy behind.
+        signal_hook::flag::register(signal, stop.clone()).context("cannot wait for signals")?;
+    }
+    let vmm = vmm.unwrap_or_else(|| {
+        let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("understudy-vmm")));
+        beside.filter(|path| path.exists()).unwrap_or_else(|| "understudy-vmm".into())
+    });
+    let drill = Drill {
+        machine: &place.machine,
+        layout: place.layout()?,
+        shm_root: place.shm_root.clone(),
+        vmm,
+        watch,
+        stop: &stop,
+    };
+    let report = drill::hold(&drill).map_err(anyhow::Error::msg)?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", report.text());
+    }
+    if !report.alive {
+        bail!("the machine could not have continued from this image");
+    }
+    Ok(())
 }
 
 fn verify(place: &Place, wait: bool) -> anyhow::Result<()> {

@@ -19,7 +19,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
-use understudy_protocol::control::{ReplicatorRequest, Reply, TakenOver, VerifyStarted, encode_line, read_line};
+use understudy_protocol::control::{
+    CopiedImage, ReplicatorRequest, Reply, TakenOver, VerifyStarted, encode_line, read_line,
+};
 use understudy_protocol::frame;
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::Key;
@@ -35,6 +37,7 @@ use crate::log;
 use crate::message::Message;
 use crate::receiver::Conn;
 use crate::sender::SenderConfig;
+use crate::snapshot;
 use crate::standby::{Line, Standby};
 
 /// Connections that may be in their handshake or idle at once, from peers and on the control socket.
@@ -369,6 +372,7 @@ impl Shared {
             ReplicatorRequest::Demote => answer(self.demote()),
             ReplicatorRequest::HandOver => answer(self.hand_over()),
             ReplicatorRequest::TakeOver { generation } => answer(self.take_over(*generation)),
+            ReplicatorRequest::CopyImage { dir } => answer(self.copy_image(Path::new(dir))),
             ReplicatorRequest::Verify => answer(self.verify()),
             ReplicatorRequest::Quit => answer(Ok(())),
         }
@@ -414,6 +418,13 @@ impl Shared {
         };
         let late = "the hand-over was not finished in time; see the status of both nodes";
         answer.recv_timeout(HAND_OVER_TIMEOUT).unwrap_or_else(|_| Err(late.into()))
+    }
+
+    fn copy_image(&self, dir: &Path) -> Result<CopiedImage, String> {
+        if self.sending.load(Ordering::SeqCst) {
+            return Err("this replicator is the sender: the image is on the other node, ask there".into());
+        }
+        snapshot::copy(&self.standby, dir)
     }
 
     fn verify(&self) -> Result<VerifyStarted, String> {

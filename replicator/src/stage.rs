@@ -110,6 +110,11 @@ impl Stage {
         self.entries.is_empty()
     }
 
+    /// The pages that have arrived.
+    pub fn pages(&self) -> impl Iterator<Item = u64> + '_ {
+        self.entries.iter().map(|entry| entry.page)
+    }
+
     /// Begin an epoch.
     pub fn reset(&mut self) -> Result<(), ImageError> {
         self.forget();

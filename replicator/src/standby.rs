@@ -4,7 +4,9 @@
 //! of anything. A failed step is treated as a crash would be: the connection goes, and the receiver begins again from what is on disk.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::net::{Shutdown, TcpStream};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{TakenImage, TakenOver};
@@ -15,6 +17,7 @@ use understudy_protocol::secure::SecureWriter;
 use understudy_protocol::statistics::VerifyStatus;
 
 use crate::codec::PAGE;
+use crate::durable::ImageKind;
 use crate::hook::Reporter;
 use crate::image::{Image, ImageError};
 use crate::link;
@@ -23,7 +26,7 @@ use crate::log;
 use crate::message::{Envelope, Message};
 use crate::receiver::{Conn, Receiver, Standing, Step, Surroundings};
 use crate::stats::ReceiverStats;
-use crate::verify::{self, Check};
+use crate::verify::{self, Check, PageSet};
 
 /// How long the local VMM may think about a status request before it counts as using its RAM.
 const VMM_TIMEOUT: Duration = Duration::from_secs(1);
@@ -79,6 +82,8 @@ pub struct Standby {
     /// Recovery failed; nothing is received until it succeeds.
     broken: Option<String>,
     state_bytes: u64,
+    /// Somebody copies the image.
+    copying: bool,
     /// For the status.
     pub counters: Counters,
 }
@@ -101,6 +106,7 @@ impl Standby {
             reporter: None,
             broken: None,
             state_bytes: 0,
+            copying: false,
             counters: Counters::default(),
         };
         this.recover()?;
@@ -258,6 +264,50 @@ impl Standby {
         let mut steps = Vec::new();
         self.core.reported(standing, &mut steps);
         self.run(steps, None);
+    }
+
+    /// Somebody copies the image: RAM to read from, and its size in bytes. Changes are noted until [`Standby::end_copy`].
+    pub fn begin_copy(&mut self) -> Result<(File, u64), String> {
+        if self.copying {
+            return Err("the image is being copied already".into());
+        }
+        self.copied_epoch()?;
+        let (ram, identity) = self.image.begin_copy().map_err(|e| e.to_string())?;
+        self.copying = true;
+        Ok((ram, identity.bytes))
+    }
+
+    /// The pages that were written since the last call.
+    pub(crate) fn changed_since(&mut self) -> Result<PageSet, String> {
+        let changed = self.image.changed_since();
+        changed.ok_or_else(|| {
+            "a first copy or a new connection of the primary came in between (see the status); try again".into()
+        })
+    }
+
+    /// The epoch that RAM is now, and the file with its device state.
+    pub(crate) fn copied_epoch(&self) -> Result<(Generation, Epoch, PathBuf), String> {
+        let record = &self.core.durable().record;
+        if let Some(why) = &self.broken {
+            return Err(format!("the image on {} cannot be used: {why}", self.node));
+        }
+        if let Some(taken) = &record.taken {
+            return Err(format!("the image on {} was taken over by generation {}", self.node, taken.generation));
+        }
+        if record.image == ImageKind::Inconsistent {
+            let standing = self.core.standing().word();
+            return Err(format!(
+                "there is no whole image on {} (it is {standing}); wait for its first copy",
+                self.node
+            ));
+        }
+        Ok((record.generation, record.epoch, self.image.state_file(record.generation, record.epoch)))
+    }
+
+    /// Nobody copies any more.
+    pub fn end_copy(&mut self) {
+        self.copying = false;
+        self.image.end_copy();
     }
 
     /// Make the image a running machine's.

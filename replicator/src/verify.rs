@@ -110,7 +110,7 @@ pub fn names(pages: &[u64]) -> String {
 
 /// A set of pages.
 #[derive(Debug, Clone, Default)]
-struct PageSet {
+pub(crate) struct PageSet {
     words: Vec<u64>,
 }
 
@@ -122,13 +122,13 @@ impl PageSet {
         }
         Self { words }
     }
-    fn none(pages: u64) -> Self {
+    pub(crate) fn none(pages: u64) -> Self {
         Self { words: vec![0; pages.div_ceil(64) as usize] }
     }
-    fn has(&self, page: u64) -> bool {
+    pub(crate) fn has(&self, page: u64) -> bool {
         self.words.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 == 1)
     }
-    fn insert(&mut self, page: u64) {
+    pub(crate) fn insert(&mut self, page: u64) {
         if let Some(word) = self.words.get_mut((page / 64) as usize) {
             *word |= 1 << (page % 64);
         }
@@ -138,11 +138,11 @@ impl PageSet {
             *word &= !(1 << (page % 64));
         }
     }
-    fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }
     /// The first member from `page` on.
-    fn next(&self, page: u64) -> Option<u64> {
+    pub(crate) fn next(&self, page: u64) -> Option<u64> {
         let mut at = (page / 64) as usize;
         let mut word = self.words.get(at)? & (u64::MAX << (page % 64));
         while word == 0 {

@@ -669,3 +669,50 @@ fn ram_is_compared_on_schedule_and_only_the_sender_can_be_asked() {
     let (agreed, text) = verify(&pair.n2);
     assert!(!agreed && text.contains("is a receiver") && text.contains("n1"), "{text}");
 }
+
+#[test]
+fn a_copy_of_the_image_is_exactly_one_committed_epoch_however_busy_the_guest_is() {
+    let load = Load { ram_pages: 4000, burst: 150, ..Load::default() };
+    let (pair, primary, _standby) = Pair::started(&Options { load, ..Options::default() });
+    let copy = |node: &Node, name: &str| {
+        let dir = pair.dir.path().join(name);
+        fs::create_dir(&dir).unwrap();
+        let copied: Result<CopiedImage, String> =
+            node.call(&ReplicatorRequest::CopyImage { dir: dir.display().to_string() });
+        copied.map(|copied| (copied, dir))
+    };
+    pair.wait_protected();
+    let mut changed = 0;
+    for round in 0..8 {
+        let (copied, dir) = copy(&pair.n2, &format!("copy{round}")).unwrap();
+        let ram = fs::File::open(dir.join("ram")).unwrap();
+        let snapshot = primary.machine().snapshots.get(&copied.epoch.0).copied();
+        assert_eq!(Some(common::fake_vmm::digest_of(&ram)), snapshot, "round {round}: RAM of epoch {}", copied.epoch);
+        let state = fs::read_to_string(dir.join("state")).unwrap();
+        assert_eq!(state, format!("devices at epoch {} of generation 1", copied.epoch));
+        changed += copied.pages - 4000;
+        fs::remove_dir_all(dir).unwrap();
+    }
+    assert!(changed > 0, "epochs went on during the copies");
+    pair.wait_epochs(5);
+    assert_eq!(pair.n1.status().losses, 0);
+    let why = copy(&pair.n1, "sender").unwrap_err();
+    assert!(why.contains("is the sender"), "{why}");
+    let why: String =
+        pair.n2.call::<CopiedImage>(&ReplicatorRequest::CopyImage { dir: "/nowhere".into() }).unwrap_err();
+    assert!(why.contains("/nowhere"), "{why}");
+    // Once it is a machine's, nobody copies it any more.
+    pair.n2.take_over(2).unwrap();
+    let why = copy(&pair.n2, "taken").unwrap_err();
+    assert!(why.contains("taken over by generation 2"), "{why}");
+}
+
+#[test]
+fn there_is_nothing_to_copy_before_the_first_checkpoint() {
+    let mut pair = Pair::new(&Options::default());
+    let _standby = pair.n2.vmm(Load::default(), VmmState::Standby, 0);
+    pair.n2.start();
+    let dir = pair.dir.path().display().to_string();
+    let why = pair.n2.call::<CopiedImage>(&ReplicatorRequest::CopyImage { dir }).unwrap_err();
+    assert!(why.contains("no whole image"), "{why}");
+}

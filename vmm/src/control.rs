@@ -130,6 +130,8 @@ impl Connection {
             VmmRequest::DirtyLogStart => ok(self.session()?.dirty_log_start()?),
             VmmRequest::Harvest => ok(self.session()?.harvest()?),
             VmmRequest::Precopy { epoch } => ok(self.session()?.precopy(epoch)?),
+            VmmRequest::Shape => ok(machine.shape()),
+            VmmRequest::Positions => ok(machine.positions()?),
             VmmRequest::SetCapture { strategy } => {
                 machine.capturing().strategy = strategy;
                 ok(())

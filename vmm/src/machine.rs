@@ -23,7 +23,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
-use understudy_protocol::control::{Gate, PromoteFrom, SerialStatus, VmmState, VmmStatus};
+use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, SerialStatus, VcpuPosition, VmmState, VmmStatus};
 use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::acpi::{self, Platform};
@@ -250,6 +250,16 @@ impl Machine {
                 capture.throttle_percent = self.vcpus.share();
                 capture
             },
+        }
+    }
+
+    /// What another machine must agree in to run from this one's image.
+    pub fn shape(&self) -> MachineShape {
+        MachineShape {
+            memory_mib: self.config.memory_mib,
+            vcpus: self.config.vcpus,
+            serial_ports: self.config.serial.len() as u32,
+            console: self.config.console.is_some(),
         }
     }
 

@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, Parser, Subcommand};
 use serde::de::DeserializeOwned;
-use understudy_protocol::control::{ControlError, PromoteFrom, Strategy, VmmRequest, VmmState, VmmStatus, call_once};
+use understudy_protocol::control::{
+    ControlError, MachineShape, PromoteFrom, Strategy, VmmRequest, VmmState, VmmStatus, call_once,
+};
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 use understudy_vmm::backend::BackendConfig;
@@ -132,6 +134,25 @@ enum Command {
         #[arg(value_parser = clap::value_parser!(u8).range(1..=100))]
         percent: u8,
     },
+    /// Build a machine of the given shape, connected to nothing, that waits to run from an image: what a drill runs.
+    ///
+    /// It ends when its standard input is closed, and with exit code 6 when its guest resets or switches itself off.
+    StandIn {
+        #[command(flatten)]
+        which: Which,
+        /// Guest RAM in MiB.
+        #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(16..))]
+        memory: u64,
+        /// Number of vCPUs.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
+        vcpus: u32,
+        /// Number of serial ports.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4))]
+        serial_ports: u32,
+        /// With a virtio console.
+        #[arg(long)]
+        console: bool,
+    },
     /// End a machine at once, without asking the guest.
     Quit(Which),
 }
@@ -189,6 +210,10 @@ fn dispatch(command: Command) -> Result<i32> {
     const SLOW: Duration = Duration::from_secs(600);
     match command {
         Command::Run(run) => return start(*run),
+        Command::StandIn { which, memory, vcpus, serial_ports, console } => {
+            let shape = MachineShape { memory_mib: memory, vcpus, serial_ports, console };
+            return run::stand_in(&which.machine, &shape, which.layout()?);
+        }
         Command::Status { which, json } => {
             let status: VmmStatus = call(&which.layout()?, &VmmRequest::Status, QUICK)?;
             if json {

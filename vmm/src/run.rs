@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
-use understudy_protocol::control::{Gate, PromoteFrom, VmmState};
+use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, VmmState};
 use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::Layout;
 
+use crate::backend::BackendConfig;
 use crate::control;
 use crate::core::Event;
-use crate::machine::{Machine, MachineConfig};
+use crate::machine::{BootSource, Machine, MachineConfig};
 use crate::memory::Arena;
 
 /// Exit code: the machine could not be built or started.
@@ -42,6 +43,18 @@ pub struct RunConfig {
     pub arena_mib: Option<u64>,
     /// Wait for a promotion instead of booting.
     pub standby: bool,
+}
+
+/// Exit code: the guest of a stand-in reset itself or switched itself off.
+pub const EXIT_GUEST_ENDED: i32 = 6;
+
+/// What becomes of the process when the guest wants something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// It runs, or stands by to run.
+    Machine { standby: bool },
+    /// It only shows whether an image lives: a guest that resets itself does not.
+    StandIn,
 }
 
 /// This machine has a process on this node already.
@@ -71,6 +84,29 @@ impl Drop for Cleanup {
 
 /// Run a machine until its end; the result is the process's exit code.
 pub fn run(config: RunConfig) -> Result<i32> {
+    let way = Way::Machine { standby: config.standby };
+    run_as(config, way)
+}
+
+/// A machine of the given shape that waits to run from an image, connected to nothing: whatever it puts out vanishes. It ends with the
+/// first thing that its guest asks for, and when its standard input is closed, so that it does not outlive whoever started it.
+pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32> {
+    let machine = MachineConfig {
+        name: name.to_owned(),
+        memory_mib: shape.memory_mib,
+        vcpus: shape.vcpus,
+        // It never boots.
+        boot: BootSource::Flat { code: Vec::new(), at: 0 },
+        serial: vec![BackendConfig::None; shape.serial_ports as usize],
+        console: shape.console.then_some(BackendConfig::None),
+        ram_file: layout.ram(),
+    };
+    // The arena holds no more than a dirty log: a bit a page.
+    let arena_mib = Some(shape.memory_mib / (8 * 4096) + 1);
+    run_as(RunConfig { machine, layout, arena_mib, standby: true }, Way::StandIn)
+}
+
+fn run_as(config: RunConfig, way: Way) -> Result<i32> {
     let layout = &config.layout;
     for dir in [layout.run_dir(), layout.shm_dir()] {
         fs::DirBuilder::new()
@@ -82,6 +118,9 @@ pub fn run(config: RunConfig) -> Result<i32> {
     let _lock = lock(layout, &config.machine.name)?;
     let (events, inbox) = channel();
     on_signals(events.clone())?;
+    if way == Way::StandIn {
+        on_closed_input(events.clone())?;
+    }
     let mib = config.arena_mib.unwrap_or((config.machine.memory_mib / 4).max(64));
     let machine = Arc::new(Machine::build(config.machine.clone(), events)?);
     let arena = Arena::open(&layout.arena(), mib.saturating_mul(1 << 20))?;
@@ -99,7 +138,7 @@ pub fn run(config: RunConfig) -> Result<i32> {
         config.machine.memory_mib,
         if config.standby { "standing by" } else { "running" }
     );
-    let code = supervise(&machine, &inbox, config.standby);
+    let code = supervise(&machine, &inbox, way);
     if code == EXIT_BROKEN {
         // For whoever monitors it: this was no clean end.
         cleanup.keep = true;
@@ -110,7 +149,8 @@ pub fn run(config: RunConfig) -> Result<i32> {
 
 /// Act on events until one of them ends the process. What the guest asks for is done on a thread of its own, because it may have to wait
 /// for the end of a cut, and fencing must not.
-fn supervise(machine: &Arc<Machine>, inbox: &Receiver<Event>, standby: bool) -> i32 {
+fn supervise(machine: &Arc<Machine>, inbox: &Receiver<Event>, way: Way) -> i32 {
+    let standby = way != Way::Machine { standby: false };
     let (wishes, granted) = channel::<Event>();
     let worker = {
         let machine = machine.clone();
@@ -126,6 +166,11 @@ fn supervise(machine: &Arc<Machine>, inbox: &Receiver<Event>, standby: bool) -> 
     }
     while let Ok(event) = inbox.recv() {
         match event {
+            Event::Reset | Event::PowerOff if way == Way::StandIn => {
+                let what = if event == Event::Reset { "reset the machine" } else { "switched the machine off" };
+                eprintln!("error: the guest has {what}");
+                return EXIT_GUEST_ENDED;
+            }
             Event::Reset | Event::PowerOff => {
                 let _ = wishes.send(event);
             }
@@ -202,6 +247,20 @@ fn write_pid(path: &Path) -> Result<()> {
         fs::rename(&temporary, path)
     };
     write().with_context(|| format!("cannot write the pid file {}", path.display()))
+}
+
+/// The end of standard input ends the process cleanly.
+fn on_closed_input(events: Sender<Event>) -> Result<()> {
+    let wait = move || {
+        // Nothing is ever said there; an error is as good as an end.
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        let _ = events.send(Event::Quit);
+    };
+    std::thread::Builder::new()
+        .name("input".into())
+        .spawn(wait)
+        .context("cannot start the thread that watches the input")?;
+    Ok(())
 }
 
 /// SIGTERM, SIGINT and SIGHUP end the process cleanly.

@@ -1,5 +1,6 @@
 //! Stopping a machine and letting it go on: capture, pause and resume, save, and the short stop of a cut.
 
+use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_ioctls::VcpuFd;
 
 use super::*;
@@ -164,6 +165,20 @@ impl Machine {
             self.resume()?;
         }
         result
+    }
+
+    /// Where the vCPUs are. They are stopped for it as for a cut, and no longer.
+    pub fn positions(&self) -> Result<Vec<VcpuPosition>> {
+        let mut life = self.quiet_life()?;
+        ensure!(life.state == VmmState::Running, "its vCPUs are nowhere: the machine is {}", name(life.state));
+        drop(self.freeze(&life));
+        let positions = self.vcpus.on_all(|_, fd| {
+            let rip = fd.get_regs().context("KVM_GET_REGS")?.rip;
+            let halted = fd.get_mp_state().context("KVM_GET_MP_STATE")?.mp_state == KVM_MP_STATE_HALTED;
+            Ok(VcpuPosition { rip, halted })
+        });
+        self.unfreeze(&mut life)?;
+        positions
     }
 
     /// Stop the machine for a cut, whatever it does (running, paused, shut down). The caller holds the life lock and has seen that no

@@ -1,0 +1,269 @@
+//! A drill on real KVM: a protected machine, its standby, two replicators, and a stand-in process that runs from a copy of the image.
+//!
+//! Needs /dev/kvm (any flavour). Without it every test says `SKIPPED`.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use understudy_protocol::control::{
+    Gate, PromoteFrom, ReplicaState, ReplicatorRequest, ReplicatorStatus, VmmState, call_once,
+};
+use understudy_protocol::ids::Generation;
+use understudy_protocol::key::Key;
+use understudy_protocol::layout::Layout;
+use understudy_replicator::codec::EncodingConfig;
+use understudy_replicator::drill::verdict::Report;
+use understudy_replicator::drill::{Drill, hold};
+use understudy_replicator::hook::Arm;
+use understudy_replicator::process::{Config, Replicator};
+use understudy_vmm::backend::BackendConfig;
+use understudy_vmm::control;
+use understudy_vmm::core::Event;
+use understudy_vmm::machine::{BootSource, Machine, MachineConfig};
+use understudy_vmm::memory::Arena;
+
+/// vCPU 0 writes 0, 1, 2, … to COM1, waiting for room, its count at 0x200000; the others count at 0x200040.
+const TALK_AND_COUNT: &[u8] = &[
+    0x48, 0x85, 0xff, // test rdi, rdi
+    0x74, 0x15, // jz talk
+    0x48, 0xc7, 0xc3, 0x40, 0x00, 0x20, 0x00, // mov rbx, 0x200040
+    0x48, 0xff, 0x03, // count: inc qword [rbx]
+    0x48, 0xff, 0xc0, // inc rax
+    0x48, 0xff, 0xc1, // inc rcx
+    0x48, 0xff, 0xc2, // inc rdx
+    0xeb, 0xf2, // jmp count
+    0x48, 0xc7, 0xc3, 0x00, 0x00, 0x20, 0x00, // talk: mov rbx, 0x200000
+    0xba, 0xfd, 0x03, 0x00, 0x00, // again: mov edx, 0x3fd
+    0xec, // in al, dx
+    0xa8, 0x20, // test al, 0x20
+    0x74, 0xf6, // jz again
+    0x48, 0x8b, 0x03, // mov rax, [rbx]
+    0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
+    0xee, // out dx, al
+    0x48, 0xff, 0xc0, // inc rax
+    0x48, 0x89, 0x03, // mov [rbx], rax
+    0xeb, 0xe5, // jmp again
+];
+const CODE_AT: u64 = 0x10_0000;
+const MIB: u64 = 64;
+const MACHINE: &str = "m";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn kvm_is_there() -> bool {
+    let there = fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        eprintln!("SKIPPED: /dev/kvm cannot be opened, so nothing was proven");
+    }
+    there
+}
+
+fn wait(for_what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < until, "gave up waiting until {for_what}");
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+}
+
+/// One node: the machine's VMM and its replicator, both in this process.
+struct Node {
+    layout: Layout,
+    shm_root: PathBuf,
+    machine: Arc<Machine>,
+    replicator: Option<Replicator>,
+    _events: Mutex<Receiver<Event>>,
+}
+
+impl Node {
+    fn start(dir: &Path, name: &str, peers: &[(String, String)], key: &Arc<Key>) -> Self {
+        let dir = dir.join(name);
+        let (run_root, shm_root) = (dir.join("run"), dir.join("shm"));
+        let layout = Layout::new(&run_root, &shm_root, MACHINE);
+        fs::create_dir_all(layout.run_dir()).unwrap();
+        fs::create_dir_all(layout.shm_dir()).unwrap();
+        let (sender, events) = channel();
+        let config = MachineConfig {
+            name: MACHINE.into(),
+            memory_mib: MIB,
+            vcpus: 2,
+            boot: BootSource::Flat { code: TALK_AND_COUNT.to_vec(), at: CODE_AT },
+            serial: vec![BackendConfig::File(dir.join("com1")), BackendConfig::None],
+            console: Some(BackendConfig::None),
+            ram_file: layout.ram(),
+        };
+        let machine = Arc::new(Machine::build(config, sender).unwrap());
+        let arena = Arc::new(Mutex::new(Arena::open(&layout.arena(), 16 << 20).unwrap()));
+        control::serve(layout.vmm_socket(), machine.clone(), arena).unwrap();
+        let replicator = Replicator::start(Config {
+            machine: MACHINE.into(),
+            node: name.into(),
+            peers: peers.to_vec(),
+            key: key.clone(),
+            interval: Duration::from_millis(10),
+            peer_timeout: Duration::from_secs(2),
+            arm: Arm::NoCluster,
+            layout: layout.clone(),
+            encoding: EncodingConfig::default(),
+            stage_limit: None,
+            verify_every: Duration::ZERO,
+        });
+        Self { layout, shm_root, machine, replicator: Some(replicator.unwrap()), _events: Mutex::new(events) }
+    }
+
+    fn status(&self) -> ReplicatorStatus {
+        call_once(self.layout.replicator_socket(), &ReplicatorRequest::Status, PATIENCE).unwrap()
+    }
+
+    fn drill(&self, watch: Duration, stop: &AtomicBool) -> Result<Report, String> {
+        hold(&Drill {
+            machine: MACHINE,
+            layout: self.layout.clone(),
+            shm_root: self.shm_root.clone(),
+            vmm: env!("CARGO_BIN_EXE_understudy-vmm").into(),
+            watch,
+            stop,
+        })
+    }
+
+    /// Files of the machine here, and of nothing else.
+    fn is_as_before(&self) {
+        let names = |dir: &Path| {
+            let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&self.shm_root), [MACHINE], "the drill left something behind");
+        assert_eq!(names(self.shm_root.parent().unwrap().join("run").as_path()), [MACHINE]);
+        assert_eq!(self.machine.status().state, VmmState::Standby);
+    }
+}
+
+/// A machine that runs on `a` and is protected by `b`.
+struct Pair {
+    a: Node,
+    b: Node,
+    dir: tempfile::TempDir,
+}
+
+impl Pair {
+    fn protected() -> Self {
+        let shm = Path::new("/dev/shm");
+        let dir = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap();
+        Key::generate(dir.path().join("key")).unwrap();
+        let key = Arc::new(Key::load(dir.path().join("key")).unwrap());
+        let port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let peers = [("a".to_owned(), port().to_string()), ("b".to_owned(), port().to_string())];
+        let (a, b) = (Node::start(dir.path(), "a", &peers, &key), Node::start(dir.path(), "b", &peers, &key));
+        a.machine.promote(Generation(1), &PromoteFrom::ColdBoot, Gate::Hold).unwrap();
+        call_once::<_, ()>(a.layout.replicator_socket(), &ReplicatorRequest::Promote, PATIENCE).unwrap();
+        let pair = Self { a, b, dir };
+        pair.wait_protected();
+        pair
+    }
+
+    fn wait_protected(&self) {
+        wait("the machine is protected", || self.a.status().protected);
+    }
+
+    /// The primary's output so far: every byte in order, and none twice.
+    fn output(&self) -> usize {
+        let out = fs::read(self.dir.path().join("a/com1")).unwrap();
+        let wrong = out.iter().enumerate().find(|(i, byte)| **byte != *i as u8);
+        assert_eq!(wrong, None, "the primary's output is out of order");
+        out.len()
+    }
+
+    /// Change a byte of the standby's memory.
+    fn damage(&self, at: u64) {
+        let ram = fs::File::options().write(true).open(self.b.layout.ram()).unwrap();
+        ram.write_all_at(&[0; 64], at).unwrap();
+    }
+}
+
+#[test]
+fn a_drill_shows_that_the_guest_lives_while_protection_goes_on_and_leaves_nothing_behind() {
+    if !kvm_is_there() {
+        return;
+    }
+    let pair = Pair::protected();
+    let (before, sent) = (pair.a.status(), pair.output());
+    let report = pair.b.drill(Duration::from_secs(1), &AtomicBool::new(false)).unwrap();
+    let (after, sent_meanwhile) = (pair.a.status(), pair.output());
+    println!("{}", report.text());
+    assert!(report.alive, "{report:?}");
+    assert_eq!((report.moved, report.vcpus), (2, 2), "{report:?}");
+    assert!(report.pages_written > 0 && report.ran_ns > 500_000_000, "{report:?}");
+    assert_eq!(report.outputs.iter().map(|(port, _)| port.as_str()).collect::<Vec<_>>(), ["com1", "com2", "hvc0"]);
+    assert!(report.outputs[0].1 > 100, "what it would have sent is counted: {report:?}");
+    assert!(report.copied.epoch >= before.committed && report.copied.epoch <= after.committed, "{report:?}");
+
+    assert!(after.committed.0 > before.committed.0 + 10, "epochs went on: {} to {}", before.committed, after.committed);
+    assert!(after.protected && after.losses == before.losses, "{after:?}");
+    wait("the primary's outputs go on", || pair.output() > sent_meanwhile.max(sent) + 100);
+    assert!(fs::read(pair.dir.path().join("b/com1")).unwrap().is_empty(), "the drill's output has left");
+    pair.b.is_as_before();
+
+    let why = pair.a.drill(Duration::from_secs(1), &AtomicBool::new(false)).unwrap_err();
+    assert!(why.contains("is the sender"), "{why}");
+}
+
+#[test]
+fn an_image_whose_guest_crashes_or_whose_state_is_damaged_does_not_live() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut pair = Pair::protected();
+    // The guest's code is gone; no epoch brings it again, because the primary does not write to it.
+    pair.damage(CODE_AT);
+    let report = pair.b.drill(Duration::from_secs(2), &AtomicBool::new(false)).unwrap();
+    assert!(!report.alive, "{report:?}");
+    let findings = report.findings.join("; ");
+    // (What a triple fault is called depends on the KVM.)
+    assert!(["has reset the machine", "cannot run any further"].iter().any(|s| findings.contains(s)), "{findings}");
+    pair.b.is_as_before();
+    assert!(pair.a.status().protected);
+
+    // Without a primary the image stays as it is; then its state is damaged.
+    drop(pair.a.replicator.take());
+    wait("the standby is alone", || !pair.b.status().connected);
+    let image = pair.b.layout.image_dir();
+    let state = fs::read_dir(&image).unwrap().map(|e| e.unwrap().path());
+    let state: Vec<_> =
+        state.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("state-")).collect();
+    assert_eq!(state.len(), 1, "{state:?}");
+    let mut bytes = fs::read(&state[0]).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&state[0], bytes).unwrap();
+    let report = pair.b.drill(Duration::from_secs(2), &AtomicBool::new(false)).unwrap();
+    let findings = report.findings.join("; ");
+    assert!(!report.alive && findings.contains("cannot be started from the copy"), "{findings}");
+    pair.b.is_as_before();
+}
+
+#[test]
+fn a_drill_that_is_interrupted_leaves_nothing_behind() {
+    if !kvm_is_there() {
+        return;
+    }
+    let pair = Pair::protected();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let drill = scope.spawn(|| pair.b.drill(Duration::from_secs(600), &stop));
+        let socket = pair.b.shm_root.join(".drill-m/run/drill/vmm.sock");
+        wait("the stand-in runs", || socket.exists());
+        let second = pair.b.drill(Duration::from_secs(1), &AtomicBool::new(false)).unwrap_err();
+        assert!(second.contains("under way"), "{second}");
+        stop.store(true, Ordering::SeqCst);
+        let why = drill.join().unwrap().unwrap_err();
+        assert!(why.contains("interrupted"), "{why}");
+    });
+    pair.b.is_as_before();
+    assert_eq!(pair.b.status().replica, ReplicaState::UpToDate);
+}
