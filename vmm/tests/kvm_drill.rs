@@ -1,4 +1,5 @@
-//! A drill on real KVM: a protected machine, its standby, two replicators, and a stand-in process that runs from a copy of the image.
+//! Drill and verify on real KVM: a protected machine, its standby, two replicators, and a stand-in process that runs from a copy of the
+//! image.
 //!
 //! Needs /dev/kvm (any flavour). Without it every test says `SKIPPED`.
 
@@ -12,11 +13,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{
-    Gate, PromoteFrom, ReplicaState, ReplicatorRequest, ReplicatorStatus, VmmState, call_once,
+    Gate, PromoteFrom, ReplicaState, ReplicatorRequest, ReplicatorStatus, Strategy, VerifyStarted, VmmRequest,
+    VmmState, call_once,
 };
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
+use understudy_protocol::statistics::VerifyStatus;
 use understudy_replicator::codec::EncodingConfig;
 use understudy_replicator::drill::verdict::Report;
 use understudy_replicator::drill::{Drill, hold};
@@ -27,6 +30,7 @@ use understudy_vmm::control;
 use understudy_vmm::core::Event;
 use understudy_vmm::machine::{BootSource, Machine, MachineConfig};
 use understudy_vmm::memory::Arena;
+use vm_memory::{Bytes, GuestAddress};
 
 /// vCPU 0 writes 0, 1, 2, … to COM1, waiting for room, its count at 0x200000; the others count at 0x200040.
 const TALK_AND_COUNT: &[u8] = &[
@@ -50,8 +54,29 @@ const TALK_AND_COUNT: &[u8] = &[
     0x48, 0x89, 0x03, // mov [rbx], rax
     0xeb, 0xe5, // jmp again
 ];
+/// Each vCPU counts at 0x200000 + 64·id and writes the count to one of (mask + 1) pages from 4 MiB · (id + 1); the mask stands at
+/// 0x1f0000.
+const WRITE: &[u8] = &[
+    0x48, 0x89, 0xfb, // mov rbx, rdi
+    0x48, 0xc1, 0xe3, 0x06, // shl rbx, 6
+    0x48, 0x81, 0xc3, 0x00, 0x00, 0x20, 0x00, // add rbx, 0x200000
+    0x48, 0x89, 0xf9, // mov rcx, rdi
+    0x48, 0xc1, 0xe1, 0x16, // shl rcx, 22
+    0x48, 0x81, 0xc1, 0x00, 0x00, 0x40, 0x00, // add rcx, 0x400000
+    0x48, 0x8b, 0x03, // again: mov rax, [rbx]
+    0x48, 0xff, 0xc0, // inc rax
+    0x48, 0x89, 0x03, // mov [rbx], rax
+    0x48, 0x89, 0xc2, // mov rdx, rax
+    0x48, 0x23, 0x14, 0x25, 0x00, 0x00, 0x1f, 0x00, // and rdx, [0x1f0000]
+    0x48, 0xc1, 0xe2, 0x0c, // shl rdx, 12
+    0x48, 0x89, 0x04, 0x11, // mov [rcx+rdx], rax
+    0xeb, 0xe2, // jmp again
+];
+const MASK: u64 = 0x1f_0000;
 const CODE_AT: u64 = 0x10_0000;
 const MIB: u64 = 64;
+/// Pages that each vCPU of [`WRITE`] writes.
+const WRITTEN_PAGES: u64 = 64;
 const MACHINE: &str = "m";
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -81,7 +106,7 @@ struct Node {
 }
 
 impl Node {
-    fn start(dir: &Path, name: &str, peers: &[(String, String)], key: &Arc<Key>) -> Self {
+    fn start(dir: &Path, name: &str, peers: &[(String, String)], key: &Arc<Key>, code: &[u8]) -> Self {
         let dir = dir.join(name);
         let (run_root, shm_root) = (dir.join("run"), dir.join("shm"));
         let layout = Layout::new(&run_root, &shm_root, MACHINE);
@@ -92,7 +117,7 @@ impl Node {
             name: MACHINE.into(),
             memory_mib: MIB,
             vcpus: 2,
-            boot: BootSource::Flat { code: TALK_AND_COUNT.to_vec(), at: CODE_AT },
+            boot: BootSource::Flat { code: code.to_vec(), at: CODE_AT },
             serial: vec![BackendConfig::File(dir.join("com1")), BackendConfig::None],
             console: Some(BackendConfig::None),
             ram_file: layout.ram(),
@@ -118,6 +143,18 @@ impl Node {
 
     fn status(&self) -> ReplicatorStatus {
         call_once(self.layout.replicator_socket(), &ReplicatorRequest::Status, PATIENCE).unwrap()
+    }
+
+    /// Compare all of RAM, and wait for the result.
+    fn verify(&self) -> VerifyStatus {
+        let socket = self.layout.replicator_socket();
+        let VerifyStarted { pass } = call_once(&socket, &ReplicatorRequest::Verify, PATIENCE).unwrap();
+        wait("the comparison ends", || {
+            let status = self.status().verify;
+            assert_eq!(status.pass, pass);
+            !status.running
+        });
+        self.status().verify
     }
 
     fn drill(&self, watch: Duration, stop: &AtomicBool) -> Result<Report, String> {
@@ -152,14 +189,15 @@ struct Pair {
 }
 
 impl Pair {
-    fn protected() -> Self {
+    fn protected(code: &[u8]) -> Self {
         let shm = Path::new("/dev/shm");
         let dir = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap();
         Key::generate(dir.path().join("key")).unwrap();
         let key = Arc::new(Key::load(dir.path().join("key")).unwrap());
         let port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let peers = [("a".to_owned(), port().to_string()), ("b".to_owned(), port().to_string())];
-        let (a, b) = (Node::start(dir.path(), "a", &peers, &key), Node::start(dir.path(), "b", &peers, &key));
+        let (a, b) = ["a", "b"].map(|name| Node::start(dir.path(), name, &peers, &key, code)).into();
+        a.machine.core.ram.mem.write_obj(WRITTEN_PAGES - 1, GuestAddress(MASK)).unwrap();
         a.machine.promote(Generation(1), &PromoteFrom::ColdBoot, Gate::Hold).unwrap();
         call_once::<_, ()>(a.layout.replicator_socket(), &ReplicatorRequest::Promote, PATIENCE).unwrap();
         let pair = Self { a, b, dir };
@@ -191,7 +229,7 @@ fn a_drill_shows_that_the_guest_lives_while_protection_goes_on_and_leaves_nothin
     if !kvm_is_there() {
         return;
     }
-    let pair = Pair::protected();
+    let pair = Pair::protected(TALK_AND_COUNT);
     let (before, sent) = (pair.a.status(), pair.output());
     let report = pair.b.drill(Duration::from_secs(1), &AtomicBool::new(false)).unwrap();
     let (after, sent_meanwhile) = (pair.a.status(), pair.output());
@@ -218,7 +256,7 @@ fn an_image_whose_guest_crashes_or_whose_state_is_damaged_does_not_live() {
     if !kvm_is_there() {
         return;
     }
-    let mut pair = Pair::protected();
+    let mut pair = Pair::protected(TALK_AND_COUNT);
     // The guest's code is gone; no epoch brings it again, because the primary does not write to it.
     pair.damage(CODE_AT);
     let report = pair.b.drill(Duration::from_secs(2), &AtomicBool::new(false)).unwrap();
@@ -252,7 +290,7 @@ fn a_drill_that_is_interrupted_leaves_nothing_behind() {
     if !kvm_is_there() {
         return;
     }
-    let pair = Pair::protected();
+    let pair = Pair::protected(TALK_AND_COUNT);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let drill = scope.spawn(|| pair.b.drill(Duration::from_secs(600), &stop));
@@ -266,4 +304,32 @@ fn a_drill_that_is_interrupted_leaves_nothing_behind() {
     });
     pair.b.is_as_before();
     assert_eq!(pair.b.status().replica, ReplicaState::UpToDate);
+}
+
+#[test]
+fn the_memories_agree_for_every_strategy_while_the_guest_writes_and_a_lost_write_is_named() {
+    if !kvm_is_there() {
+        return;
+    }
+    let pair = Pair::protected(WRITE);
+    let tell = |request: VmmRequest| call_once::<_, ()>(pair.a.layout.vmm_socket(), &request, PATIENCE).unwrap();
+    // Two vCPUs that do nothing but write would leave no processor to those who compare.
+    tell(VmmRequest::Throttle { percent: 20 });
+    for strategy in Strategy::ALL {
+        tell(VmmRequest::SetCapture { strategy });
+        let result = pair.a.verify();
+        println!("{}: {}", strategy.name(), result.last);
+        assert_eq!(result.failures, 0, "{}: {}", strategy.name(), result.last);
+        // Both vCPUs' pages and their counters' page may be written in every window.
+        assert!(result.busy_pages <= 2 * WRITTEN_PAGES + 8, "{result:?}");
+    }
+    assert!(pair.b.status().verify.compared_pages >= 4 * (MIB * 256 - 2 * WRITTEN_PAGES - 8));
+    // A write that no dirty log knows of, as a forgotten DMA would be.
+    let page = 5000;
+    let ram = fs::File::options().write(true).open(pair.a.layout.ram()).unwrap();
+    ram.write_all_at(b"nobody saw this", page * 4096 + 7).unwrap();
+    let result = pair.a.verify();
+    assert_eq!((result.failures, &result.differing[..]), (1, &[page][..]), "{result:?}");
+    pair.wait_protected();
+    assert_eq!(pair.a.verify().failures, 1, "the new copy has it");
 }
