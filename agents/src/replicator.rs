@@ -39,6 +39,29 @@ pub static INTERVAL_MS: Param<u64> = Param::integer("interval_ms", 1, 60_000)
     .default("25")
     .short("Checkpoint interval (ms)")
     .long("Time from checkpoint to checkpoint. Outputs of the machine wait for about this long; shorter costs more.");
+/// Shortest epoch.
+pub static MIN_INTERVAL_MS: Param<u64> = Param::integer("min_interval_ms", 0, 60_000)
+    .default("1")
+    .short("Shortest checkpoint interval (ms)")
+    .long("Time from checkpoint to checkpoint at least, when the machine waits to say something and does not want to wait for the interval's end.");
+/// Epochs in flight.
+pub static PIPELINE: Param<u64> = Param::integer("pipeline", 1, 8)
+    .default("2")
+    .short("Checkpoints in flight")
+    .long("Checkpoints that may be on their way to the standby at once, so that a slow acknowledgement does not delay the next.");
+/// What to do with a slow standby.
+pub static SLOW_LINK: Param<String> = Param::choice("slow_link", &["stall", "throttle", "solo"])
+    .default("throttle")
+    .short("When the standby is too slow")
+    .long(
+        "What happens when a checkpoint takes longer than max_lag_ms to be committed. stall: outputs wait. throttle: the guest is slowed \
+         down, to a tenth of its speed at the most. solo: the machine goes on unprotected, after the veto, until the standby keeps up.",
+    );
+/// How slow is too slow.
+pub static MAX_LAG_MS: Param<u64> = Param::integer("max_lag_ms", 10, 60_000)
+    .default("500")
+    .short("Longest commit (ms)")
+    .long("Time from a checkpoint to its commit that is too long; see slow_link.");
 /// Silence.
 pub static PEER_TIMEOUT_MS: Param<u64> = Param::integer("peer_timeout_ms", 100, 60_000)
     .default("2000")
@@ -88,6 +111,10 @@ fn declarations() -> Vec<&'static Declaration> {
         PEERS.declaration(),
         KEY.declaration(),
         INTERVAL_MS.declaration(),
+        MIN_INTERVAL_MS.declaration(),
+        PIPELINE.declaration(),
+        SLOW_LINK.declaration(),
+        MAX_LAG_MS.declaration(),
         PEER_TIMEOUT_MS.declaration(),
         STAGE_LIMIT.declaration(),
         VMM_RESOURCE.declaration(),
@@ -110,6 +137,10 @@ fn command_line(p: &Parameters, node: &str, own_hook: Option<String>) -> ocf::Re
     option("peers", peers);
     option("key", p.get(&KEY)?);
     option("interval-ms", p.get(&INTERVAL_MS)?.to_string());
+    option("min-interval-ms", p.get(&MIN_INTERVAL_MS)?.to_string());
+    option("pipeline", p.get(&PIPELINE)?.to_string());
+    option("slow-link", p.get(&SLOW_LINK)?);
+    option("max-lag-ms", p.get(&MAX_LAG_MS)?.to_string());
     option("peer-timeout-ms", p.get(&PEER_TIMEOUT_MS)?.to_string());
     option("run-root", p.get(&RUN_ROOT)?);
     option("shm-root", p.get(&SHM_ROOT)?);

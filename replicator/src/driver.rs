@@ -8,6 +8,7 @@
 mod pages;
 mod peer;
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::FileExt;
@@ -19,7 +20,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{
-    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, VmmRequest, VmmStatus,
+    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, OutputHeld, VmmRequest, VmmStatus,
 };
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::key::Key;
@@ -157,8 +158,9 @@ impl SenderHandle {
             digest: EpochDigest::default(),
             pages: Pages::default(),
             block: Vec::new(),
-            kept: Vec::new(),
-            keeping: false,
+            kept: VecDeque::new(),
+            frame: Vec::new(),
+            output_twin: None,
             epoch: Epoch::ZERO,
             bitmap: Vec::new(),
             cursor: 0,
@@ -235,6 +237,8 @@ struct Driver {
     peer_twin: Arc<Mutex<Option<TcpStream>>>,
 
     vmm: Option<ControlClient>,
+    /// A twin of the connection that waits for outputs.
+    output_twin: Option<UnixStream>,
     arena: Option<File>,
     ram: Option<File>,
     ram_pages: u64,
@@ -251,9 +255,10 @@ struct Driver {
     digest: EpochDigest,
     pages: Pages,
     block: Vec<u8>,
-    /// Frames of the epoch that is on its way.
-    kept: Vec<u8>,
-    keeping: bool,
+    /// Frames of epochs that are on their way or being made, oldest first.
+    kept: VecDeque<Kept>,
+    /// Frames that need no keeping.
+    frame: Vec<u8>,
     epoch: Epoch,
     bitmap: Vec<u8>,
     /// Next page of the first copy or of the bitmap.
@@ -266,6 +271,16 @@ struct Driver {
     verify: Verifier,
     /// What was logged lately.
     logged: Vec<(String, Instant)>,
+}
+
+/// An epoch's frames, for sending them again.
+struct Kept {
+    epoch: Epoch,
+    bytes: Vec<u8>,
+    /// Too large to be kept: `bytes` is not all of it.
+    partial: bool,
+    /// Its end is in it.
+    ended: bool,
 }
 
 /// The same sentence is not logged again within this time.
@@ -342,25 +357,34 @@ impl Driver {
                 Err(event) => event,
             }),
             Action::DirtyLogStart => Some(self.done(&VmmRequest::DirtyLogStart)),
-            Action::Committed(epoch) => Some(self.done(&VmmRequest::Committed { epoch })),
+            Action::Committed(epoch) => {
+                self.kept.retain(|kept| kept.epoch > epoch);
+                Some(self.done(&VmmRequest::Committed { epoch }))
+            }
             Action::GateOpen => Some(self.done(&VmmRequest::GateOpen)),
             Action::Harvest { send } => Some(self.harvest(send)),
             Action::SendDirty => Some(self.send_dirty().unwrap_or_else(Trouble::event)),
             Action::CopySlice { first } => Some(self.copy_slice(first).unwrap_or_else(Trouble::event)),
-            Action::Cut { epoch, arm, last } => {
+            Action::Precopy(epoch) => {
+                self.begin_epoch(epoch, false);
+                Some(match self.call::<Captured>(&VmmRequest::Precopy { epoch }) {
+                    Ok(captured) => Event::Precopied(Captured { more: true, ..captured }),
+                    Err(event) => event,
+                })
+            }
+            Action::Throttle(percent) => Some(self.done(&VmmRequest::Throttle { percent })),
+            Action::Cut { epoch, arm, last, again } => {
                 self.stats.cut(epoch, arm, Instant::now());
                 self.verify.cut(epoch);
-                self.epoch = epoch;
-                self.kept.clear();
-                self.keeping = true;
-                Some(self.captured(&VmmRequest::Cut { epoch, arm, last, again: false }))
+                self.begin_epoch(epoch, again);
+                Some(self.captured(&VmmRequest::Cut { epoch, arm, last, again }))
             }
             Action::CutContinue => Some(self.captured(&VmmRequest::CutContinue)),
             Action::SendPiece(captured) => {
                 self.send_piece(captured);
                 None
             }
-            Action::Resend => Some(match self.resend() {
+            Action::Resend { after } => Some(match self.resend(after) {
                 Ok(()) => Event::Resent,
                 Err(trouble) => trouble.event(),
             }),
@@ -370,6 +394,7 @@ impl Driver {
             }
             Action::Send(epoch, message) => {
                 if message == Message::SyncBegin {
+                    self.kept.clear();
                     self.digest = EpochDigest::default();
                     self.batch.clear();
                     self.stats.first_copy(self.wire_bytes);
@@ -450,10 +475,55 @@ impl Driver {
             let _ = self.post.send(Input::Event(Event::NewerGeneration(newest)));
         }
         let session = random();
+        self.watch_outputs();
         Event::Attached { attached, last_cut, session }
     }
 
+    /// Frames of `epoch` come now, unless they began before; `afresh`: those that did are forgotten.
+    fn begin_epoch(&mut self, epoch: Epoch, afresh: bool) {
+        let begun = self.kept.back().is_some_and(|kept| kept.epoch == epoch);
+        if begun && !afresh {
+            return;
+        }
+        if afresh {
+            self.kept.retain(|kept| kept.epoch < epoch);
+            // What was sent early counts as known to the standby, and it has forgotten it.
+            self.batch.forget_receiver();
+            self.digest = EpochDigest::default();
+        }
+        self.epoch = epoch;
+        self.kept.push_back(Kept { epoch, bytes: Vec::new(), partial: false, ended: false });
+    }
+
+    /// A thread that hears from the VMM when outputs begin to wait.
+    fn watch_outputs(&mut self) {
+        let Ok(mut client) = ControlClient::connect(self.config.layout.vmm_socket(), VMM_TIMEOUT * 2) else { return };
+        self.output_twin = client.stream().try_clone().ok();
+        let post = self.post.clone();
+        thread::spawn(move || {
+            let mut seen = 0;
+            loop {
+                let request = VmmRequest::AwaitOutput { seen, timeout_ms: VMM_TIMEOUT.as_millis() as u64 };
+                match client.call::<_, OutputHeld>(&request) {
+                    Ok(OutputHeld { number }) if number > seen => {
+                        seen = number;
+                        if post.send(Input::Event(Event::OutputWaits)).is_err() {
+                            return;
+                        }
+                    }
+                    Ok(_) => {}
+                    // The VMM is gone, or too old to tell: cuts come at their interval then.
+                    Err(_) => return,
+                }
+            }
+        });
+    }
+
     fn detach(&mut self) {
+        if let Some(twin) = self.output_twin.take() {
+            let _ = twin.shutdown(Shutdown::Both);
+        }
+        self.kept.clear();
         if let Some(client) = self.vmm.take() {
             let _ = client.stream().shutdown(Shutdown::Both);
         }

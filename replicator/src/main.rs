@@ -26,6 +26,7 @@ use understudy_replicator::drill::{self, Drill};
 use understudy_replicator::hook::Arm;
 use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_offline};
 use understudy_replicator::report::{Sample, metrics, text, top};
+use understudy_replicator::sender::{SlowLink, SlowPolicy};
 
 /// Keeps a whole image of a machine on another node: epochs out on the primary, commit and take-over on the standby.
 #[derive(Parser)]
@@ -147,6 +148,20 @@ struct Run {
     /// Milliseconds from one checkpoint to the next.
     #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u64).range(1..=60_000))]
     interval_ms: u64,
+    /// Milliseconds from one checkpoint to the next at least, when the machine waits to say something: its outputs leave when the
+    /// checkpoint that holds them is committed, and are not left waiting for the interval's end. 0: as often as can be.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(0..=60_000))]
+    min_interval_ms: u64,
+    /// Checkpoints that may be on their way at once, so that a slow acknowledgement does not delay the next.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=8))]
+    pipeline: u64,
+    /// What to do when a checkpoint takes longer than --max-lag-ms to be committed: let outputs wait (stall), slow the guest down as
+    /// far as a tenth of its speed (throttle), or go on without this standby after a veto (solo).
+    #[arg(long, value_enum, default_value_t = SlowPolicy::Throttle)]
+    slow_link: SlowPolicy,
+    /// Milliseconds from a cut to its commit that are too long.
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    max_lag_ms: u64,
     /// Milliseconds of silence after which the other side counts as lost.
     #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
     peer_timeout_ms: u64,
@@ -350,6 +365,9 @@ fn serve(run: Run) -> anyhow::Result<()> {
         peers,
         key,
         interval: Duration::from_millis(run.interval_ms),
+        min_interval: Duration::from_millis(run.min_interval_ms),
+        pipeline: run.pipeline as usize,
+        slow: SlowLink { policy: run.slow_link, max_lag: Duration::from_millis(run.max_lag_ms) },
         peer_timeout: Duration::from_millis(run.peer_timeout_ms),
         arm,
         encoding: EncodingConfig {

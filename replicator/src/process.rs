@@ -36,7 +36,7 @@ use crate::link;
 use crate::log;
 use crate::message::Message;
 use crate::receiver::Conn;
-use crate::sender::SenderConfig;
+use crate::sender::{SenderConfig, SlowLink};
 use crate::snapshot;
 use crate::standby::{Line, Standby};
 
@@ -62,6 +62,12 @@ pub struct Config {
     pub key: Arc<Key>,
     /// From cut to cut.
     pub interval: Duration,
+    /// From cut to cut when outputs wait.
+    pub min_interval: Duration,
+    /// Epochs that may be on their way at once.
+    pub pipeline: usize,
+    /// What to do with a standby that is too slow.
+    pub slow: SlowLink,
     /// Silence after which a peer counts as lost.
     pub peer_timeout: Duration,
     /// The cluster's arm.
@@ -465,6 +471,9 @@ impl Shared {
                 machine: config.machine.clone(),
                 node: config.node.clone(),
                 interval: config.interval,
+                min_interval: config.min_interval,
+                pipeline: config.pipeline,
+                slow: config.slow,
                 peer_timeout: config.peer_timeout,
                 clustered: hook.clustered(),
             },

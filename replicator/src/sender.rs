@@ -4,8 +4,12 @@
 //!  peer:  Away ─► Connecting ─► Greeting ─► Welcomed ─► Begun ─► Copying ─► Rounds ─► Streaming
 //!          ▲                                   └── image continues this very dirty log ──────►│
 //!          └──────────────────────────── lost, silent, failed ────────────────────────────────┘
-//!  cycle (while Streaming):  Idle ─Cut─► Sending ⇄ CutContinue ─► AwaitAck ─► Acked ─Committed─► Idle
+//!  cycle (while Streaming):  Idle ─Cut─► Sending ⇄ CutContinue ─► Idle        (Precopy ─► Early ─► Idle in between)
+//!  epochs:                   cut ─► in flight (up to `pipeline` of them) ─Ack─► acknowledged ─Committed─► told
 //! ```
+//! *When to cut*: after `interval`; sooner if the machine waits to say something, but never so soon that the cuts' standstill takes
+//! more than a tenth of its time; never while `pipeline` epochs are in flight (the guest runs on, its epoch grows).
+//!
 //! Beside it runs the *veto*, the cluster's durable word that the standby must not be promoted. The rules that tie them:
 //! * `GateOpen` only while a veto stands and no epochs stream.
 //! * The veto is lifted only after the first commit of a stream and the standby's word that the cluster knows it.
@@ -21,6 +25,7 @@
 mod action;
 mod react;
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{Attached, Captured, HandedOver, SourceState};
@@ -38,11 +43,62 @@ pub struct SenderConfig {
     pub node: String,
     /// From cut to cut.
     pub interval: Duration,
+    /// From cut to cut when outputs wait.
+    pub min_interval: Duration,
+    /// Epochs that may be on their way at once, at least 1.
+    pub pipeline: usize,
+    /// What to do with a standby that is too slow.
+    pub slow: SlowLink,
     /// Silence after which the peer counts as lost.
     pub peer_timeout: Duration,
     /// There is a cluster behind the hook: a veto means something.
     pub clustered: bool,
 }
+
+impl SenderConfig {
+    /// The defaults, for a machine on a node: 25 ms from cut to cut, 1 ms when outputs wait.
+    pub fn new(machine: &str, node: &str, clustered: bool) -> Self {
+        Self {
+            machine: machine.into(),
+            node: node.into(),
+            interval: Duration::from_millis(25),
+            min_interval: Duration::from_millis(1),
+            pipeline: 2,
+            slow: SlowLink::default(),
+            peer_timeout: Duration::from_secs(2),
+            clustered,
+        }
+    }
+}
+
+/// What happens when a checkpoint takes too long to be committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlowLink {
+    /// How.
+    pub policy: SlowPolicy,
+    /// Time from a cut to its commit that is too long.
+    pub max_lag: Duration,
+}
+
+impl Default for SlowLink {
+    fn default() -> Self {
+        Self { policy: SlowPolicy::Throttle, max_lag: Duration::from_millis(500) }
+    }
+}
+
+/// See [`SlowLink`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum SlowPolicy {
+    /// Outputs wait as long as it takes.
+    Stall,
+    /// The guest runs slower, down to a tenth of its speed, until the commits keep up.
+    Throttle,
+    /// The standby is given up: the machine runs on unprotected, after the veto.
+    Solo,
+}
+
+/// Shares of its time for which a throttled guest runs, percent.
+const SHARES: [u8; 5] = [100, 60, 35, 20, 10];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Veto {
@@ -84,24 +140,41 @@ enum Asked {
     Nothing,
     LogStart,
     GateOpen,
-    Committed,
+    Committed(Epoch),
+    Throttle,
     Quit,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Cycle {
     Idle,
+    /// The arena holds pages that were copied before the cut.
+    Early(Captured),
     /// The arena holds a piece to send.
     Sending(Captured),
     /// The arena was taken; more is to come.
     Continue,
-    /// All of the epoch is on its way.
-    AwaitAck {
-        deadline: Instant,
+    /// The peer is back and lacks what is kept.
+    Resend {
+        after: Epoch,
     },
-    Resend,
-    /// The peer has committed; the VMM does not know yet.
-    Acked,
+}
+
+/// What the VMM is doing for us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Busy {
+    No,
+    Cutting { again: bool },
+    Copying,
+}
+
+/// An epoch that is on its way as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct InFlight {
+    epoch: Epoch,
+    /// When it was cut.
+    cut: Instant,
+    deadline: Instant,
 }
 
 /// What is left of a cut whose peer is gone. The VMM resumes the guest only when all of it was taken.
@@ -117,11 +190,11 @@ enum Rest {
 }
 
 /// What a reconnecting standby must hold for the stream to go on without a first copy.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Base {
     committed: Epoch,
-    /// A complete epoch after that is kept for sending again.
-    kept: Option<Epoch>,
+    /// Complete epochs after that, kept for sending again.
+    kept: Vec<Epoch>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,6 +213,10 @@ enum HandOver {
 /// How often an outdated picture is looked at again: reconnects, hook retries.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
+/// The standstill of cuts for waiting outputs takes no more than one part in so many of the guest's time.
+const PAUSE_SHARE: u32 = 10;
+/// An epoch with fewer pages needs no early copies.
+const WORTH_EARLY: u64 = 512;
 /// A harvest of no more pages ends the rounds: the rest fits the pause.
 const FEW_PAGES: u64 = 1024;
 const MAX_ROUNDS: u32 = 8;
@@ -172,12 +249,33 @@ pub struct Sender {
     peer_whole: bool,
 
     cycle: Cycle,
+    busy: Busy,
     /// The peer was lost in the middle of an epoch that is still to be taken from the VMM.
     rest: Rest,
     base: Option<Base>,
     epoch: Epoch,
     committed: Epoch,
     next_cut: Instant,
+    in_flight: VecDeque<InFlight>,
+    /// Newest epoch that the peer holds and the VMM has not been told of.
+    acked: Option<Epoch>,
+    last_cut: Instant,
+    /// The newest pause.
+    pause: Duration,
+    /// The guest waits to say something.
+    output: bool,
+    /// Pages of the epoch that is being cut, and of the one before.
+    pages: u64,
+    pages_before: u64,
+    /// When the next early copy is due.
+    early_at: Option<Instant>,
+    /// Early pages of the coming epoch are on their way (or in the kept frames).
+    early: bool,
+    /// … but the peer that they went to is gone.
+    again: bool,
+    /// Index into [`SHARES`], and when it may change again.
+    share: usize,
+    share_next: Instant,
 
     hand_over: HandOver,
     answer: Option<Result<HandedOver, String>>,
@@ -229,11 +327,24 @@ impl Sender {
             promotable: false,
             peer_whole: false,
             cycle: Cycle::Idle,
+            busy: Busy::No,
             rest: Rest::Nothing,
             base: None,
             epoch: Epoch::ZERO,
             committed: Epoch::ZERO,
             next_cut: now,
+            in_flight: VecDeque::new(),
+            acked: None,
+            last_cut: now,
+            pause: Duration::ZERO,
+            output: false,
+            pages: 0,
+            pages_before: 0,
+            early_at: None,
+            early: false,
+            again: false,
+            share: 0,
+            share_next: now,
             hand_over: HandOver::No,
             answer: None,
             detach: None,
@@ -243,6 +354,10 @@ impl Sender {
         }
     }
 
+    /// Share of its time for which the guest runs, percent.
+    pub fn share(&self) -> u8 {
+        SHARES[self.share]
+    }
     /// For the status.
     pub fn facts(&self) -> &Facts {
         &self.facts
@@ -300,7 +415,7 @@ impl Sender {
     pub fn source(&self) -> SourceState {
         match (&self.vmm, self.peer, self.cycle) {
             (None, ..) => SourceState::Collapsed,
-            (Some(_), Peer::Streaming, Cycle::Idle) => SourceState::Migrating,
+            (Some(_), Peer::Streaming, Cycle::Idle | Cycle::Early(_)) => SourceState::Migrating,
             (Some(_), Peer::Streaming, _) => SourceState::Separating,
             (Some(_), Peer::Begun | Peer::Copying { .. } | Peer::Rounds { .. } | Peer::Arm, _) => SourceState::Startup,
             (Some(_), ..) => SourceState::Running,
@@ -419,46 +534,105 @@ impl Sender {
     }
 
     fn next_in_cycle(&mut self, now: Instant, wake: Instant) -> Action {
+        if let Some(epoch) = self.acked.take() {
+            self.asked = Asked::Committed(epoch);
+            return Action::Committed(epoch);
+        }
         match self.cycle {
-            Cycle::Idle => match self.hand_over {
-                HandOver::Wanted => self.cut(now, false, true),
-                HandOver::Telling { deadline: None } => {
-                    self.hand_over = HandOver::Telling { deadline: Some(now + self.config.peer_timeout) };
-                    Action::Send(self.committed, Message::HandedOver)
-                }
-                HandOver::Telling { deadline: Some(deadline) } if now < deadline => Action::Wait(wake.min(deadline)),
-                HandOver::Telling { .. } => {
-                    // It is committed there and stopped here: the word is a courtesy.
-                    self.handed_over();
-                    self.next(now)
-                }
-                HandOver::Cut | HandOver::Done => Action::Wait(wake),
-                HandOver::No if now >= self.next_cut => self.cut(now, false, false),
-                HandOver::No => Action::Wait(wake.min(self.next_cut)),
-            },
-            Cycle::Sending(captured) => Action::SendPiece(captured),
-            Cycle::Continue => Action::CutContinue,
-            Cycle::Resend => Action::Resend,
-            Cycle::AwaitAck { deadline } if now >= deadline => {
-                let ms = self.config.peer_timeout.as_millis();
-                self.lose_peer(now, format!("the standby has not acknowledged epoch {} within {ms} ms", self.epoch));
+            Cycle::Early(captured) | Cycle::Sending(captured) => return Action::SendPiece(captured),
+            Cycle::Continue => return Action::CutContinue,
+            Cycle::Resend { after } => return Action::Resend { after },
+            Cycle::Idle => {}
+        }
+        let oldest = self.in_flight.front().copied();
+        if let Some(late) = oldest.filter(|oldest| now >= oldest.deadline) {
+            let ms = self.config.peer_timeout.as_millis();
+            self.lose_peer(now, format!("the standby has not acknowledged epoch {} within {ms} ms", late.epoch));
+            return self.next(now);
+        }
+        let wake = oldest.map_or(wake, |oldest| wake.min(oldest.deadline));
+        match self.hand_over {
+            HandOver::Wanted if oldest.is_none() => self.cut(now, false, true),
+            HandOver::Telling { deadline: None } => {
+                self.hand_over = HandOver::Telling { deadline: Some(now + self.config.peer_timeout) };
+                Action::Send(self.committed, Message::HandedOver)
+            }
+            HandOver::Telling { deadline: Some(deadline) } if now < deadline => Action::Wait(wake.min(deadline)),
+            HandOver::Telling { .. } => {
+                // It is committed there and stopped here: the word is a courtesy.
+                self.handed_over();
                 self.next(now)
             }
-            Cycle::AwaitAck { deadline } => Action::Wait(wake.min(deadline)),
-            Cycle::Acked => {
-                self.asked = Asked::Committed;
-                Action::Committed(self.epoch)
-            }
+            HandOver::Wanted | HandOver::Cut | HandOver::Done => Action::Wait(wake),
+            HandOver::No => self.next_cut_or_wait(now, wake, oldest),
         }
+    }
+
+    fn next_cut_or_wait(&mut self, now: Instant, mut wake: Instant, oldest: Option<InFlight>) -> Action {
+        if let Some(action) = self.next_for_slow_link(now, &mut wake, oldest) {
+            return action;
+        }
+        // Until the first commit there is nothing to go on from after a broken link: one epoch at a time.
+        let depth = if self.base.is_some() { self.config.pipeline.max(1) } else { 1 };
+        if self.in_flight.len() >= depth {
+            return Action::Wait(wake);
+        }
+        let soonest = self.last_cut + self.config.min_interval.max(self.pause * PAUSE_SHARE);
+        let due = if self.output { self.next_cut.min(soonest) } else { self.next_cut };
+        if now >= due {
+            return self.cut(now, false, false);
+        }
+        match self.early_at {
+            Some(at) if now >= at && !self.again => {
+                self.early_at = None;
+                self.busy = Busy::Copying;
+                Action::Precopy(self.epoch.next())
+            }
+            Some(at) if !self.again => Action::Wait(wake.min(due).min(at)),
+            _ => Action::Wait(wake.min(due)),
+        }
+    }
+
+    /// The oldest checkpoint that is not committed is too old, or all is well again.
+    fn next_for_slow_link(&mut self, now: Instant, wake: &mut Instant, oldest: Option<InFlight>) -> Option<Action> {
+        let SlowLink { policy, max_lag } = self.config.slow;
+        let lag = oldest.map_or(Duration::ZERO, |oldest| now.saturating_duration_since(oldest.cut));
+        if let (Some(oldest), true) = (oldest, policy != SlowPolicy::Stall) {
+            *wake = (*wake).min(if lag < max_lag { oldest.cut + max_lag } else { now + max_lag });
+        }
+        if lag >= max_lag && policy == SlowPolicy::Solo {
+            let why = format!("the standby is too slow: a checkpoint has waited for {} ms", lag.as_millis());
+            self.lose_peer(now, why);
+            return Some(self.next(now));
+        }
+        let slower = lag >= max_lag && policy == SlowPolicy::Throttle && self.share + 1 < SHARES.len();
+        let faster = lag < max_lag / 4 && self.share > 0;
+        if now < self.share_next || !(slower || faster) {
+            return None;
+        }
+        self.share = if slower { self.share + 1 } else { self.share - 1 };
+        self.share_next = now + max_lag;
+        self.asked = Asked::Throttle;
+        self.note(if slower {
+            format!("the standby cannot keep up: the guest runs for {} % of the time", self.share())
+        } else {
+            format!("the standby keeps up: the guest runs for {} % of the time", self.share())
+        });
+        Some(Action::Throttle(self.share()))
     }
 
     fn cut(&mut self, now: Instant, arm: bool, last: bool) -> Action {
         self.epoch = self.epoch.next();
         self.next_cut = now + self.config.interval;
+        self.last_cut = now;
+        self.output = false;
+        self.early_at = None;
         if last {
             self.hand_over = HandOver::Cut;
         }
-        Action::Cut { epoch: self.epoch, arm, last }
+        let again = std::mem::take(&mut self.again);
+        self.busy = Busy::Cutting { again };
+        Action::Cut { epoch: self.epoch, arm, last, again }
     }
 
     fn hello(&self) -> Hello {

@@ -104,6 +104,14 @@ impl Shadow {
         }
     }
 
+    /// Nothing is known of the receiver any more.
+    pub fn forget_all(&mut self) {
+        let (pages, capacity) = (self.pages.len() as u64, u64::from(self.capacity));
+        // The old memory goes before the next takes some.
+        *self = Self::new(0, 0);
+        *self = Self::new(pages, capacity);
+    }
+
     /// What the receiver has of page `index`.
     pub fn known(&self, index: u64) -> Known {
         match self.pages.get(index as usize).map(Entry::hash) {

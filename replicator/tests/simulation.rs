@@ -23,7 +23,7 @@ use understudy_replicator::codec::{
 use understudy_replicator::durable::{Durable, ImageKind, Pending, RamIdentity, Record};
 use understudy_replicator::message::{End, Envelope, Message};
 use understudy_replicator::receiver::{Conn, LocalVmm, Receiver, Standing, Step, Surroundings};
-use understudy_replicator::sender::{Action, Event, Sender, SenderConfig, VetoCall};
+use understudy_replicator::sender::{Action, Event, Sender, SenderConfig, SlowLink, SlowPolicy, VetoCall};
 
 const PAGES: u64 = 8;
 const ARENA: usize = 3;
@@ -45,6 +45,9 @@ enum Sabotage {
     KeepStateBase,
     /// What is sent again is encoded anew, against what the sender has become meanwhile.
     ResendIsNotTheSame,
+    ForgetEarly,
+    /// What a lost standby was sent early counts as known to it.
+    KeepShadowOfLost,
 }
 
 struct Random(u64);
@@ -208,6 +211,9 @@ struct Vmm {
     stopped: bool,
     rest: Vec<u64>,
     cut: Epoch,
+    committed: Epoch,
+    /// Copied early since the last cut.
+    early: BTreeSet<u64>,
     arena: Vec<(u64, u64)>,
     last: bool,
     /// Numbered outputs: made, and let out.
@@ -261,12 +267,11 @@ type Check = Result<(), String>;
 impl World {
     fn new(seed: u64, sabotage: Sabotage) -> Self {
         let now = Instant::now();
+        let policy = [SlowPolicy::Stall, SlowPolicy::Throttle, SlowPolicy::Solo][seed as usize % 3];
         let config = SenderConfig {
-            machine: "m".into(),
-            node: "n1".into(),
-            interval: Duration::from_millis(25),
-            peer_timeout: Duration::from_secs(2),
-            clustered: true,
+            pipeline: 1 + seed as usize % 4,
+            slow: SlowLink { policy, max_lag: Duration::from_millis(300) },
+            ..SenderConfig::new("m", "n1", true)
         };
         let disk = Disk { ram: vec![0; PAGES as usize], ..Disk::default() };
         let receiver = Receiver::recover("m", "n2", Durable::default(), Some(IDENTITY), &mut Vec::new());
@@ -334,6 +339,9 @@ impl World {
         }
         self.vmm.made += 1;
         self.release();
+        if self.random.one_in(2) {
+            self.event(Event::OutputWaits);
+        }
     }
 
     fn release(&mut self) {
@@ -360,6 +368,8 @@ impl World {
 
     fn detach(&mut self) {
         self.vmm.gate_open = false;
+        self.vmm.early.clear();
+        self.kept.clear();
         self.vmm.log = None;
         self.vmm.rest.clear();
         if !self.vmm.handed_over {
@@ -407,6 +417,7 @@ impl World {
             Action::Harvest { send } => {
                 let Some(log) = &mut self.vmm.log else { return Err("harvest without a dirty log".into()) };
                 let log = std::mem::take(log);
+                self.vmm.early.clear();
                 let pages = log.len() as u64;
                 if send {
                     (self.bitmap, self.cursor) = (log, 0);
@@ -431,7 +442,16 @@ impl World {
                 }
                 self.send_sync(Event::DirtySent { done: true });
             }
-            Action::Cut { epoch, arm, last } => return self.cut(epoch, arm, last),
+            Action::Cut { epoch, arm, last, again } => {
+                if self.troubled && self.random.one_in(30) {
+                    self.say("the VMM refuses the cut".into());
+                    self.event(Event::VmmRefused("busy".into()));
+                    return Ok(());
+                }
+                return self.cut(epoch, arm, last, again);
+            }
+            Action::Precopy(epoch) => return self.precopy(epoch),
+            Action::Throttle(_) => self.event(Event::VmmDone),
             Action::CutContinue => {
                 if self.vmm.rest.is_empty() {
                     return Err("nothing to continue".into());
@@ -440,20 +460,25 @@ impl World {
                 self.event(Event::Captured(captured));
             }
             Action::SendPiece(captured) => self.send_piece(captured),
-            Action::Resend => {
+            Action::Resend { after } => {
                 let frames = match self.sabotage {
                     Sabotage::ResendIsNotTheSame => self.encoded_again(),
                     _ => self.kept.clone(),
                 };
+                let frames: Vec<Frame> =
+                    frames.into_iter().filter(|frame| frame.epoch > after && frame.epoch <= self.vmm.cut).collect();
                 let sent = frames.into_iter().all(|frame| self.transmit(frame));
                 self.event(if sent { Event::Resent } else { Event::PeerLost("broken".into()) });
             }
             Action::Committed(epoch) => {
-                if epoch != self.vmm.cut {
-                    return Err(format!("epoch {epoch} is called committed, {} was cut", self.vmm.cut));
+                if epoch > self.vmm.cut || epoch <= self.vmm.committed {
+                    let (cut, committed) = (self.vmm.cut, self.vmm.committed);
+                    return Err(format!("epoch {epoch} is called committed, {cut} was cut, {committed} committed"));
                 }
+                self.vmm.committed = epoch;
+                self.kept.retain(|frame| frame.epoch > epoch);
                 self.vmm.released = self.vmm.released.max(self.vmm.snapshots[&epoch.0].1);
-                self.vmm.handed_over |= self.vmm.last;
+                self.vmm.handed_over |= self.vmm.last && epoch == self.vmm.cut;
                 self.event(Event::VmmDone);
             }
             Action::GateOpen => {
@@ -465,6 +490,7 @@ impl World {
             Action::Send(epoch, message) => {
                 if message == Message::SyncBegin {
                     self.digest = EpochDigest::default();
+                    self.kept.clear();
                 }
                 if !self.transmit(Frame::new(Generation(1), epoch, &message)) {
                     self.event(Event::PeerLost("broken".into()));
@@ -490,11 +516,10 @@ impl World {
         Ok(())
     }
 
-    /// As the driver does. Room for copies of half of the pages, so that some are evicted.
+    /// As the driver does.
     fn first_copy(&mut self) {
-        let config = EncodingConfig { shadow: ShadowBudget::Percent(50), compression: Compression::Auto };
         if self.sabotage != Sabotage::KeepShadow || self.sessions == 1 && self.vmm.cut == Epoch::ZERO {
-            self.batch.restart(PAGES, &config, self.random.next());
+            self.restart_encoding();
         }
         if self.sabotage != Sabotage::KeepStateBase {
             self.state.restart();
@@ -509,12 +534,53 @@ impl World {
         self.event(if sent { event } else { Event::PeerLost("broken".into()) });
     }
 
-    fn cut(&mut self, epoch: Epoch, arm: bool, last: bool) -> Check {
+    /// Some of the pages that were written, while the guest runs.
+    fn precopy(&mut self, epoch: Epoch) -> Check {
+        if epoch <= self.vmm.cut {
+            return Err(format!("early pages for {epoch} after {} was cut", self.vmm.cut));
+        }
+        let Some(log) = &mut self.vmm.log else { return Err("early copies without a dirty log".into()) };
+        let some: Vec<u64> = log.iter().copied().filter(|_| self.random.one_in(2)).take(ARENA).collect();
+        log.retain(|page| !some.contains(page));
+        self.vmm.early.extend(&some);
+        self.vmm.arena = some.iter().map(|page| (*page, self.vmm.ram[*page as usize])).collect();
+        self.begin(epoch, false);
+        let captured = Captured { epoch, more: true, state_len: 0, ..self.captured(some.len()) };
+        self.event(Event::Precopied(captured));
+        Ok(())
+    }
+
+    /// The frames of an epoch begin, unless they have begun before.
+    fn begin(&mut self, epoch: Epoch, again: bool) {
+        if again {
+            self.kept.retain(|frame| frame.epoch < epoch);
+            self.digest = EpochDigest::default();
+            if self.sabotage == Sabotage::KeepShadowOfLost {
+                self.batch.clear();
+            } else {
+                self.batch.forget_receiver();
+            }
+        }
+    }
+
+    /// Nothing is known of the receiver any more.
+    fn restart_encoding(&mut self) {
+        // Room for copies of half of the pages, so that some are evicted.
+        let config = EncodingConfig { shadow: ShadowBudget::Percent(50), compression: Compression::Auto };
+        self.batch.restart(PAGES, &config, self.random.next());
+    }
+
+    fn cut(&mut self, epoch: Epoch, arm: bool, last: bool, again: bool) -> Check {
         if epoch <= self.vmm.cut || self.vmm.stopped {
             return Err(format!("cut {epoch} after {} (stopped: {})", self.vmm.cut, self.vmm.stopped));
         }
         let Some(log) = &mut self.vmm.log else { return Err("a cut without a dirty log".into()) };
-        self.vmm.rest = std::mem::take(log).into_iter().collect();
+        let mut log = std::mem::take(log);
+        let early = std::mem::take(&mut self.vmm.early);
+        if again && self.sabotage != Sabotage::ForgetEarly {
+            log.extend(early);
+        }
+        self.vmm.rest = log.into_iter().collect();
         self.vmm.cut = epoch;
         self.vmm.last = last;
         self.vmm.stopped = true;
@@ -522,7 +588,7 @@ impl World {
             self.vmm.gate_open = false;
         }
         self.vmm.snapshots.insert(epoch.0, (self.vmm.ram.clone(), self.vmm.made));
-        self.kept.clear();
+        self.begin(epoch, again);
         let captured = self.piece();
         self.event(Event::Captured(captured));
         Ok(())
@@ -533,14 +599,19 @@ impl World {
         self.vmm.arena = self.vmm.rest.drain(..n).map(|page| (page, self.vmm.ram[page as usize])).collect();
         let more = !self.vmm.rest.is_empty();
         self.vmm.stopped = more || self.vmm.last;
+        Captured { more, state_len: if more { 0 } else { 8 }, ..self.captured(n) }
+    }
+
+    fn captured(&self, pages: usize) -> Captured {
         Captured {
             epoch: self.vmm.cut,
-            pages: n as u64,
+            // What is sent early must be worth it, or the sender would not ask for more.
+            pages: if pages > 0 { 1024 } else { 0 },
             indices_offset: 0,
             pages_offset: 0,
             state_offset: 0,
-            state_len: if more { 0 } else { 8 },
-            more,
+            state_len: 0,
+            more: false,
             pause_us: 1,
             vm_time_ns: 0,
         }
@@ -1003,4 +1074,14 @@ fn the_simulation_notices_a_device_state_that_refers_to_one_from_before_the_firs
 #[test]
 fn the_simulation_notices_an_epoch_that_is_encoded_again_instead_of_sent_again() {
     is_noticed(Sabotage::ResendIsNotTheSame);
+}
+
+#[test]
+fn the_simulation_notices_early_pages_that_a_lost_standby_had_and_nobody_sends_again() {
+    is_noticed(Sabotage::ForgetEarly);
+}
+
+#[test]
+fn the_simulation_notices_changes_against_early_pages_that_a_lost_standby_has_forgotten() {
+    is_noticed(Sabotage::KeepShadowOfLost);
 }

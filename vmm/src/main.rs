@@ -191,6 +191,9 @@ struct Run {
     /// Size of the capture arena in MiB [default: a quarter of RAM, at least 64].
     #[arg(long, value_name = "MIB")]
     arena: Option<u64>,
+    /// How checkpoints are captured: stop, lock, validate or auto (see the command capture).
+    #[arg(long, value_name = "STRATEGY", default_value = "auto")]
+    capture: Strategy,
 }
 
 fn main() -> ExitCode {
@@ -289,7 +292,7 @@ fn start(run: Run) -> Result<i32> {
         console: run.console,
         ram_file: layout.ram(),
     };
-    run::run(RunConfig { machine, layout, arena_mib: run.arena, standby: run.standby })
+    run::run(RunConfig { machine, layout, arena_mib: run.arena, standby: run.standby, capture: run.capture })
 }
 
 fn readable(s: &VmmStatus) -> String {

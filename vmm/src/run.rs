@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
-use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, VmmState};
+use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, Strategy, VmmState};
 use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::Layout;
 
@@ -43,6 +43,8 @@ pub struct RunConfig {
     pub arena_mib: Option<u64>,
     /// Wait for a promotion instead of booting.
     pub standby: bool,
+    /// How checkpoints are captured.
+    pub capture: Strategy,
 }
 
 /// Exit code: the guest of a stand-in reset itself or switched itself off.
@@ -103,7 +105,7 @@ pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32>
     };
     // The arena holds no more than a dirty log: a bit a page.
     let arena_mib = Some(shape.memory_mib / (8 * 4096) + 1);
-    run_as(RunConfig { machine, layout, arena_mib, standby: true }, Way::StandIn)
+    run_as(RunConfig { machine, layout, arena_mib, standby: true, capture: Strategy::Auto }, Way::StandIn)
 }
 
 fn run_as(config: RunConfig, way: Way) -> Result<i32> {
@@ -123,6 +125,7 @@ fn run_as(config: RunConfig, way: Way) -> Result<i32> {
     }
     let mib = config.arena_mib.unwrap_or((config.machine.memory_mib / 4).max(64));
     let machine = Arc::new(Machine::build(config.machine.clone(), events)?);
+    machine.capturing().strategy = config.capture;
     let arena = Arena::open(&layout.arena(), mib.saturating_mul(1 << 20))?;
 
     let mut cleanup = Cleanup { files: vec![layout.vmm_pid(), layout.vmm_socket()], keep: false };

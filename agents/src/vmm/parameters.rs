@@ -49,6 +49,15 @@ pub static SERIAL1: Param<String> =
 pub static CONSOLE: Param<String> = Param::text("console")
     .short("virtio console")
     .long("What is behind the guest's virtio console: file:PATH. Not set: there is none.");
+/// Capture strategy.
+pub static CAPTURE: Param<String> = Param::choice("capture", &["auto", "stop", "lock", "validate"])
+    .default("auto")
+    .short("How checkpoints are captured")
+    .long(
+        "stop: pages are copied while the guest stands still. lock: they are write-protected and copied while it runs on; a write to one \
+         waits for its copy. validate: they are copied while it runs on, and copies of pages that were written meanwhile do not count. \
+         auto: chosen at every checkpoint from costs measured on this host.",
+    );
 /// Capture arena.
 pub static ARENA: Param<u64> = Param::integer("arena", 1, 1 << 20).short("Capture arena (MiB)").long(
     "Size in MiB of the shared memory that a checkpoint is captured into. What does not fit makes the pause longer. Not set: \
@@ -86,6 +95,7 @@ pub fn declarations() -> Vec<&'static Declaration> {
         SERIAL1.declaration(),
         CONSOLE.declaration(),
         ARENA.declaration(),
+        CAPTURE.declaration(),
         SHUTDOWN_MODE.declaration(),
         REPORT_DEGRADED.declaration(),
         UNPROTECTED_AFTER.declaration(),
@@ -112,6 +122,7 @@ pub fn command_line(p: &Parameters, standby: bool) -> ocf::Result<Vec<String>> {
     option("serial0", p.find(&SERIAL0)?);
     option("serial1", p.find(&SERIAL1)?);
     option("console", p.find(&CONSOLE)?);
+    option("capture", Some(p.get(&CAPTURE)?));
     option("arena", p.find(&ARENA)?.map(|mib| mib.to_string()));
     option("run-root", Some(p.get(&RUN_ROOT)?));
     option("shm-root", Some(p.get(&SHM_ROOT)?));

@@ -130,6 +130,15 @@ impl BatchWriter {
         self.compression = Some(config.compression);
     }
 
+    /// The receiver has forgotten some of what it was sent: from here on nothing counts as known to it. What was encoded before keeps
+    /// its meaning, and so does the seed.
+    pub fn forget_receiver(&mut self) {
+        self.clear();
+        if let Some(shadow) = &mut self.shadow {
+            shadow.forget_all();
+        }
+    }
+
     /// Add page `index` and take it into `digest`.
     ///
     /// `index` must be below 2^56 (RAM sizes are; it is masked otherwise).

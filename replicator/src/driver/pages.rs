@@ -103,7 +103,7 @@ impl Driver {
         let encoded = self.encode_piece(captured, &mut trouble);
         let now = Instant::now();
         match encoded {
-            Ok(()) => self.core.event(Event::PieceSent { kept: self.keeping }, now),
+            Ok(()) => self.core.event(Event::PieceSent { kept: self.keeps_all() }, now),
             Err(why) => {
                 self.detach();
                 self.core.event(Event::VmmLost(why), now);

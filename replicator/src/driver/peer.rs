@@ -40,21 +40,34 @@ impl Driver {
 
     /// Encode into the kept frames, and send from there.
     pub(super) fn send_epoch_message(&mut self, message: &Message<'_>) -> Result<(), Trouble> {
-        if self.kept.len() > KEEP_LIMIT {
-            self.keeping = false;
+        let all: usize = self.kept.iter().map(|kept| kept.bytes.len()).sum();
+        let (generation, epoch) = (self.core.generation(), self.epoch);
+        if let Some(kept) = self.kept.back_mut().filter(|_| all > KEEP_LIMIT) {
+            (kept.partial, kept.bytes) = (true, Vec::new());
         }
-        if !self.keeping {
-            self.kept.clear();
+        if let (Message::End(_), Some(kept)) = (message, self.kept.back_mut()) {
+            kept.ended = true;
         }
-        let start = self.kept.len();
-        let encoded = link::encode(self.core.generation(), self.epoch, message, &mut self.kept);
-        encoded.map_err(|e| Trouble::Peer(e.to_string()))?;
+        let bytes = match self.kept.back_mut() {
+            Some(kept) if !kept.partial => &mut kept.bytes,
+            _ => {
+                self.frame.clear();
+                &mut self.frame
+            }
+        };
+        let start = bytes.len();
+        link::encode(generation, epoch, message, bytes).map_err(|e| Trouble::Peer(e.to_string()))?;
         let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
-        self.wire_bytes += (self.kept.len() - start) as u64;
-        writer.write_all(&self.kept[start..]).map_err(|e| {
+        self.wire_bytes += (bytes.len() - start) as u64;
+        writer.write_all(&bytes[start..]).map_err(|e| {
             self.writer = None;
             Trouble::Peer(format!("the connection with the standby broke: {e}"))
         })
+    }
+
+    /// Whether all of the epoch's frames are kept.
+    pub(super) fn keeps_all(&self) -> bool {
+        self.kept.back().is_some_and(|kept| !kept.partial)
     }
 
     pub(super) fn send_message(&mut self, epoch: Epoch, message: &Message<'_>) -> Result<(), Trouble> {
@@ -69,10 +82,15 @@ impl Driver {
         })
     }
 
-    pub(super) fn resend(&mut self) -> Result<(), Trouble> {
+    pub(super) fn resend(&mut self, after: Epoch) -> Result<(), Trouble> {
         let Some(writer) = &mut self.writer else { return Err(Trouble::Peer("it is not connected".into())) };
-        self.wire_bytes += self.kept.len() as u64;
-        writer.write_all(&self.kept).map_err(|e| Trouble::Peer(format!("the connection with the standby broke: {e}")))
+        // (Not the beginning of an epoch that was not cut: that is in the next cut again.)
+        for kept in self.kept.iter().filter(|kept| kept.epoch > after && kept.ended) {
+            self.wire_bytes += kept.bytes.len() as u64;
+            let sent = writer.write_all(&kept.bytes);
+            sent.map_err(|e| Trouble::Peer(format!("the connection with the standby broke: {e}")))?;
+        }
+        Ok(())
     }
 
     pub(super) fn connect(&mut self) {

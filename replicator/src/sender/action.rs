@@ -49,14 +49,23 @@ pub enum Action {
         arm: bool,
         /// Stay stopped.
         last: bool,
+        /// Early pages went to a peer that is gone: forget that they were sent.
+        again: bool,
     },
+    /// Copy pages for the epoch that ends at the next cut. → `Precopied`.
+    Precopy(Epoch),
     /// → `Captured`.
     CutContinue,
     /// Encode and send the arena's content; after the last piece also the end of the epoch. → `PieceSent` in any
     /// case, then `PeerLost` if sending failed.
     SendPiece(Captured),
-    /// Send the kept epoch again. → `Resent` or `PeerLost`.
-    Resend,
+    /// Send the kept epochs after this one again. → `Resent` or `PeerLost`.
+    Resend {
+        /// The peer holds it.
+        after: Epoch,
+    },
+    /// Let the guest run for this share of the time, percent. → `VmmDone`.
+    Throttle(u8),
     /// → `VmmDone`.
     Committed(Epoch),
     /// → `VmmDone`.
@@ -97,6 +106,10 @@ pub enum Event {
         done: bool,
     },
     Captured(Captured),
+    /// As `Captured`, for pages copied before the cut; `more` is always set.
+    Precopied(Captured),
+    /// Outputs began to wait for a cut.
+    OutputWaits,
     /// `kept`: the whole epoch so far is kept for a resend.
     PieceSent {
         kept: bool,

@@ -21,6 +21,8 @@ impl Sender {
                 self.rest = Rest::Nothing;
                 self.base = None;
                 self.cycle = Cycle::Idle;
+                self.forget_epochs();
+                (self.early, self.again, self.share) = (false, false, 0);
                 self.epoch = self.epoch.max(last_cut);
                 self.veto_retry = now;
                 self.peer_retry = now;
@@ -44,10 +46,15 @@ impl Sender {
                 }
             }
             Event::Captured(captured) => self.captured(captured),
+            Event::Precopied(captured) => self.precopied(captured),
+            Event::OutputWaits => self.output = true,
             Event::PieceSent { kept } => self.piece_sent(kept, now),
             Event::Resent => {
-                if self.cycle == Cycle::Resend {
-                    self.cycle = Cycle::AwaitAck { deadline: now + self.config.peer_timeout };
+                if matches!(self.cycle, Cycle::Resend { .. }) {
+                    self.cycle = Cycle::Idle;
+                    for epoch in &mut self.in_flight {
+                        epoch.deadline = now + self.config.peer_timeout;
+                    }
                 }
             }
             Event::Connected => {
@@ -74,7 +81,7 @@ impl Sender {
 
     pub(super) fn vmm_done(&mut self, now: Instant) {
         match std::mem::replace(&mut self.asked, Asked::Nothing) {
-            Asked::Nothing => {}
+            Asked::Nothing | Asked::Throttle => {}
             Asked::LogStart => {
                 self.log_on = true;
                 if let Peer::Welcomed { log_ready, .. } = &mut self.peer {
@@ -91,27 +98,48 @@ impl Sender {
                     "runs unprotected, without a durable record (there is no cluster): outputs leave at once".into()
                 });
             }
-            Asked::Committed => self.committed_told(now),
+            Asked::Committed(epoch) => self.committed_told(epoch, now),
             Asked::Quit => self.forget_vmm(now, self.facts.note.clone()),
         }
     }
 
-    pub(super) fn committed_told(&mut self, now: Instant) {
-        self.committed = self.epoch;
-        self.base = Some(Base { committed: self.epoch, kept: None });
-        self.cycle = Cycle::Idle;
-        self.facts.epochs += 1;
+    pub(super) fn committed_told(&mut self, epoch: Epoch, now: Instant) {
+        self.facts.epochs += epoch.0.saturating_sub(self.committed.0).min(self.config.pipeline.max(1) as u64);
+        self.committed = epoch;
+        let mut kept = self.base.take().map_or_else(Vec::new, |base| base.kept);
+        kept.retain(|kept| *kept > epoch);
+        self.base = Some(Base { committed: epoch, kept });
         self.facts.committed_at = Some(now);
         self.peer_backoff = RETRY_MIN;
         if !self.peer_whole {
             self.peer_whole = true;
             self.facts.last_sync = now - self.sync_started;
             let (node, ms) = (self.peer_node.clone(), self.facts.last_sync.as_millis());
-            self.note(format!("the first copy to {node} took {ms} ms; epoch {} is its first checkpoint", self.epoch));
+            self.note(format!("the first copy to {node} took {ms} ms; epoch {epoch} is its first checkpoint"));
         }
-        if self.hand_over == HandOver::Cut {
+        if self.hand_over == HandOver::Cut && epoch == self.epoch {
             self.hand_over = HandOver::Telling { deadline: None };
         }
+    }
+
+    /// Nothing is on its way any more.
+    fn forget_epochs(&mut self) {
+        self.pages = 0;
+        self.in_flight.clear();
+        self.acked = None;
+        self.early_at = None;
+    }
+
+    pub(super) fn precopied(&mut self, captured: Captured) {
+        self.busy = Busy::No;
+        if self.peer != Peer::Streaming || captured.pages == 0 {
+            // Copied for nobody: it has to be copied again.
+            self.again |= captured.pages > 0;
+            return;
+        }
+        self.early = true;
+        self.pages += captured.pages;
+        self.cycle = Cycle::Early(captured);
     }
 
     pub(super) fn harvested(&mut self, pages: u64) {
@@ -134,6 +162,7 @@ impl Sender {
     }
 
     pub(super) fn captured(&mut self, captured: Captured) {
+        self.busy = Busy::No;
         match self.rest {
             Rest::Nothing => {}
             Rest::Keep(_) | Rest::KeepMore => {
@@ -151,6 +180,10 @@ impl Sender {
             self.gate_open = false;
             self.promotable = false;
         }
+        self.pages += captured.pages;
+        if !captured.more {
+            self.pause = Duration::from_micros(captured.pause_us);
+        }
         if self.peer == Peer::Streaming {
             self.cycle = Cycle::Sending(captured);
         } else {
@@ -163,23 +196,45 @@ impl Sender {
         if let Rest::Keep(captured) = self.rest {
             self.rest = if captured.more { Rest::KeepMore } else { Rest::Nothing };
             if !captured.more {
+                self.early = false;
                 self.keep(kept);
             }
             return;
         }
-        let Cycle::Sending(captured) = self.cycle else { return };
+        let captured = match self.cycle {
+            Cycle::Sending(captured) => captured,
+            Cycle::Early(_) => {
+                self.cycle = Cycle::Idle;
+                // As long as there is much to copy and time before the cut.
+                let next = now + self.config.interval / 4;
+                self.early_at = (self.pages >= WORTH_EARLY && next < self.next_cut).then_some(next);
+                return;
+            }
+            _ => return,
+        };
         if captured.more {
             self.cycle = Cycle::Continue;
             return;
         }
-        self.cycle = Cycle::AwaitAck { deadline: now + self.config.peer_timeout };
+        self.cycle = Cycle::Idle;
+        self.in_flight.push_back(InFlight {
+            epoch: self.epoch,
+            cut: self.last_cut,
+            deadline: now + self.config.peer_timeout,
+        });
+        self.early = false;
+        self.pages_before = std::mem::take(&mut self.pages);
+        self.early_at = (self.pages_before >= WORTH_EARLY).then(|| self.last_cut + self.config.interval / 2);
         self.keep(kept);
     }
 
-    /// All of the epoch is encoded; if it could be kept, a standby that lacks only it can be served after a broken link.
+    /// All of the epoch is encoded; if it could be kept, a standby that lacks only what is kept can be served after a broken link.
     pub(super) fn keep(&mut self, kept: bool) {
         let epoch = self.epoch;
-        self.base = self.base.filter(|_| kept).map(|base| Base { kept: Some(epoch), ..base });
+        self.base = self.base.take().filter(|_| kept);
+        if let Some(base) = &mut self.base {
+            base.kept.push(epoch);
+        }
     }
 
     pub(super) fn message(&mut self, generation: Generation, epoch: Epoch, message: Message<'static>, now: Instant) {
@@ -198,8 +253,9 @@ impl Sender {
             }
             (Message::Refused(why) | Message::Failed(why), _) => self.lose_peer(now, why),
             (Message::SyncReady, Peer::Begun) => self.peer = Peer::Copying { first: true },
-            (Message::Ack, Peer::Streaming) if matches!(self.cycle, Cycle::AwaitAck { .. }) && epoch == self.epoch => {
-                self.cycle = Cycle::Acked;
+            (Message::Ack, Peer::Streaming) if self.in_flight.iter().any(|sent| sent.epoch == epoch) => {
+                self.in_flight.retain(|sent| sent.epoch > epoch);
+                self.acked = Some(epoch);
             }
             (Message::Promotable, Peer::Streaming) => {
                 self.promotable = true;
@@ -218,21 +274,24 @@ impl Sender {
             self.epoch = self.epoch.max(welcome.epoch);
         }
         self.promotable = false;
-        let resumable = self.base.filter(|_| ours && !self.gate_open && welcome.session == self.session);
-        let cycle = match resumable {
-            Some(Base { committed, kept: None }) if welcome.epoch == committed => Some(Cycle::Idle),
-            Some(Base { kept: Some(kept), .. }) if welcome.epoch == kept => Some(Cycle::Acked),
-            Some(Base { committed, kept: Some(_) }) if welcome.epoch == committed => Some(Cycle::Resend),
-            _ => None,
-        };
-        if let Some(cycle) = cycle {
+        self.forget_epochs();
+        let holds = welcome.epoch;
+        let fits = |base: &Base| holds == base.committed || base.kept.contains(&holds);
+        let resumable = ours && !self.gate_open && welcome.session == self.session;
+        if let Some(base) = self.base.as_ref().filter(|base| resumable && fits(base)) {
+            self.acked = (holds != base.committed).then_some(holds);
+            let deadline = now + self.config.peer_timeout;
+            let missing = base.kept.iter().filter(|kept| **kept > holds);
+            self.in_flight = missing.map(|epoch| InFlight { epoch: *epoch, cut: now, deadline }).collect();
+            self.cycle = if self.in_flight.is_empty() { Cycle::Idle } else { Cycle::Resend { after: holds } };
             self.peer = Peer::Streaming;
-            self.cycle = cycle;
             self.next_cut = now;
             self.peer_backoff = RETRY_MIN;
             self.note(format!("{} is back with epoch {}; going on from there", welcome.node, welcome.epoch));
         } else {
             self.base = None;
+            // A first copy holds everything.
+            (self.early, self.again) = (false, false);
             self.peer = Peer::Welcomed { wait: ours && self.config.clustered, log_ready: false };
             self.note(format!("connected to {}; a first copy is needed", welcome.node));
         }
@@ -251,10 +310,22 @@ impl Sender {
             return;
         }
         if self.peer == Peer::Streaming && self.cycle == Cycle::Idle {
-            // It cannot be cut now (it shuts down, for example): the image stays what it is.
-            self.next_cut = now + pause;
-            self.note(format!("the VMM refused a checkpoint: {why}"));
-            return;
+            match std::mem::replace(&mut self.busy, Busy::No) {
+                Busy::Cutting { again } => {
+                    // It cannot be cut now (it shuts down, for example): the image stays what it is, and the epoch goes on.
+                    self.epoch = Epoch(self.epoch.0.saturating_sub(1));
+                    self.again |= again;
+                    self.next_cut = now + pause;
+                    self.note(format!("the VMM refused a checkpoint: {why}"));
+                    return;
+                }
+                Busy::Copying => return self.note(format!("the VMM refused to copy pages early: {why}")),
+                Busy::No if self.asked == Asked::Throttle => {
+                    self.asked = Asked::Nothing;
+                    return self.note(format!("the VMM refused to be throttled: {why}"));
+                }
+                Busy::No => {}
+            }
         }
         // Anything else in the middle of something: begin again with a fresh session.
         self.detach = Some(format!("the VMM refused a request: {why}"));
@@ -265,6 +336,8 @@ impl Sender {
         self.vmm_retry = now + RETRY_MIN;
         self.base = None;
         self.rest = Rest::Nothing;
+        self.forget_epochs();
+        (self.early, self.again, self.share, self.busy) = (false, false, 0, Busy::No);
         self.gate_open = false;
         self.log_on = false;
         self.asked = Asked::Nothing;
@@ -295,13 +368,17 @@ impl Sender {
                 Cycle::Continue if self.base.is_some() => self.rest = Rest::KeepMore,
                 Cycle::Sending(captured) if captured.more => self.rest = Rest::Drop,
                 Cycle::Continue => self.rest = Rest::Drop,
-                Cycle::Sending(_) => {}
                 // Acknowledged, but the VMM was not told: the standby has it, and will say so when it is back.
-                Cycle::Idle | Cycle::AwaitAck { .. } | Cycle::Resend | Cycle::Acked => {}
+                Cycle::Sending(_) | Cycle::Early(_) | Cycle::Idle | Cycle::Resend { .. } => {}
             }
             self.veto_retry = now;
             self.veto_backoff = RETRY_MIN;
         }
+        if self.rest == Rest::Nothing {
+            // The peer forgets half an epoch: what was copied early for it has to be in the next cut again.
+            self.again |= std::mem::take(&mut self.early) || matches!(self.cycle, Cycle::Early(_));
+        }
+        self.forget_epochs();
         match self.hand_over {
             HandOver::Telling { .. } => self.handed_over(),
             HandOver::Cut => {

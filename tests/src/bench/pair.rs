@@ -88,7 +88,8 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         console: None,
         ram_file: layout.ram(),
     };
-    run(RunConfig { machine, layout, arena_mib: None, standby: args.standby })
+    let capture = understudy_protocol::control::Strategy::Auto;
+    run(RunConfig { machine, layout, arena_mib: None, standby: args.standby, capture })
 }
 
 /// The smallest kernel by the Linux boot protocol: it halts.
