@@ -11,7 +11,7 @@ SBINDIR    ?= $(PREFIX)/sbin
 TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab-test bench lint build lab-root lab-guest install clean prerequisites needs-root
+.PHONY: help demo test lab-test bench fuzz lint build lab-root lab-guest install clean prerequisites needs-root
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -33,6 +33,17 @@ bench: needs-root build lab-guest ## the figures; JSON under target/bench (BENCH
 	$(dir $(BIN))release/understudy-bench replication $(BENCH)
 	$(dir $(BIN))release/understudy-bench host
 	$(LAB) vm run -- understudy-bench lab
+
+# What libFuzzer reads to learn which inputs reached something new; stable Rust passes it through. Integer overflow is a finding.
+COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+            -Cllvm-args=-sanitizer-coverage-pc-table -Ccodegen-units=1 -Coverflow-checks=on -Cdebug-assertions=on
+FUZZ_SECONDS ?= 600
+
+fuzz: prerequisites ## every parser under libFuzzer, FUZZ_SECONDS each (TARGETS="frame key" for some); needs a C++ compiler
+	@command -v c++ >/dev/null || { echo "c++ is missing: libFuzzer is written in C++. Install with: apt-get install g++" >&2; exit 1; }
+	RUSTFLAGS="$(COVERAGE)" $(CARGO) build --release --target-dir target/fuzz/build --target $$(rustc -vV | sed -n "s/host: //p") \
+	  -p understudy-fuzz --features coverage --bin understudy-fuzz-coverage
+	fuzz/run $(FUZZ_SECONDS) $(TARGETS)
 
 lint: prerequisites ## rustfmt and clippy, warnings are errors
 	$(CARGO) fmt --all --check

@@ -4,6 +4,7 @@ use std::fmt;
 
 use quick_xml::Reader;
 use quick_xml::Writer;
+use quick_xml::escape::resolve_xml_entity;
 use quick_xml::events::{BytesEnd, BytesStart, BytesText, Event};
 
 /// Deepest nesting that is read; a CIB has about ten levels.
@@ -107,16 +108,31 @@ impl Element {
                 Event::Empty(start) => Some(element(start)?),
                 Event::End(_) => open.pop(),
                 Event::Text(text) => {
-                    let text = text.decode().map_err(|e| bad(&e))?;
-                    if let Some(parent) = open.last_mut() {
-                        parent.text.push_str(text.trim());
+                    add_text(&mut open, &text.decode().map_err(|e| bad(&e))?);
+                    None
+                }
+                Event::CData(data) => {
+                    add_text(&mut open, &data.decode().map_err(|e| bad(&e))?);
+                    None
+                }
+                // `&lt;` and its like come apart from the text around them.
+                Event::GeneralRef(reference) => {
+                    let name = reference.decode().map_err(|e| bad(&e))?;
+                    match reference.resolve_char_ref().map_err(|e| bad(&e))? {
+                        Some(character) => add_text(&mut open, character.encode_utf8(&mut [0; 4])),
+                        None => match resolve_xml_entity(&name) {
+                            Some(text) => add_text(&mut open, text),
+                            None => return Err(XmlError(format!("unreadable XML: &{name}; is not known"))),
+                        },
                     }
                     None
                 }
                 Event::Eof => return Err(XmlError("the XML ends before its root element does".into())),
                 _ => None,
             };
-            if let Some(closed) = closed {
+            if let Some(mut closed) = closed {
+                // Blanks at the ends are indentation.
+                closed.text = closed.text.trim().to_owned();
                 match open.last_mut() {
                     Some(parent) => parent.children.push(closed),
                     None => return Ok(closed),
@@ -139,6 +155,12 @@ impl Element {
             child.write(writer)?;
         }
         writer.write_event(Event::End(BytesEnd::new(self.name.as_str())))
+    }
+}
+
+fn add_text(open: &mut [Element], text: &str) {
+    if let Some(parent) = open.last_mut() {
+        parent.text.push_str(text);
     }
 }
 
@@ -173,6 +195,14 @@ mod tests {
             .and(Element::new("b"))
             .and(Element::new("c").with("y", ""));
         assert_eq!(Element::parse(&element.to_string()).unwrap(), element);
+    }
+
+    #[test]
+    fn text_keeps_what_is_escaped_in_it() {
+        let element = Element::parse("<a>\n  1 &lt; 2 &amp; <![CDATA[3 < 4]]> &#x41;\n  <b/></a>").unwrap();
+        assert_eq!(element.text, "1 < 2 & 3 < 4 A");
+        assert_eq!(Element::parse(&element.to_string()).unwrap(), element);
+        assert!(Element::parse("<a>&unknown;</a>").is_err());
     }
 
     #[test]

@@ -1,0 +1,214 @@
+//! First inputs, made by our own encoders: `UNDERSTUDY_FUZZ_SEEDS=1 cargo test -p understudy-fuzz` writes them to the corpus.
+//! They are kept as files so that an input means the same when an encoder changes.
+
+use understudy_protocol::board::{Attach, Message as Board};
+use understudy_protocol::control::{PromoteFrom, ReplicatorRequest, VmmRequest, encode_line};
+use understudy_protocol::frame::{self, Header};
+use understudy_protocol::ids::{Epoch, Generation};
+use understudy_replicator::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE, state::StateEncoder};
+use understudy_replicator::durable::{ImageKind, RamIdentity, Record};
+use understudy_replicator::message::{End, Hello, Message, VERSION};
+use understudy_vmm::container;
+use understudy_vmm::devices::Payload;
+use understudy_vmm::devices::rtc::Rtc;
+use understudy_vmm::devices::uart16550::Uart16550;
+
+use crate::targets::machine;
+
+/// Target, name of the file, content.
+pub type Seed = (&'static str, &'static str, Vec<u8>);
+
+/// All of them.
+pub fn seeds() -> Vec<Seed> {
+    let mut seeds = protocol();
+    seeds.extend(replication());
+    seeds.extend(machines());
+    seeds.extend(cluster());
+    seeds
+}
+
+fn record(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let header = Header { kind, flags: 0, epoch: Epoch(7), generation: Generation(3) };
+    let mut bytes = Vec::new();
+    // Far below the limit.
+    frame::encode(&header, payload, &mut bytes).expect("a small record");
+    bytes
+}
+
+fn protocol() -> Vec<Seed> {
+    let mut stream = vec![3];
+    stream.extend(record(1, b"hello"));
+    stream.extend(record(2, &[0; 100]));
+    let attach = Board::Attach(Attach {
+        machine: "dispatch-1".into(),
+        device: "gps".into(),
+        life: Generation(2),
+        tx_acked: 0,
+        rx_acked: 0,
+        rx_next: 0,
+    });
+    let said = [
+        attach,
+        Board::Out { offset: 0, bytes: b"hello".to_vec() },
+        Board::InAck { upto: 2 },
+        Board::OutAck { applied: 105 },
+        Board::In { offset: 50, bytes: b"$GPGGA".to_vec() },
+        Board::Detach,
+    ];
+    let mut session = Vec::new();
+    for message in said {
+        let record = message.to_record(Generation(3));
+        session.extend([record.header.kind, 3, record.payload.len() as u8]);
+        session.extend(record.payload);
+    }
+    let image = PromoteFrom::Image { state_file: "/state".into(), epoch: Epoch(4) };
+    let mut lines = encode_line(&VmmRequest::Promote { generation: Generation(3), from: image });
+    lines.extend(encode_line(&VmmRequest::Status));
+    lines.extend(encode_line(&ReplicatorRequest::TakeOver { generation: Generation(u64::MAX) }));
+    lines.extend(b"{\"error\":\"the machine already runs\"}\n");
+    vec![
+        ("frame", "two-records", stream),
+        ("frame", "empty", Vec::new()),
+        ("control", "requests", lines),
+        ("key", "whole", format!("understudy-key-1\n{}\n", "5a".repeat(32)).into_bytes()),
+        ("key", "bare", format!("{}\n", "5a".repeat(32)).into_bytes()),
+        ("handshake", "accept", [&[0][..], b"understudy/1 replication\n", &[0, 48], &[1; 48]].concat()),
+        ("handshake", "connect", [&[1, 0, 0, 48][..], &[2; 48]].concat()),
+        ("handshake", "stream", [&[2, 0, 32][..], &[3; 32]].concat()),
+        ("board", "session", session),
+    ]
+}
+
+fn replication() -> Vec<Seed> {
+    let hello = Message::Hello(Hello {
+        version: VERSION,
+        machine: "m".into(),
+        node: "n1".into(),
+        ram_bytes: 64 * PAGE as u64,
+        session: 9,
+        went_on: false,
+    });
+    let mut digest = EpochDigest::default();
+    let mut writer = BatchWriter::default();
+    writer.restart(64, &EncodingConfig::default(), 5);
+    for (index, fill) in [(0, 1), (1, 0), (2, 1), (63, 9)] {
+        writer.push(index, &[fill; PAGE], &mut digest);
+    }
+    writer.seal();
+    let batch = writer.bytes().to_vec();
+    let state = vec![7; 300];
+    let mut full = Vec::new();
+    let mut encoder = StateEncoder::default();
+    encoder.encode(Epoch(1), &state, &mut full);
+    digest.state(&state);
+    let end = Message::End(End { pages: 4, state_len: 300, digest: digest.finish() });
+    let mut conversation = Vec::new();
+    let mut say = |epoch: u8, message: &Message<'_>| {
+        let payload = message.payload();
+        conversation.extend([1, message.kind(), 3, epoch, payload.len().min(255) as u8]);
+        conversation.extend(&payload[..payload.len().min(255)]);
+    };
+    say(0, &hello);
+    say(0, &Message::SyncBegin);
+    say(0, &Message::SyncPages(&batch));
+    say(1, &Message::State(&full[..full.len().min(255)]));
+    say(1, &end);
+    say(1, &Message::HandedOver);
+    let record = Record {
+        image: ImageKind::Whole,
+        generation: Generation(3),
+        epoch: Epoch(9),
+        session: 4,
+        ram: Some(RamIdentity { dev: 1, ino: 2, bytes: 64 * PAGE as u64 }),
+        ..Record::default()
+    };
+    // Plain data: it serialises.
+    let line = serde_json::to_vec(&record).expect("a record");
+    let mut index = b"UndStg2\n".to_vec();
+    index.extend(5u64.to_le_bytes());
+    for (page, slot) in [(1u64, u64::MAX), (2, 0)] {
+        index.extend(page.to_le_bytes());
+        index.extend(slot.to_le_bytes());
+        index.extend([0; 16]);
+    }
+    let one = |message: &Message<'_>| [&[message.kind()][..], &message.payload()].concat();
+    vec![
+        ("message", "hello", one(&hello)),
+        ("message", "end", one(&end)),
+        ("message", "ping", one(&Message::Ping)),
+        ("batch", "four-pages", batch.clone()),
+        ("batch", "body", [&[4][..], &batch[24.min(batch.len())..]].concat()),
+        ("state-delta", "full", full),
+        ("receiver", "first-copy", conversation),
+        ("durable", "whole", line),
+        ("stage", "two-pages", index),
+    ]
+}
+
+fn machines() -> Vec<Seed> {
+    let (bus, _) = machine::bus();
+    let mut payloads = bus.save_payloads();
+    payloads.push(Payload::of(&Uart16550::new(), "com1"));
+    payloads.push(Payload::of(&Rtc::new(1_600_000_000, 1 << 30, 0), "rtc"));
+    let state = |which: u8, payload: &Payload| [&[which][..], &payload.bytes].concat();
+    let mut kernel = vec![0; 6 * 512];
+    kernel[0x1f1] = 4;
+    kernel[0x1fe..0x200].copy_from_slice(&0xaa55u16.to_le_bytes());
+    kernel[0x201] = 0x6a;
+    kernel[0x202..0x206].copy_from_slice(b"HdrS");
+    kernel[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
+    kernel[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
+    kernel[0x230..0x234].copy_from_slice(&0x20_0000u32.to_le_bytes());
+    (kernel[0x234], kernel[0x236]) = (1, 1);
+    kernel[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes());
+    kernel[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes());
+    // Descriptor 0 of the console's second queue, offered and kicked; then the first queue's.
+    let mut guest = vec![0, 0];
+    for queue in [1, 0] {
+        guest.extend([5, 1, queue, 0, 1, 0x20, 8, 0, 0, 0, if queue == 0 { 2 } else { 0 }, 0, 0, 0]);
+        guest.extend([6, 1, queue, 0, 7, 1, queue, 8, 1, 4, 1, 2, 3, 4]);
+    }
+    guest.extend([5, 0, 0, 0, 1, 0x30, 8, 0, 0, 0, 2, 0, 0, 0, 6, 0, 0, 0, 7, 0, 0, 8, 0, 2, 9, 9, 9, 0, 1]);
+    vec![
+        ("container", "small-machine", container::encode(&payloads)),
+        ("container", "uart", state(0, &Payload::of(&Uart16550::new(), "x"))),
+        ("container", "rtc", state(1, &Payload::of(&Rtc::new(1_600_000_000, 1 << 30, 0), "x"))),
+        ("container", "console", state(5, payloads.iter().find(|p| p.bytes.len() > 40).unwrap_or(&payloads[0]))),
+        ("bzimage", "header", kernel),
+        ("virtio", "send-and-receive", guest),
+        (
+            "ports",
+            "uart-loopback",
+            vec![5, 4, 2, 0x1f, 5, 0, 2, b'a', 5, 0, 0, 1, 6, 0, 2, 10, 6, 1, 0, 1, 9, 4, 2, 1, 0, 0, 1, 200],
+        ),
+    ]
+}
+
+fn cluster() -> Vec<Seed> {
+    let cib = "<cib admin_epoch=\"0\" epoch=\"7\"><configuration><nodes><node id=\"1\" uname=\"n1\"><instance_attributes id=\"i\">\
+               <nvpair id=\"g\" name=\"understudy-generation-m1\" value=\"3\"/></instance_attributes></node></nodes><resources>\
+               <clone id=\"c\"><primitive id=\"vm-m1\" class=\"ocf\" provider=\"understudy\" type=\"vmm\"><instance_attributes id=\"j\">\
+               <nvpair id=\"n\" name=\"name\" value=\"m1\"/></instance_attributes></primitive></clone></resources><constraints>\
+               <rsc_location id=\"understudy-veto-m1\" rsc=\"c\"><rule id=\"r\" role=\"Promoted\" score=\"-INFINITY\">\
+               <expression id=\"e\" attribute=\"#uname\" operation=\"ne\" value=\"n1\"/></rule></rsc_location></constraints>\
+               </configuration><status><node_state uname=\"n1\"><transient_attributes><instance_attributes>\
+               <nvpair name=\"master-vm-m1\" value=\"10001\"/></instance_attributes></transient_attributes></node_state></status></cib>\n";
+    let environment = "OCF_RESKEY_CRM_meta_notify_type=pre\nOCF_RESKEY_CRM_meta_notify_operation=promote\n\
+                       OCF_RESKEY_CRM_meta_notify_promote_resource=vm:0\nOCF_RESKEY_CRM_meta_notify_promote_uname=n1\n\
+                       OCF_RESKEY_CRM_meta_timeout=20000\nOCF_RESKEY_CRM_meta_interval=10s\nOCF_RESKEY_name=m1\nOCF_RESKEY_memory=64\n\
+                       OCF_RESKEY_peers=n1=10.0.0.1:7790 n2=10.0.0.2:7790\nOCF_RESKEY_line=tty:/dev/ttyS0,115200\n";
+    let mut journal = vec![0];
+    journal.extend(b"UsBoard1");
+    journal.extend([0; 16]);
+    for number in [5u64, 3, 2, 100, 110, 40, 60] {
+        journal.extend(number.to_le_bytes());
+    }
+    journal.extend([1, 0]);
+    vec![
+        ("cib", "vetoed", cib.into()),
+        ("cib", "crm", "<cib><configuration><crm_config/><resources/><constraints/></configuration></cib>".into()),
+        ("policy", "demo", include_str!("../../tests/demo/policy.toml").into()),
+        ("environment", "notify", environment.into()),
+        ("journal", "dirty", journal),
+    ]
+}

@@ -1,0 +1,252 @@
+//! `vmm`: saved machines, kernels, and guests that do anything to their devices.
+
+use std::fs;
+
+use understudy_vmm::boot::{ACPI_START, LinuxBoot};
+use understudy_vmm::container;
+use understudy_vmm::devices::acpi_pm::AcpiPm;
+use understudy_vmm::devices::i8042::{I8042, Port92};
+use understudy_vmm::devices::pci::PciBus;
+use understudy_vmm::devices::rtc::Rtc;
+use understudy_vmm::devices::uart16550::Uart16550;
+use understudy_vmm::devices::virtio::{Console, Rng, VirtioPci};
+use understudy_vmm::devices::{Ctx, GuestRam, Payload, Payloads, PioDevice, Snapshot, VmTime};
+use understudy_vmm::memory::Ram;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::with_dir;
+use crate::input::Input;
+
+/// Base of the window that the functions' registers are in.
+pub const BARS: u64 = 0xc000_0000;
+const RAM_BYTES: usize = 0x4_0000;
+
+/// A bus with one of each virtio function, and RAM for their rings.
+pub fn bus() -> (PciBus, GuestRam) {
+    let mut bus = PciBus::new();
+    // Both slots are free and the window is large enough: this cannot fail.
+    bus.add(4, Box::new(VirtioPci::new(Rng::new()))).expect("slot 4");
+    bus.add(5, Box::new(VirtioPci::new(Console::new()))).expect("slot 5");
+    bus.assign_bars(BARS..BARS + 0x10_0000).expect("a window for the registers");
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).expect("a little RAM");
+    (bus, ram)
+}
+
+/// A saved machine as it is, then its payloads in a container whose checksum is right; and each payload's bytes as the state of
+/// each device.
+pub fn container(bytes: &[u8]) {
+    let _ = container::decode(bytes).map(restore);
+    if let Some(body) = bytes.get(16..) {
+        let mut sealed = bytes.to_vec();
+        sealed[12..16].copy_from_slice(&crc32fast::hash(body).to_le_bytes());
+        let _ = container::decode(&sealed).map(restore);
+    }
+    let mut input = Input::new(bytes);
+    let which = input.byte();
+    let state = input.rest();
+    match which % 8 {
+        0 => one(Uart16550::new(), state, |uart| {
+            uart.tick(VmTime(1 << 40));
+            let _ = (uart.take_output(), uart.rx_room(VmTime(1 << 41)));
+        }),
+        1 => one(Rtc::new(1_600_000_000, 1 << 30, 0), state, |rtc| rtc.tick(VmTime(1 << 40))),
+        2 => one(I8042::new(), state, |device| device.tick(VmTime(1))),
+        3 => one(Port92::new(), state, |device| device.tick(VmTime(1))),
+        4 => one(AcpiPm::new(), state, |pm| pm.tick(VmTime(1 << 40))),
+        5 => one(VirtioPci::new(Console::new()), state, |_| {}),
+        6 => one(VirtioPci::new(Rng::new()), state, |_| {}),
+        _ => one(PciBus::new(), state, |_| {}),
+    }
+}
+
+/// `state` as the state of a device: refused, or a device that works and saves what it was given.
+fn one<D: Snapshot>(mut device: D, state: &[u8], exercise: impl FnOnce(&mut D)) {
+    let payload = Payload { kind: D::KIND.into(), name: "x".into(), version: D::VERSION, bytes: state.to_vec() };
+    if payload.restore_into(&mut device).is_ok() {
+        let saved = Payload::of(&device, "x");
+        assert!(saved.restore_into(&mut device).is_ok(), "{} does not take its own state", D::KIND);
+        assert_eq!(Payload::of(&device, "x"), saved);
+        exercise(&mut device);
+    }
+}
+
+fn restore(mut payloads: Payloads) {
+    let (mut bus, _) = bus();
+    let _ = bus.restore_payloads(&mut payloads);
+    for name in ["com1", "com2"] {
+        let mut uart = Uart16550::new();
+        let _ = payloads.restore(&mut uart, name);
+        uart.tick(VmTime(1 << 40));
+    }
+    let _ = payloads.restore(&mut Rtc::new(1_600_000_000, 1 << 30, 0), "rtc");
+    let _ = payloads.restore(&mut AcpiPm::new(), "pm");
+    let _ = payloads.restore(&mut I8042::new(), "i8042");
+    let _ = payloads.restore(&mut Port92::new(), "port92");
+    let _ = payloads.finish();
+}
+
+/// A kernel, loaded into the RAM of a small machine.
+pub fn bzimage(bytes: &[u8]) {
+    with_dir(|dir| {
+        let (kernel, ram) = (dir.join("kernel"), dir.join("ram"));
+        // Large enough that the default load address can be reached; sparse.
+        if fs::write(&kernel, bytes).is_err() {
+            return;
+        }
+        let Ok(linux) = LinuxBoot::open(&kernel, Some(&kernel), "quiet") else { return };
+        let Ok(ram) = Ram::open(&ram, 32) else { return };
+        let _ = linux.load(&ram, ACPI_START);
+    });
+}
+
+/// A guest that puts anything into RAM, rings and registers, and a host that hands in and takes out.
+pub fn virtio(bytes: &[u8]) {
+    let (mut bus, ram) = bus();
+    let mut input = Input::new(bytes);
+    let mut now = VmTime(0);
+    for slot in [0, 1] {
+        set_up(&mut bus, &ram, slot, input.byte().is_multiple_of(2));
+    }
+    while !input.is_empty() {
+        let ctx = Ctx { now, ram: &ram };
+        let what = input.byte();
+        let slot = u64::from(input.byte() % 2);
+        let register = |offset: u64| (BARS + slot * 0x8000).wrapping_add(offset);
+        match what % 10 {
+            0 => _ = bus.mmio_write(register(u64::from(input.byte())), input.piece(), &ctx),
+            1 => _ = bus.mmio_write(register(input.odd_number().wrapping_mul(0x100)), input.piece(), &ctx),
+            2 => _ = bus.mmio_read(register(input.odd_number()), &mut [0; 8][..usize::from(input.byte() % 9)], &ctx),
+            3 => {
+                let port = input.byte() % 8;
+                let _ = bus.io_write(u16::from(port), input.piece(), &ctx);
+            }
+            4 => _ = ram.write_slice(input.piece(), GuestAddress(u64::from(input.byte()) * 0x400)),
+            5 => {
+                let (queue, index) = (u64::from(input.byte() % 2), u64::from(input.byte() % 16));
+                let descriptor = table(slot, queue) + 16 * index;
+                let address =
+                    if input.byte().is_multiple_of(4) { input.number() } else { 0x400 * u64::from(input.byte()) };
+                let _ = ram.write_obj(address, GuestAddress(descriptor));
+                let _ = ram.write_slice(input.bytes(8), GuestAddress(descriptor + 8));
+            }
+            6 => {
+                let ring = table(slot, u64::from(input.byte() % 2)) + 0x400;
+                let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
+                let _ = ram.write_obj(u16::from(input.byte()), GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
+                let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+            }
+            7 => {
+                let queue = u64::from(input.byte() % 2);
+                let _ = bus.mmio_write(register(0x3000 + 4 * queue), &(queue as u16).to_le_bytes(), &ctx);
+            }
+            8 => {
+                let given = input.piece();
+                if let Some(rng) = bus.get_mut::<VirtioPci<Rng>>(4) {
+                    assert!(rng.want_entropy() <= understudy_vmm::devices::virtio::rng::WANT_MAX);
+                    rng.fill(given, &ctx);
+                }
+                if let Some(console) = bus.get_mut::<VirtioPci<Console>>(5) {
+                    let room = console.input_room();
+                    assert!(console.receive(given, &ctx) <= room);
+                    assert!(console.take_output().len() <= understudy_vmm::devices::virtio::console::OUTPUT_MAX);
+                    console.set_output_room(given.len() * 16, &ctx);
+                }
+            }
+            _ => {
+                now = bus.deadline().unwrap_or(now).max(now.plus(u64::from(input.byte())));
+                bus.tick(&Ctx { now, ram: &ram });
+            }
+        }
+        bus.take_msi();
+    }
+    let saved = bus.save_payloads();
+    let (mut other, _) = self::bus();
+    let taken = Payloads::new(saved.clone()).and_then(|mut payloads| other.restore_payloads(&mut payloads));
+    assert_eq!(taken, Ok(()), "what was saved is taken back");
+    assert_eq!(other.save_payloads(), saved);
+}
+
+const SIZE: u16 = 8;
+
+/// Where the descriptors of a queue are; its available ring is 0x400 behind, its used ring 0x800.
+fn table(slot: u64, queue: u64) -> u64 {
+    0x1_0000 + slot * 0x4000 + queue * 0x1000
+}
+
+/// As a driver does it: features, queues, ready.
+fn set_up(bus: &mut PciBus, ram: &GuestRam, slot: u64, event_idx: bool) {
+    let ctx = Ctx { now: VmTime(0), ram };
+    let mut write = |offset: u64, data: &[u8]| _ = bus.mmio_write(BARS + slot * 0x8000 + offset, data, &ctx);
+    for status in [0, 1, 3] {
+        write(0x14, &[status]);
+    }
+    for (half, features) in [(0u32, u32::from(event_idx) << 29), (1, 1)] {
+        write(0x08, &half.to_le_bytes());
+        write(0x0c, &features.to_le_bytes());
+    }
+    write(0x14, &[0x0b]);
+    for queue in 0..2u16 {
+        write(0x16, &queue.to_le_bytes());
+        write(0x18, &SIZE.to_le_bytes());
+        write(0x1a, &(queue + 1).to_le_bytes());
+        for (at, behind) in [(0x20, 0u64), (0x28, 0x400), (0x30, 0x800)] {
+            write(at, &((table(slot, u64::from(queue)) + behind) as u32).to_le_bytes());
+            write(at + 4, &[0; 4]);
+        }
+        write(0x1c, &[1, 0]);
+    }
+    write(0x14, &[0x0f]);
+}
+
+/// Reads and writes of any width at any port of the devices that have ports, as time goes by.
+pub fn ports(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let mut uart = Uart16550::new();
+    let mut rtc = Rtc::new(1_600_000_000, 1 << 30, 0);
+    let (mut i8042, mut port92, mut pm) = (I8042::new(), Port92::new(), AcpiPm::new());
+    let mut now = VmTime(0);
+    while !input.is_empty() {
+        let which = input.byte();
+        let device: &mut dyn Access = match which % 5 {
+            0 => &mut uart,
+            1 => &mut rtc,
+            2 => &mut i8042,
+            3 => &mut port92,
+            _ => &mut pm,
+        };
+        let offset = if which < 250 { u16::from(input.byte() % 16) } else { input.number() as u16 };
+        match input.byte() % 4 {
+            0 => device.get(offset, usize::from(input.byte() % 9), now),
+            1 => now = now.plus(input.odd_number().saturating_mul(1_000_000)),
+            _ => device.put(offset, input.bytes(1 + usize::from(which / 128)), now),
+        }
+        device.pass(now);
+        if which == 0 {
+            let room = uart.rx_room(now);
+            assert!(uart.receive(input.piece(), now) <= room);
+            let _ = uart.take_output();
+            uart.set_output_room(usize::from(input.byte()), now);
+        }
+    }
+}
+
+/// A device with ports, whatever its type.
+trait Access {
+    fn get(&mut self, offset: u16, len: usize, now: VmTime);
+    fn put(&mut self, offset: u16, data: &[u8], now: VmTime);
+    fn pass(&mut self, now: VmTime);
+}
+
+impl<D: PioDevice> Access for D {
+    fn get(&mut self, offset: u16, len: usize, now: VmTime) {
+        self.read(offset, &mut [0; 8][..len.min(8)], now);
+    }
+    fn put(&mut self, offset: u16, data: &[u8], now: VmTime) {
+        let _ = self.write(offset, data, now);
+    }
+    fn pass(&mut self, now: VmTime) {
+        self.tick(now);
+        assert!(self.deadline().is_none_or(|next| next > now), "a deadline stays due");
+    }
+}
