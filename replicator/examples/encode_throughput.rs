@@ -63,9 +63,12 @@ fn print(dir: &std::path::Path) -> Result<(), understudy_replicator::image::Imag
             );
             last = f;
         }
-        for (name, time, bytes) in
-            [("LZ4, whole pages", last.lz4, last.lz4_bytes), ("zstd -1, whole pages", last.zstd, last.zstd_bytes)]
-        {
+        let yardsticks = [
+            ("LZ4, whole pages", last.lz4, last.lz4_bytes),
+            ("zstd -1, whole pages", last.zstd, last.zstd_bytes),
+            ("copied once", last.copy, last.dirty_bytes),
+        ];
+        for (name, time, bytes) in yardsticks {
             println!(
                 "{:<11} {:<22} {:>6.0} ({:>5.2}) {:>14} {:>8} {:>7.3}",
                 content.name(),

@@ -81,8 +81,9 @@ pub struct Shadow {
     free: Vec<u32>,
     capacity: u32,
     hand: u32,
-    /// By hash: a page that had this content when it was sent.
-    twins: Vec<u32>,
+    /// By hash: a page that had this content when it was sent, and another part of the hash, which spares the look at most pages
+    /// that had not.
+    twins: Vec<(u32, u32)>,
 }
 
 impl Shadow {
@@ -91,7 +92,7 @@ impl Shadow {
     /// A machine of 2^32 - 1 pages (16 TiB) or more gets no shadow: its pages travel whole.
     pub fn new(ram_pages: u64, copies: u64) -> Self {
         let pages = if ram_pages < u64::from(u32::MAX) { ram_pages as usize } else { 0 };
-        let twins = (pages / 2).next_power_of_two().clamp(1 << 8, 1 << 22);
+        let twins = (pages / 4).next_power_of_two().clamp(1 << 8, 1 << 21);
         Self {
             pages: vec![Entry { hash: [0; 2], place: 0, time: 0 }; pages],
             now: 0,
@@ -100,7 +101,7 @@ impl Shadow {
             free: Vec::new(),
             capacity: copies.min(pages as u64) as u32,
             hand: 0,
-            twins: vec![0; twins],
+            twins: vec![(0, 0); twins],
         }
     }
 
@@ -130,8 +131,8 @@ impl Shadow {
 
     /// Another page that the receiver has with content of this hash.
     pub fn twin(&self, hash: PageHash) -> Option<u64> {
-        let page = *self.twins.get(self.twin_slot(hash))?;
-        (self.pages.get(page as usize)?.hash() == hash).then_some(u64::from(page))
+        let (page, tag) = *self.twins.get(self.twin_slot(hash))?;
+        (tag == twin_tag(hash) && self.pages.get(page as usize)?.hash() == hash).then_some(u64::from(page))
     }
 
     /// Page `index` is sent with this content. `useful`: it has no copy, or that has made it shorter.
@@ -142,7 +143,7 @@ impl Shadow {
         // (One hash in 2^127 is taken for another; the digest would show it.)
         entry.set_hash(hash.max(ZERO + 1));
         let slot = self.twin_slot(hash);
-        self.twins[slot] = index as u32;
+        self.twins[slot] = (index as u32, twin_tag(hash));
         let last = self.tick(at);
         if let Some(place) = self.place(index) {
             let copy = &mut self.copies[place as usize];
@@ -190,7 +191,7 @@ impl Shadow {
     /// Memory that is or may be in use, without the copies' unused budget.
     pub fn bytes(&self) -> u64 {
         let tables =
-            self.pages.len() * size_of::<Entry>() + self.twins.len() * 4 + self.copies.len() * size_of::<Copy>();
+            self.pages.len() * size_of::<Entry>() + self.twins.len() * 8 + self.copies.len() * size_of::<Copy>();
         (tables + self.memory.len() * CHUNK as usize * PAGE) as u64
     }
 
@@ -250,6 +251,10 @@ impl Shadow {
         }
         None
     }
+}
+
+fn twin_tag(hash: PageHash) -> u32 {
+    (hash >> 64) as u32
 }
 
 #[cfg(test)]
