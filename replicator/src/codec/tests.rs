@@ -197,6 +197,22 @@ fn another_seed_within_an_epoch_is_refused() {
     receiver.take(&batch(2)).unwrap();
 }
 
+#[test]
+fn after_the_receiver_has_forgotten_pages_travel_whole_and_arrive() {
+    let (mut writer, mut receiver) = (writer(8, &config(100, Compression::Always(Method::Plain))), Receiver::new(8));
+    push_all(&mut writer, &[(1, noise(1)), (2, [0; PAGE])]);
+    // (This batch is lost.)
+    writer.forget_receiver();
+    let mut digest = EpochDigest::default();
+    for (index, page) in [(1, noise(1)), (2, [0; PAGE]), (3, noise(1))] {
+        writer.push(index, &page, &mut digest);
+    }
+    writer.seal();
+    receiver.take(writer.bytes()).unwrap();
+    assert_eq!(digest.finish(), receiver.commit());
+    assert!(receiver.ram[1..4] == [noise(1), [0; PAGE], noise(1)]);
+}
+
 /// What a guest may do to a page.
 #[derive(Debug, Clone)]
 enum Write {
