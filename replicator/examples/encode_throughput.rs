@@ -1,6 +1,6 @@
 //! Prints how fast pages are encoded, decoded and applied, and what is left of them on the wire:
-//! `cargo run --release -p understudy-replicator --example encode_throughput [-- DIR]`. DIR is where the stage and a RAM file are
-//! made; it should be on a tmpfs (default: /dev/shm).
+//! `cargo run --release -p understudy-replicator --example encode_throughput [-- DIR [CONTENT]]`. DIR is where the stage and a
+//! RAM file are made; it should be on a tmpfs (default: /dev/shm). CONTENT is one of text, database, zero-heavy, random.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,7 +16,8 @@ fn main() -> ExitCode {
         eprintln!("cannot create {}: {e}", dir.display());
         return ExitCode::FAILURE;
     }
-    let printed = print(&dir);
+    let only = std::env::args().nth(2);
+    let printed = print(&dir, only.as_deref());
     let removed = std::fs::remove_dir_all(&dir);
     match (printed, removed) {
         (Ok(()), Ok(())) => ExitCode::SUCCESS,
@@ -31,13 +32,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn print(dir: &std::path::Path) -> Result<(), understudy_replicator::image::ImageError> {
+fn print(dir: &std::path::Path, only: Option<&str>) -> Result<(), understudy_replicator::image::ImageError> {
     println!("256 MiB guest, 4096 dirty pages an epoch, 40 epochs; ns per dirty page, GB of dirty pages per second");
     println!(
         "{:<11} {:<22} {:>14} {:>14} {:>8} {:>7}",
         "content", "encoding", "encode", "decode, stage", "apply", "wire"
     );
-    for content in Content::ALL {
+    for content in Content::ALL.into_iter().filter(|content| only.is_none_or(|only| only == content.name())) {
         let plain = Compression::Always(Method::Plain);
         let variants = [
             ("shadow 25 %", ShadowBudget::Percent(25), plain),

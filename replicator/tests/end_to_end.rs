@@ -98,6 +98,24 @@ fn a_link_that_blinks_while_no_veto_can_be_had_goes_on_without_a_first_copy() {
 }
 
 #[test]
+fn a_standby_whose_memory_is_not_what_was_sent_refuses_the_epoch_and_gets_a_first_copy() {
+    let (pair, primary, _standby) = Pair::started(&Options::default());
+    pair.wait_protected();
+    pair.wait_epochs(5);
+    // Every page: sooner or later one is the base of another.
+    let ram = fs::File::options().write(true).open(pair.n2.layout.ram()).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&ram, &vec![0xEE; ram.metadata().unwrap().len() as usize], 0).unwrap();
+    let copies = || pair.n2.hook_calls().iter().filter(|call| call.ends_with("syncing")).count();
+    wait_until("a second first copy", || copies() == 2);
+    pair.wait_protected();
+    pair.wait_epochs(5);
+    let log = pair.n2.log();
+    assert!(log.contains("differs from what the primary captured"), "{log}");
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}
+
+#[test]
 fn half_an_epoch_is_discarded() {
     let (pair, primary, _standby) = Pair::started(&Options::default());
     pair.wait_protected();
