@@ -3,8 +3,8 @@
 //! Two files are worth it, because every replicated byte goes through them: the VMM's arena, which is read, and the stage, which
 //! is written. Both are in a tmpfs. RAM is not mapped: it belongs to the VMM, which may do with its length what it likes.
 //!
-//! A mapped page that its file no longer has ends the process by SIGBUS. Therefore a mapping is made only over room that the file
-//! has (for writing: that was allocated before), and nobody shortens these files while they are mapped: the arena's owner
+//! A mapped page that its file no longer has ends the process by SIGBUS. Therefore only room that the file
+//! has is touched (for writing: that was allocated before), and nobody shortens these files while they are mapped: the arena's owner
 //! keeps its length for its life, and a replicator that such a rare hand kills is started again and finds the image whole.
 #![allow(unsafe_code)]
 
@@ -37,7 +37,8 @@ impl ReadMap {
 pub struct WriteMap(MmapMut);
 
 impl WriteMap {
-    /// Map `len` bytes from `offset` (a multiple of the page size) of `file`, which has that room allocated.
+    /// Map `len` bytes from `offset` (a multiple of the page size) of `file`. It may have less: only what it has room for may be
+    /// touched, then or later.
     pub fn new(file: &File, offset: u64, len: usize) -> io::Result<Self> {
         // SAFETY: the file lies in the image directory, which only the replicator that holds the machine's lock opens; no two
         // maps of the stage overlap, and no other process or thread looks at it while it is mapped.

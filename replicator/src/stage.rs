@@ -30,6 +30,8 @@ const HEAD: usize = 16;
 const ENTRY: usize = 32;
 /// Slots in one mapping.
 const CHUNK: u32 = 1024;
+/// Slots for which room is taken at once: little, as what else is on the file system may need it.
+const STEP: u32 = 32;
 /// Room that was not needed in so many epochs is given back.
 const PATIENCE: u32 = 128;
 /// Pieces in one write; the kernel takes 1024.
@@ -62,6 +64,8 @@ pub struct Stage {
     /// For each page of RAM the number of its entry plus one.
     by_page: Vec<u32>,
     slots: u32,
+    /// Slots that the file has room for; the mappings reach beyond.
+    allocated: u32,
     limit: u64,
     /// The most slots since room was last given back, and the epochs since then.
     peak: u32,
@@ -87,6 +91,7 @@ impl Stage {
             entries: Vec::new(),
             by_page: Vec::new(),
             slots: 0,
+            allocated: 0,
             limit: u64::MAX,
             peak: 0,
             epochs: 0,
@@ -125,6 +130,7 @@ impl Stage {
                 self.chunks.truncate(keep as usize);
                 let len = u64::from(keep) * u64::from(CHUNK) * PAGE as u64;
                 self.file.set_len(len).map_err(|e| io_error("shorten", &self.path, e))?;
+                self.allocated = self.allocated.min(keep * CHUNK);
             }
             (self.peak, self.epochs) = (0, 0);
         }
@@ -135,6 +141,7 @@ impl Stage {
     pub fn release(&mut self) -> Result<(), ImageError> {
         self.forget();
         self.chunks.clear();
+        self.allocated = 0;
         self.by_page = Vec::new();
         (self.peak, self.epochs) = (0, 0);
         let emptied = self.file.set_len(0).and_then(|()| self.index.set_len(0));
@@ -207,10 +214,13 @@ impl Stage {
         if self.len() > self.limit {
             return Err(ImageError::StageFull { limit: self.limit });
         }
+        if slot >= self.allocated {
+            let (offset, len) = (u64::from(slot) * PAGE as u64, u64::from(STEP) * PAGE as u64);
+            self.allocate(offset, len).map_err(|e| io_error("write", &self.path, e))?;
+            self.allocated = slot + STEP;
+        }
         if (slot / CHUNK) as usize >= self.chunks.len() {
-            let (offset, len) = (u64::from(slot) * PAGE as u64, CHUNK as usize * PAGE);
-            self.allocate(offset, len as u64).map_err(|e| io_error("write", &self.path, e))?;
-            self.map(offset, len)?;
+            self.map(u64::from(slot) * PAGE as u64, CHUNK as usize * PAGE)?;
         }
         Ok(slot)
     }
@@ -227,7 +237,7 @@ impl Stage {
             Ok(()) => Ok(()),
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
                 // Slower: have every page written once.
-                let zeros = [0; 64 * PAGE];
+                let zeros = [0; STEP as usize * PAGE];
                 let mut at = offset;
                 while at < offset + len {
                     self.file.write_all_at(&zeros, at)?;
@@ -264,6 +274,7 @@ impl Stage {
     pub fn load(&mut self, pending: Pending, ram_pages: u64) -> Result<(), ImageError> {
         self.forget();
         self.chunks.clear();
+        self.allocated = 0;
         let unreadable = |e| io_error("read", &self.path, e);
         let damaged = |why: &str| ImageError::Stage { file: self.path.display().to_string(), why: why.to_owned() };
         let len = self.index.metadata().map_err(unreadable)?.len();
@@ -301,7 +312,7 @@ impl Stage {
         }
         let chunks = slots.div_ceil(u64::from(CHUNK));
         let chunk_len = CHUNK as usize * PAGE;
-        let room = chunks * chunk_len as u64;
+        let room = slots * PAGE as u64;
         if self.file.metadata().map_err(unreadable)?.len() < room {
             return Err(damaged("it is too short"));
         }
@@ -502,7 +513,7 @@ mod tests {
         stage.limit(3000 * 5000);
         (0..3000).for_each(|index| put(&mut stage, index, 1));
         let len = || std::fs::metadata(dir.path().join("stage")).unwrap().len();
-        assert_eq!(len(), 3 * u64::from(CHUNK) * PAGE as u64);
+        assert!((3000..3000 + u64::from(STEP)).contains(&(len() / PAGE as u64)), "{}", len());
         let full = (3000..PAGES).find_map(|index| stage.put(index, PAGES, &page(1), 0).err());
         assert!(matches!(full, Some(ImageError::StageFull { limit: 15_000_000 })), "{full:?}");
         for _ in 0..2 * PATIENCE {
