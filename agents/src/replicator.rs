@@ -74,6 +74,14 @@ pub static PEER_TIMEOUT_MS: Param<u64> = Param::integer("peer_timeout_ms", 100, 
 pub static STAGE_LIMIT: Param<u64> = Param::integer("stage_limit", 1, 1 << 20)
     .short("Largest checkpoint (MiB)")
     .long("Most MiB that one checkpoint may take on the standby while it arrives. Not set: chosen by the replicator.");
+/// How often the memories are compared.
+pub static VERIFY_EVERY: Param<u64> = Param::integer("verify_every", 0, 31_536_000)
+    .default("86400")
+    .short("Comparison of memories (s)")
+    .long(
+        "Seconds from one comparison of all of the machine's memory with the standby's to the next, while the machine runs; 0: only on \
+         request. A difference costs the standby's image, which is copied again.",
+    );
 /// Whose score.
 pub static VMM_RESOURCE: Param<String> = Param::text("vmm_resource").short("The vmm's primitive").long(
     "Name of the primitive of type ocf:understudy:vmm that runs the machine: its promotion scores are kept by this resource. Not \
@@ -117,6 +125,7 @@ fn declarations() -> Vec<&'static Declaration> {
         MAX_LAG_MS.declaration(),
         PEER_TIMEOUT_MS.declaration(),
         STAGE_LIMIT.declaration(),
+        VERIFY_EVERY.declaration(),
         VMM_RESOURCE.declaration(),
         HOOK.declaration(),
         RUN_ROOT.declaration(),
@@ -142,6 +151,7 @@ fn command_line(p: &Parameters, node: &str, own_hook: Option<String>) -> ocf::Re
     option("slow-link", p.get(&SLOW_LINK)?);
     option("max-lag-ms", p.get(&MAX_LAG_MS)?.to_string());
     option("peer-timeout-ms", p.get(&PEER_TIMEOUT_MS)?.to_string());
+    option("verify-every", p.get(&VERIFY_EVERY)?.to_string());
     option("run-root", p.get(&RUN_ROOT)?);
     option("shm-root", p.get(&SHM_ROOT)?);
     if let Some(mib) = p.find(&STAGE_LIMIT)? {

@@ -368,7 +368,10 @@ impl Driver {
             Action::Precopy(epoch) => {
                 self.begin_epoch(epoch, false);
                 Some(match self.call::<Captured>(&VmmRequest::Precopy { epoch }) {
-                    Ok(captured) => Event::Precopied(Captured { more: true, ..captured }),
+                    Ok(captured) => {
+                        self.stats.captured(&captured);
+                        Event::Precopied(Captured { more: true, ..captured })
+                    }
                     Err(event) => event,
                 })
             }

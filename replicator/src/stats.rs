@@ -137,6 +137,10 @@ impl Default for SenderStats {
 impl SenderStats {
     /// A cut is about to be asked for. The first one of a stream (`arm`) ends no epoch of normal length.
     pub fn cut(&mut self, epoch: Epoch, arm: bool, now: Instant) {
+        if self.last_cut.is_some_and(|(last, _)| last == epoch) {
+            // Made again: its time runs since the first.
+            return;
+        }
         if let (false, Some((_, last))) = (arm, self.last_cut) {
             self.epoch.time(now.duration_since(last));
         }
@@ -145,7 +149,7 @@ impl SenderStats {
         self.next = (self.next + 1) % FLIGHTS;
     }
 
-    /// The arena was filled with a piece of a checkpoint.
+    /// The arena was filled with a piece of a checkpoint, or with pages that go before it.
     pub fn captured(&mut self, captured: &Captured) {
         self.captured += captured.pages * PAGE as u64 + captured.state_len;
     }
@@ -278,6 +282,7 @@ mod tests {
         stats.cut(Epoch(1), true, at(0));
         stats.sent(Epoch(1), 5_100);
         stats.cut(Epoch(2), false, at(20));
+        stats.cut(Epoch(2), false, at(21));
         stats.sent(Epoch(2), 5_400);
         assert_eq!(stats.report(0, 0).in_flight, 2);
         stats.heard(&ack(1), at(30));
