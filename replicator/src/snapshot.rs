@@ -26,7 +26,7 @@ use crate::verify::PageSet;
 
 /// Pages in one read: short enough not to hog the memory's bandwidth for long.
 const SLICE: u64 = 256;
-/// When no more pages are left than this, the rest is copied with epochs waiting: some milliseconds.
+/// When no more pages than this were left in a round, the next is the last, with epochs waiting.
 const FEW: u64 = 2048;
 /// More rounds would only copy the same pages again.
 const ROUNDS: u32 = 8;

@@ -30,8 +30,8 @@ use std::time::{Duration, Instant};
 use understudy_protocol::ids::Epoch;
 use understudy_protocol::statistics::VerifyStatus;
 
-/// Pages in one check: 2 MiB. Comparing them holds up the acknowledgement of the following epoch by about a millisecond, and with 40
-/// epochs a second a check in each goes through 80 MiB of RAM a second.
+/// Pages in one check: 2 MiB. Reading and hashing them on the standby holds up the acknowledgement of the following epoch, so it must
+/// not be much; there is a check in each epoch at the most, so it must not be little.
 pub const CHUNK: u64 = 512;
 /// A check of more pages is malformed.
 pub const MOST_PAGES: u64 = 4096;
