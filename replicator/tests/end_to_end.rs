@@ -734,3 +734,23 @@ fn there_is_nothing_to_copy_before_the_first_checkpoint() {
     let why = pair.n2.call::<CopiedImage>(&ReplicatorRequest::CopyImage { dir }).unwrap_err();
     assert!(why.contains("no whole image"), "{why}");
 }
+
+#[test]
+fn a_comparison_that_broken_links_interrupt_goes_on_and_gives_no_false_alarm() {
+    let load = Load { ram_pages: 3000, burst: 30, snapshots: false, ..Load::default() };
+    let (pair, _primary, _standby) = Pair::started(&Options { load, ..Options::default() });
+    pair.wait_protected();
+    pair.n1.refuse_vetoes(true);
+    for round in 0..6 {
+        pair.n1.call::<VerifyStarted>(&ReplicatorRequest::Verify).unwrap();
+        // In the middle of an epoch, before or behind its check, with others in flight.
+        pair.link.break_after(20_000 + 35_000 * round);
+        wait_until("it broke", || pair.n1.status().losses > round);
+        pair.link.heal();
+        pair.wait_protected();
+        wait_until("the comparison ends", || !pair.n1.status().verify.running);
+    }
+    let (sent, received) = (pair.n1.status().verify, pair.n2.status().verify);
+    assert_eq!((sent.failures, received.failures), (0, 0), "{sent:?}");
+    assert!(sent.passes >= 6, "{sent:?}");
+}
