@@ -7,10 +7,11 @@ use anyhow::{Result, ensure};
 use super::contents::Content;
 use super::guest::{Guest, Work, Write};
 use super::pair::{Pair, Setup, replicator_has};
-use super::pauses::RAM_MIB;
 use super::rows::Report;
 use super::{limits, qemu};
 
+/// RAM of the machines here.
+const RAM_MIB: u64 = 512;
 const GIB: f64 = (1u64 << 30) as f64;
 const MIB: f64 = (1u64 << 20) as f64;
 
@@ -112,7 +113,9 @@ pub fn wire(report: &mut Report, time: Duration, code: &[u8], say: &dyn Fn(&str)
         let share = (after.wire_bytes - before.wire_bytes) as f64 / raw;
         let pages = guest.sample(&work, 2048)?;
         let name = format!("wire/{}", content.name());
-        report.beside(name.clone(), share, "B per B", "LZ4 on whole pages", limits::lz4_share(&pages));
+        let compression = after.statistics.encoding.compression.clone();
+        let row = report.beside(name.clone(), share, "B per B", "LZ4 on whole pages", limits::lz4_share(&pages));
+        row.note = Some(format!("compression: {compression}"));
         report.beside(
             format!("{name}/zstd"),
             share,

@@ -337,7 +337,9 @@ impl Pair {
     /// Begin replication and wait for the end of the first copy.
     pub fn protect(&self) -> Result<()> {
         self.a.ask_replicator::<()>(&ReplicatorRequest::Promote)?;
-        wait_for("the first copy", BOUND * 2, || {
+        // A busy host that encrypts copies some tens of MiB a second.
+        let bound = BOUND * 2 + Duration::from_secs(self.setup.memory_mib / 32);
+        wait_for("the first copy", bound, || {
             let s = self.a.replicator()?;
             Ok((s.role == Role::Sender && s.protected).then_some(()))
         })

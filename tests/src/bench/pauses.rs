@@ -5,17 +5,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::guest::{Locality, Work};
+use super::guest::{Counters, Guest, Locality, Work};
 use super::pair::{BOUND, Pair, Setup, Side};
 use super::qemu::{Colo, Transport};
 use super::rows::{Report, number, percentile};
 use super::{limits, qemu};
 use crate::lab::wait_for;
 
-/// RAM of the machine: room for 50,000 pages twice.
-pub const RAM_MIB: u64 = 512;
-/// By their names in `SetCapture`.
-pub const STRATEGIES: [&str; 4] = ["stop", "lock", "validate", "auto"];
+/// RAM of the machine: 50,000 pages are a fifth of it, and fit into the capture arena of a machine of this size.
+const RAM_MIB: u64 = 1024;
+/// By their names in `SetCapture`; the default first, should the time run out.
+pub const STRATEGIES: [&str; 4] = ["auto", "stop", "lock", "validate"];
+
+/// Rows of COLO without TCP's timers, see [`Transport::Unix`].
+pub const COLO_AT_BEST: &str = "pause/COLO-over-a-unix-socket";
 
 /// What to measure, and for how long.
 #[derive(Debug, Clone)]
@@ -66,71 +69,88 @@ pub fn measure(report: &mut Report, plan: &Plan, code: &[u8], say: &dyn Fn(&str)
         say(&format!("COLO could not be measured: {e:#}"));
     }
     let (colo, best) = (colo.unwrap_or_default(), best.unwrap_or_default());
+    for ((i, pages), case) in plan.pages.iter().enumerate().zip(&best) {
+        rows(report, &format!("{COLO_AT_BEST}/{pages}"), case, &peer, colo.get(i));
+    }
 
-    let pair = Pair::start(&Setup::new(RAM_MIB), code)?;
-    let guest = pair.guest()?;
     let mut alone = Vec::new();
-    for pages in &plan.pages {
-        say(&format!("{pages} pages unprotected"));
-        guest.order(&Work::hot(*pages))?;
-        std::thread::sleep(Duration::from_millis(500));
-        let (did, ..) = guest.watch(|| nap(plan.each / 4))?;
-        alone.push(did);
+    {
+        let pair = Pair::start(&Setup::new(RAM_MIB), code)?;
+        let guest = pair.guest()?;
+        for pages in &plan.pages {
+            say(&format!("{pages} pages unprotected"));
+            guest.order(&Work::hot(*pages))?;
+            std::thread::sleep(Duration::from_millis(500));
+            let (did, ..) = guest.watch(|| nap(plan.each / 4))?;
+            alone.push(did);
+        }
     }
-    // The first copy of a guest that dirties more than the link carries would take long.
-    guest.order(&Work::hot(0))?;
-    pair.protect()?;
     for strategy in STRATEGIES {
-        let chosen = pair.choose(strategy);
-        if !chosen && strategy != "stop" {
-            say(&format!("this release has no capture strategy {strategy}"));
-            continue;
-        }
-        for ((i, pages), alone) in plan.pages.iter().enumerate().zip(&alone) {
-            for locality in [Locality::Hot, Locality::Cold] {
-                // Where the pages are matters to a strategy that tells them apart; one number of pages shows by how much.
-                if locality == Locality::Cold && (*pages != 4096 || !plan.cold) {
-                    continue;
-                }
-                if begun.elapsed() > plan.bound {
-                    say(&format!("{strategy}, {pages} pages: left out, the time is up"));
-                    continue;
-                }
-                // What the last case left behind is not this one's.
-                guest.order(&Work::hot(0))?;
-                recovered(&pair)?;
-                say(&format!("{strategy}, {pages} pages, {locality:?}"));
-                let mut case = Case::default();
-                guest.order(&Work { locality, ..Work::hot(*pages) })?;
-                std::thread::sleep(Duration::from_secs(1));
-                let (did, longest, taken) = guest.watch(|| collect(&pair.a, plan.each))?;
-                case.pauses = taken.pauses;
-                case.pauses.sort_by(f64::total_cmp);
-                if case.pauses.is_empty() {
-                    say("  not one checkpoint in this time");
-                    continue;
-                }
-                case.runs = 1.0 - taken.stood_still_s / did.seconds;
-                case.progress = did.progress_per_s() / alone.progress_per_s().max(1.0);
-                case.seen = 1.0 - did.gaps / did.seconds / 2.0;
-                case.longest_us = longest.as_secs_f64() * 1e6;
-                case.wrote = did.pages_per_period();
-                case.captured = Some(taken.pages);
-                let name = match locality {
-                    Locality::Hot => format!("pause/{strategy}/{pages}"),
-                    Locality::Cold => format!("pause/{strategy}/{pages}-cold"),
-                };
-                rows(report, &name, &case, &peer, colo.get(i));
-                let limit = limits::copy_us(taken.pages as usize);
-                report.beside(format!("{name}/p50-over-copy"), case.at(0.5), "µs", "memcpy of as many pages", limit);
+        // A machine for each: whatever one strategy leaves behind is not the next one's.
+        let done = Pair::start(&Setup::new(RAM_MIB), code).and_then(|pair| {
+            if !pair.choose(strategy) && strategy != "stop" {
+                say(&format!("this release has no capture strategy {strategy}"));
+                return Ok(());
             }
+            let guest = pair.guest()?;
+            pair.protect()?;
+            for ((i, pages), alone) in plan.pages.iter().enumerate().zip(&alone) {
+                for locality in [Locality::Hot, Locality::Cold] {
+                    // Where the pages are matters to a strategy that tells them apart; one number of pages shows by how much.
+                    if locality == Locality::Cold && (*pages != 4096 || !plan.cold) {
+                        continue;
+                    }
+                    if begun.elapsed() > plan.bound {
+                        say(&format!("{strategy}, {pages} pages: left out, the time is up"));
+                        continue;
+                    }
+                    guest.order(&Work::hot(0))?;
+                    recovered(&pair)?;
+                    say(&format!("{strategy}, {pages} pages, {locality:?}"));
+                    let work = Work { locality, ..Work::hot(*pages) };
+                    let Some(case) = case(&pair, &guest, &work, alone, plan.each)? else {
+                        say("  not one checkpoint in this time");
+                        continue;
+                    };
+                    let cold = if locality == Locality::Cold { "-cold" } else { "" };
+                    let name = format!("pause/{strategy}/{pages}{cold}");
+                    rows(report, &name, &case, &peer, colo.get(i));
+                    let limit = limits::copy_us(case.captured.unwrap_or(0.0) as usize);
+                    report.beside(
+                        format!("{name}/p50-over-copy"),
+                        case.at(0.5),
+                        "µs",
+                        "memcpy of as many pages",
+                        limit,
+                    );
+                }
+            }
+            Ok(())
+        });
+        if let Err(e) = done {
+            say(&format!("FAILED: {strategy}: {e:#}"));
+            report.alone(format!("pause/{strategy}/failed"), 1.0, "").note = Some(format!("{e:#}"));
         }
-    }
-    for (case, pages) in best.iter().zip(&plan.pages) {
-        let name = format!("pause/COLO-over-a-unix-socket/{pages}");
-        rows(report, &name, case, &peer, colo.iter().zip(&plan.pages).find(|(_, p)| *p == pages).map(|(c, _)| c));
     }
     Ok(())
+}
+
+/// One number of pages under the strategy that was chosen; `None` if no checkpoint was made in this time.
+fn case(pair: &Pair, guest: &Guest, work: &Work, alone: &Counters, time: Duration) -> Result<Option<Case>> {
+    guest.order(work)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let (did, longest, taken) = guest.watch(|| collect(&pair.a, time))?;
+    let mut pauses = taken.pauses;
+    pauses.sort_by(f64::total_cmp);
+    Ok((!pauses.is_empty()).then(|| Case {
+        pauses,
+        runs: 1.0 - taken.stood_still_s / did.seconds,
+        progress: did.progress_per_s() / alone.progress_per_s().max(1.0),
+        seen: (1.0 - did.gaps / did.seconds / f64::from(pair.vcpus())).max(0.0),
+        longest_us: longest.as_secs_f64() * 1e6,
+        wrote: did.pages_per_period(),
+        captured: Some(taken.pages),
+    }))
 }
 
 fn rows(report: &mut Report, name: &str, case: &Case, peer: &str, its: Option<&Case>) {
@@ -161,6 +181,7 @@ pub fn table(report: &Report) -> String {
         if let Some(("pause", rest)) = row.name.split_once('/')
             && let Some((case, _)) = rest.rsplit_once('/')
             && let Some(case) = case.split_once('/')
+            && !row.name.ends_with("/failed")
             && !cases.contains(&case)
         {
             cases.push(case);
@@ -317,7 +338,7 @@ fn colo(plan: &Plan, code: &[u8], transport: Transport, say: &dyn Fn(&str)) -> R
         cases.push(Case {
             runs: 1.0 - pauses.iter().sum::<f64>() / 1e6 / did.seconds,
             progress: did.progress_per_s() / alone.progress_per_s().max(1.0),
-            seen: 1.0 - did.gaps / did.seconds,
+            seen: (1.0 - did.gaps / did.seconds).max(0.0),
             longest_us: longest.as_secs_f64() * 1e6,
             wrote: did.pages_per_period(),
             captured: None,

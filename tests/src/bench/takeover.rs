@@ -18,11 +18,22 @@ use super::rows::Report;
 /// Below this, RAM holds the guest's program and its orders.
 const FILL_FROM_MIB: u64 = 8;
 /// What the rest of the machine needs beside two guests, MiB.
-const BESIDE_MIB: u64 = 2048;
+const BESIDE_MIB: u64 = 3072;
 
-/// For each RAM size in MiB, `runs` times.
-pub fn measure(report: &mut Report, sizes: &[(u64, usize)], code: &[u8], say: &dyn Fn(&str)) -> Result<()> {
+/// For each RAM size in MiB, `runs` times; sizes whose turn comes after `bound` are left out.
+pub fn measure(
+    report: &mut Report,
+    sizes: &[(u64, usize)],
+    bound: Duration,
+    code: &[u8],
+    say: &dyn Fn(&str),
+) -> Result<()> {
+    let begun = Instant::now();
     for (mib, runs) in sizes {
+        if begun.elapsed() > bound {
+            say(&format!("takeover of {mib} MiB: left out, the time is up"));
+            continue;
+        }
         let available = available_mib()?;
         if 2 * mib + BESIDE_MIB > available {
             say(&format!(
@@ -34,6 +45,7 @@ pub fn measure(report: &mut Report, sizes: &[(u64, usize)], code: &[u8], say: &d
         for run in 1..=*runs {
             say(&format!("takeover of {mib} MiB, run {run} of {runs}"));
             let one = take_over(*mib, code)?;
+            say(&format!("  {:.1} ms; the first copy took {:.1} s", one.total_ms, one.first_copy_s));
             totals.push(one.total_ms);
             images.push(one.image_ms);
             rates.push(*mib as f64 / one.first_copy_s);
