@@ -23,7 +23,10 @@ pub fn idle(report: &mut Report, time: Duration, say: &dyn Fn(&str)) -> Result<(
         let pair = match Pair::start(&setup, &[]) {
             Ok(pair) => pair,
             Err(e) if interval_ms == 0 => {
-                say(&format!("this release has no interval of 0 ms: {e:#}"));
+                say(&format!(
+                    "this release has no interval of 0 ms: {}",
+                    e.to_string().lines().next().unwrap_or_default()
+                ));
                 continue;
             }
             Err(e) => return Err(e),

@@ -69,8 +69,11 @@ pub fn measure(report: &mut Report, plan: &Plan, code: &[u8], say: &dyn Fn(&str)
         say(&format!("COLO could not be measured: {e:#}"));
     }
     let (colo, best) = (colo.unwrap_or_default(), best.unwrap_or_default());
+    let colo = |i: usize| colo.get(i).and_then(Option::as_ref);
     for ((i, pages), case) in plan.pages.iter().enumerate().zip(&best) {
-        rows(report, &format!("{COLO_AT_BEST}/{pages}"), case, &peer, colo.get(i));
+        if let Some(case) = case {
+            rows(report, &format!("{COLO_AT_BEST}/{pages}"), case, &peer, colo(i));
+        }
     }
 
     let mut alone = Vec::new();
@@ -86,6 +89,10 @@ pub fn measure(report: &mut Report, plan: &Plan, code: &[u8], say: &dyn Fn(&str)
         }
     }
     for strategy in STRATEGIES {
+        if begun.elapsed() > plan.bound {
+            say(&format!("{strategy}: left out, the time is up"));
+            continue;
+        }
         // A machine for each: whatever one strategy leaves behind is not the next one's.
         let done = Pair::start(&Setup::new(RAM_MIB), code).and_then(|pair| {
             if !pair.choose(strategy) && strategy != "stop" {
@@ -114,7 +121,7 @@ pub fn measure(report: &mut Report, plan: &Plan, code: &[u8], say: &dyn Fn(&str)
                     };
                     let cold = if locality == Locality::Cold { "-cold" } else { "" };
                     let name = format!("pause/{strategy}/{pages}{cold}");
-                    rows(report, &name, &case, &peer, colo.get(i));
+                    rows(report, &name, &case, &peer, colo(i));
                     let limit = limits::copy_us(case.captured.unwrap_or(0.0) as usize);
                     report.beside(
                         format!("{name}/p50-over-copy"),
@@ -314,7 +321,7 @@ impl Cuts {
     }
 }
 
-fn colo(plan: &Plan, code: &[u8], transport: Transport, say: &dyn Fn(&str)) -> Result<Vec<Case>> {
+fn colo(plan: &Plan, code: &[u8], transport: Transport, say: &dyn Fn(&str)) -> Result<Vec<Option<Case>>> {
     say(&format!("QEMU's COLO over {}", transport.name()));
     let mut colo = Colo::start(RAM_MIB, code, transport)?;
     let mut alone = Vec::new();
@@ -335,7 +342,12 @@ fn colo(plan: &Plan, code: &[u8], transport: Transport, say: &dyn Fn(&str)) -> R
         let (did, longest, ()) = colo.guest().watch(|| nap(plan.colo_each))?;
         let mut pauses = colo.pauses()?;
         pauses.sort_by(f64::total_cmp);
-        cases.push(Case {
+        if pauses.is_empty() {
+            say("  not one checkpoint in this time");
+            cases.push(None);
+            continue;
+        }
+        let case = Case {
             runs: 1.0 - pauses.iter().sum::<f64>() / 1e6 / did.seconds,
             progress: did.progress_per_s() / alone.progress_per_s().max(1.0),
             seen: (1.0 - did.gaps / did.seconds).max(0.0),
@@ -343,9 +355,9 @@ fn colo(plan: &Plan, code: &[u8], transport: Transport, say: &dyn Fn(&str)) -> R
             wrote: did.pages_per_period(),
             captured: None,
             pauses,
-        });
-        let (p50, runs) = (percentile(&cases[cases.len() - 1].pauses, 0.5), cases[cases.len() - 1].runs);
-        say(&format!("  p50 {} µs, runs {}", number(p50), number(runs)));
+        };
+        say(&format!("  p50 {} µs, runs {}", number(case.at(0.5)), number(case.runs)));
+        cases.push(Some(case));
     }
     Ok(cases)
 }

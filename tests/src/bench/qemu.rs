@@ -228,7 +228,14 @@ impl Colo {
                 Some("failed" | "cancelled") => Ok(Some(Err(anyhow::anyhow!("COLO does not start: {migration}")))),
                 _ => Ok(None),
             }
-        })?
+        })??;
+        // The state is called so while the guest still stands still for the first checkpoint, on a busy host for seconds.
+        monitor.pauses()?;
+        let mut seen = 0;
+        wait_for("COLO's first checkpoints", BOUND, || {
+            seen += monitor.pauses()?.len();
+            Ok((seen >= 3).then_some(()))
+        })
     }
 
     /// Its guest.
