@@ -166,6 +166,9 @@ fn add_text(open: &mut [Element], text: &str) {
 
 fn element(start: &BytesStart) -> Result<Element, XmlError> {
     let mut element = Element::new(&String::from_utf8_lossy(start.name().as_ref()));
+    if element.name.is_empty() {
+        return Err(XmlError("unreadable XML: an element without a name".into()));
+    }
     for attribute in start.attributes() {
         let attribute = attribute.map_err(|e| XmlError(format!("unreadable XML: {e}")))?;
         let value = attribute.unescape_value().map_err(|e| XmlError(format!("unreadable XML: {e}")))?;
@@ -207,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_document_that_ends_early_is_an_error() {
-        for text in ["", "<a>", "<a><b></a>", "<?xml version=\"1.0\"?>", "text"] {
+        for text in ["", "< a=''/>", "<a>", "<a><b></a>", "<?xml version=\"1.0\"?>", "text"] {
             assert!(Element::parse(text).is_err(), "{text}");
         }
         assert!(Element::parse(&"<a>".repeat(100_000)).is_err());

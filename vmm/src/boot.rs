@@ -116,10 +116,6 @@ impl Header<'_> {
     }
 }
 
-fn align_up(x: u64, to: u64) -> u64 {
-    x.div_ceil(to.max(1)) * to.max(1)
-}
-
 impl LinuxBoot {
     /// Open and check the files.
     pub fn open(kernel: &Path, initrd: Option<&Path>, cmdline: &str) -> Result<Self> {
@@ -148,8 +144,11 @@ impl LinuxBoot {
         let low_end = ram.low_end();
         let preferred = h.u64(0x258)?;
         let start = if h.u8(0x234)? != 0 { KERNEL_DEFAULT.max(preferred) } else { preferred };
-        let start = align_up(start, h.u32(0x230)?);
-        let kernel_end = start + (self.kernel.len - payload).max(h.u32(0x260)?);
+        let needs = (self.kernel.len - payload).max(h.u32(0x260)?);
+        let place = start.checked_next_multiple_of(h.u32(0x230)?.max(1)).and_then(|s| Some((s, s.checked_add(needs)?)));
+        let Some((start, kernel_end)) = place else {
+            bail!("the kernel {} asks for an address that no memory has ({preferred:#x})", self.kernel.name)
+        };
         let initrd_max = low_end.min(h.u32(0x22c)? + 1);
         let initrd_at = initrd_max.saturating_sub(initrd_len) & !0xfff;
         if kernel_end > low_end || (initrd_len > 0 && initrd_at < kernel_end) {
