@@ -20,7 +20,7 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
-use understudy_protocol::board::{Direction, Event, Ownership, Saved};
+use understudy_protocol::board::{Direction, Event, MAX_OFFSET, Ownership, Saved};
 use understudy_protocol::ids::Generation;
 
 /// Most bytes given to the line in one write: what may be uncertain after a crash.
@@ -348,7 +348,9 @@ impl Record {
             in_base: number(64),
             in_end: number(72),
         };
-        if ownership.in_end < ownership.in_base {
+        // No stream ever comes so far, and a sum with one that has would not fit.
+        let counters = [number(24), ownership.applied, number(56), ownership.in_base, ownership.in_end];
+        if ownership.in_end < ownership.in_base || counters.iter().any(|n| *n > MAX_OFFSET) {
             return None;
         }
         Some(Self {

@@ -218,7 +218,7 @@ pub fn ports(bytes: &[u8]) {
         let offset = if which < 250 { u16::from(input.byte() % 16) } else { input.number() as u16 };
         match input.byte() % 4 {
             0 => device.get(offset, usize::from(input.byte() % 9), now),
-            1 => now = now.plus(input.odd_number().saturating_mul(1_000_000)),
+            1 => now = now.plus(input.odd_number().saturating_mul(1_000_000) % WAIT),
             _ => device.put(offset, input.bytes(1 + usize::from(which / 128)), now),
         }
         device.pass(now);
@@ -230,6 +230,9 @@ pub fn ports(bytes: &[u8]) {
         }
     }
 }
+
+/// Longest wait, ns: two weeks. (At the end of time, in 584 years, nothing is later than now.)
+const WAIT: u64 = 1 << 50;
 
 /// A device with ports, whatever its type.
 trait Access {
