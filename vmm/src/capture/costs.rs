@@ -101,7 +101,8 @@ impl Costs {
         // Collided pages are copied in a second standstill.
         let again = if self.collisions < 0.05 { 0.0 } else { self.kick + self.state };
         let validate = self.kick / 2.0 + self.collisions.min(1.0) * again + self.collisions * self.copy;
-        let lock = n * self.lock + self.collisions * self.lock_fault;
+        // A locked page is taken out of the guest's mapping: touching it again costs a fault, copied or not.
+        let lock = n * (self.lock + self.fault) + self.collisions * self.lock_fault;
         let expected = [stop, lock, validate];
         let (way, demanded) = match strategy {
             Strategy::Stop => (Way::Stop, true),
@@ -152,7 +153,7 @@ mod tests {
     fn many_collisions_make_stopping_better_and_cheap_locks_are_taken() {
         let costs = Costs { collisions: 3000.0, ..Costs::default() };
         assert_eq!(costs.choose(Strategy::Auto, 3000, 2).way, Way::Stop);
-        let costs = Costs { collisions: 20.0, lock: 1.0, lock_fault: 1000.0, ..Costs::default() };
+        let costs = Costs { collisions: 20.0, lock: 1.0, fault: 10.0, lock_fault: 1000.0, ..Costs::default() };
         assert_eq!(costs.choose(Strategy::Auto, 3000, 2).way, Way::Lock);
     }
 
