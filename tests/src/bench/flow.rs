@@ -6,9 +6,10 @@ use anyhow::{Result, ensure};
 
 use super::contents::Content;
 use super::guest::{Guest, Work, Write};
-use super::pair::{Pair, Setup, replicator_has};
+use super::pair::{BOUND, Pair, Setup, replicator_has};
 use super::rows::Report;
 use super::{limits, qemu};
+use crate::lab::wait_for;
 
 /// RAM of the machines here.
 const RAM_MIB: u64 = 512;
@@ -110,9 +111,12 @@ pub fn wire(report: &mut Report, time: Duration, code: &[u8], say: &dyn Fn(&str)
         std::thread::sleep(Duration::from_secs(1));
         let before = pair.a.replicator()?;
         std::thread::sleep(time);
-        let after = pair.a.replicator()?;
+        // On a busy host a checkpoint can take longer than that.
+        let after = wait_for("checkpoints", BOUND, || {
+            let now = pair.a.replicator()?;
+            Ok((now.raw_bytes > before.raw_bytes && now.epochs >= before.epochs + 3).then_some(now))
+        })?;
         let raw = (after.raw_bytes - before.raw_bytes) as f64;
-        ensure!(raw > 0.0, "nothing was replicated");
         let share = (after.wire_bytes - before.wire_bytes) as f64 / raw;
         let pages = guest.sample(&work, 2048)?;
         let name = format!("wire/{}", content.name());
