@@ -8,6 +8,7 @@
 //! | [`frame`]   | the same, inside | records with type, epoch, generation and CRC-32 |
 //! | [`board`]   | vmm ↔ board service | those records: sessions of a line of bytes |
 //! | [`statistics`] | replicator → people and monitoring | a part of its status |
+//! | [`urgent`]  | nobody | threads of all of them that must not wait for a processor |
 //! | [`ids`]     | everybody | types that keep an epoch from being taken for a generation |
 //!
 //! Nothing here knows Pacemaker, KVM or a device: it is the one crate that both sides of every boundary depend on.
@@ -20,3 +21,4 @@ pub mod key;
 pub mod layout;
 pub mod secure;
 pub mod statistics;
+pub mod urgent;

@@ -28,6 +28,7 @@ use understudy_protocol::layout::Layout;
 use understudy_protocol::secure::{SecureStream, SecureWriter};
 use understudy_protocol::statistics::Encoding;
 use understudy_protocol::statistics::VerifyStatus;
+use understudy_protocol::urgent;
 
 use self::pages::Pages;
 use crate::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE};
@@ -172,7 +173,11 @@ impl SenderHandle {
             logged: Vec::new(),
             config,
         };
-        let thread = thread::spawn(move || driver.run());
+        let thread = thread::spawn(move || {
+            // Its helpers inherit it.
+            urgent::this_thread();
+            driver.run();
+        });
         Self { inputs, view, stop, vmm, peer, thread: Some(thread) }
     }
 

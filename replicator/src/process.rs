@@ -172,7 +172,11 @@ impl Replicator {
         shared.standby().set_reporter(reporter);
 
         let for_peers = shared.clone();
-        thread::spawn(move || for_peers.accept_peers(&listener));
+        thread::spawn(move || {
+            // What it receives is what outputs wait for.
+            understudy_protocol::urgent::this_thread();
+            for_peers.accept_peers(&listener);
+        });
         let for_control = shared.clone();
         thread::spawn(move || for_control.accept_control(&control));
         let for_watch = shared.clone();

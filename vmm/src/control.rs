@@ -42,6 +42,8 @@ pub fn serve(socket: PathBuf, machine: Arc<Machine>, arena: SharedArena) -> Resu
                 let (machine, arena, open) = (machine.clone(), arena.clone(), open.clone());
                 let spawned =
                     std::thread::Builder::new().name("client".into()).stack_size(512 * 1024).spawn(move || {
+                        // It may come to stop the guest, or be waited for by whoever lets outputs go.
+                        understudy_protocol::urgent::this_thread();
                         Connection { machine, arena, session: None }.serve(stream);
                         open.fetch_sub(1, Ordering::Relaxed);
                     });

@@ -64,6 +64,10 @@ struct Shared {
     start: Instant,
     napping: Mutex<()>,
     nap_over: Condvar,
+    /// Somebody waits for vCPUs to leave `KVM_RUN`.
+    touching: AtomicBool,
+    left: Mutex<()>,
+    has_left: Condvar,
 }
 
 impl Shared {
@@ -127,6 +131,9 @@ impl Vcpus {
             start: Instant::now(),
             napping: Mutex::new(()),
             nap_over: Condvar::new(),
+            touching: AtomicBool::new(false),
+            left: Mutex::new(()),
+            has_left: Condvar::new(),
         });
         let mut handles = Vec::new();
         for (id, mut fd) in fds.into_iter().enumerate() {
@@ -203,23 +210,26 @@ impl Vcpus {
     /// included.
     pub fn touch(&self) {
         const AGAIN: Duration = Duration::from_millis(20);
-        let inside: Vec<_> = self
-            .handles
-            .iter()
-            .map(|h| (h, h.entries.load(Ordering::SeqCst)))
-            .filter(|(_, entries)| entries % 2 == 1)
-            .inspect(|(h, _)| h.kick.kick())
-            .collect();
-        for (handle, entries) in inside {
-            let mut kicked = Instant::now();
-            while handle.entries.load(Ordering::SeqCst) == entries {
-                std::thread::yield_now();
-                if kicked.elapsed() > AGAIN {
-                    handle.kick.kick();
-                    kicked = Instant::now();
-                }
+        // In this order: whoever leaves after its count was read sees the flag.
+        self.shared.touching.store(true, Ordering::SeqCst);
+        let inside: Vec<_> = self.handles.iter().map(|h| (h, h.entries.load(Ordering::SeqCst))).collect();
+        let mut inside: Vec<_> = inside.into_iter().filter(|(_, entries)| entries % 2 == 1).collect();
+        inside.iter().for_each(|(handle, _)| handle.kick.kick());
+        // (Not a loop that spins: it may run before the vCPUs' threads, on their processor.)
+        let mut left = self.shared.left.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            inside.retain(|(handle, entries)| handle.entries.load(Ordering::SeqCst) == *entries);
+            if inside.is_empty() {
+                break;
+            }
+            let (guard, timeout) =
+                self.shared.has_left.wait_timeout(left, AGAIN).unwrap_or_else(PoisonError::into_inner);
+            left = guard;
+            if timeout.timed_out() {
+                inside.iter().for_each(|(handle, _)| handle.kick.kick());
             }
         }
+        self.shared.touching.store(false, Ordering::SeqCst);
     }
 
     /// Let the vCPUs run only for `percent` (1 to 100) of the time.
@@ -360,6 +370,10 @@ impl<E: Exits> Worker<E> {
             self.entries.fetch_add(1, Ordering::SeqCst);
             let came_back = self.fd.run().map(|_| ());
             self.entries.fetch_add(1, Ordering::SeqCst);
+            if self.shared.touching.load(Ordering::SeqCst) {
+                let _left = self.shared.left.lock().unwrap_or_else(PoisonError::into_inner);
+                self.shared.has_left.notify_all();
+            }
             match came_back {
                 Ok(()) => {
                     if !self.exit() {

@@ -106,8 +106,14 @@ impl Job {
             }
             state.store(COPIED, Ordering::Release);
         } else {
+            // A page's copy takes less than a microsecond; but its copier may have lost its processor to us.
+            let mut rounds = 0u32;
             while state.load(Ordering::Acquire) != COPIED {
-                std::thread::yield_now();
+                rounds += 1;
+                if rounds % 64 == 0 {
+                    std::thread::sleep(std::time::Duration::from_micros(20));
+                }
+                std::hint::spin_loop();
             }
         }
     }
