@@ -170,6 +170,7 @@ impl SenderHandle {
             pauses: Vec::new(),
             stats: SenderStats::default(),
             verify: Verifier::new(config.verify_every, Instant::now()),
+            published: Instant::now(),
             logged: Vec::new(),
             config,
         };
@@ -274,6 +275,7 @@ struct Driver {
     pauses: Vec<u64>,
     stats: SenderStats,
     verify: Verifier,
+    published: Instant,
     /// What was logged lately.
     logged: Vec<(String, Instant)>,
 }
@@ -288,6 +290,10 @@ struct Kept {
     ended: bool,
 }
 
+/// What others see is brought up to date when nothing has happened for so long,
+const SOON: Duration = Duration::from_micros(500);
+/// and at least this often.
+const SHOW_EVERY: Duration = Duration::from_millis(20);
 /// The same sentence is not logged again within this time.
 const LOG_AGAIN: Duration = Duration::from_secs(30);
 
@@ -306,7 +312,19 @@ impl Driver {
             }
             let action = self.core.next(Instant::now());
             if let Action::Wait(until) = action {
-                self.publish();
+                self.watch_memory();
+                match self.inputs.recv_timeout(until.saturating_duration_since(Instant::now()).min(SOON)) {
+                    Ok(input) => {
+                        // While one thing follows the other at once nobody needs to see each.
+                        if self.published.elapsed() > SHOW_EVERY {
+                            self.publish();
+                        }
+                        self.take(input);
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Timeout) => self.publish(),
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
                 match self.inputs.recv_timeout(until.saturating_duration_since(Instant::now())) {
                     Ok(input) => self.take(input),
                     Err(RecvTimeoutError::Timeout) => {}
@@ -595,9 +613,15 @@ impl Driver {
 
     // What others see.
 
-    fn publish(&mut self) {
-        let (committed, current) = self.core.epochs();
+    /// Nothing is to be done: time for the comparison of memories.
+    fn watch_memory(&mut self) {
+        let (_, current) = self.core.epochs();
         self.verify.step(self.core.streaming(), current, self.ram.as_ref(), self.ram_pages);
+    }
+
+    fn publish(&mut self) {
+        self.published = Instant::now();
+        let (committed, current) = self.core.epochs();
         // What is tried again and again fails the same way again and again: once in a while is enough.
         let now = Instant::now();
         self.logged.retain(|(_, time)| now.duration_since(*time) < LOG_AGAIN);

@@ -145,8 +145,8 @@ struct Run {
     /// File with the cluster's key.
     #[arg(long, default_value = DEFAULT_KEY_FILE)]
     key: PathBuf,
-    /// Milliseconds from one checkpoint to the next.
-    #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    /// Milliseconds from one checkpoint to the next. 0: one after the other, for trials.
+    #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u64).range(0..=60_000))]
     interval_ms: u64,
     /// Milliseconds from one checkpoint to the next at least, when the machine waits to say something: its outputs leave when the
     /// checkpoint that holds them is committed, and are not left waiting for the interval's end. 0: as often as can be.

@@ -273,8 +273,9 @@ pub struct Sender {
     early: bool,
     /// … but the peer that they went to is gone.
     again: bool,
-    /// Index into [`SHARES`], and when it may change again.
+    /// Index into [`SHARES`]: what it should be, what the VMM was told, and when it may change again.
     share: usize,
+    share_told: usize,
     share_next: Instant,
 
     hand_over: HandOver,
@@ -344,6 +345,7 @@ impl Sender {
             early: false,
             again: false,
             share: 0,
+            share_told: 0,
             share_next: now,
             hand_over: HandOver::No,
             answer: None,
@@ -448,6 +450,11 @@ impl Sender {
             Rest::Nothing => {}
             Rest::Keep(captured) => return Action::SendPiece(captured),
             Rest::KeepMore | Rest::Drop => return Action::CutContinue,
+        }
+        if self.share_told != self.share {
+            self.share_told = self.share;
+            self.asked = Asked::Throttle;
+            return Action::Throttle(self.share());
         }
         if let Some(action) = self.next_for_veto(now) {
             return action;
@@ -593,32 +600,35 @@ impl Sender {
         }
     }
 
-    /// The oldest checkpoint that is not committed is too old, or all is well again.
+    /// The oldest checkpoint that is not committed is too old for a standby that may be given up.
     fn next_for_slow_link(&mut self, now: Instant, wake: &mut Instant, oldest: Option<InFlight>) -> Option<Action> {
+        let SlowLink { policy: SlowPolicy::Solo, max_lag } = self.config.slow else { return None };
+        let oldest = oldest?;
+        let lag = now.saturating_duration_since(oldest.cut);
+        if lag < max_lag {
+            *wake = (*wake).min(oldest.cut + max_lag);
+            return None;
+        }
+        self.lose_peer(now, format!("the standby is too slow: a checkpoint has waited for {} ms", lag.as_millis()));
+        Some(self.next(now))
+    }
+
+    /// A checkpoint was acknowledged after so long: does the guest have to run slower, or may it run faster? (A standby that says nothing
+    /// is not slow but lost: that slows nobody down.)
+    fn judge_lag(&mut self, now: Instant, lag: Duration) {
         let SlowLink { policy, max_lag } = self.config.slow;
-        let lag = oldest.map_or(Duration::ZERO, |oldest| now.saturating_duration_since(oldest.cut));
-        if let (Some(oldest), true) = (oldest, policy != SlowPolicy::Stall) {
-            *wake = (*wake).min(if lag < max_lag { oldest.cut + max_lag } else { now + max_lag });
-        }
-        if lag >= max_lag && policy == SlowPolicy::Solo {
-            let why = format!("the standby is too slow: a checkpoint has waited for {} ms", lag.as_millis());
-            self.lose_peer(now, why);
-            return Some(self.next(now));
-        }
         let slower = lag >= max_lag && policy == SlowPolicy::Throttle && self.share + 1 < SHARES.len();
         let faster = lag < max_lag / 4 && self.share > 0;
         if now < self.share_next || !(slower || faster) {
-            return None;
+            return;
         }
         self.share = if slower { self.share + 1 } else { self.share - 1 };
         self.share_next = now + max_lag;
-        self.asked = Asked::Throttle;
-        self.note(if slower {
-            format!("the standby cannot keep up: the guest runs for {} % of the time", self.share())
-        } else {
-            format!("the standby keeps up: the guest runs for {} % of the time", self.share())
-        });
-        Some(Action::Throttle(self.share()))
+        let ms = lag.as_millis();
+        self.note(format!(
+            "a checkpoint was committed after {ms} ms: the guest runs for {} % of the time",
+            self.share()
+        ));
     }
 
     fn cut(&mut self, now: Instant, arm: bool, last: bool) -> Action {

@@ -212,6 +212,8 @@ struct Vmm {
     rest: Vec<u64>,
     cut: Epoch,
     committed: Epoch,
+    /// Share of the time that the guest runs; 0 = as nobody has said anything.
+    share: u8,
     /// Copied early since the last cut.
     early: BTreeSet<u64>,
     arena: Vec<(u64, u64)>,
@@ -369,6 +371,7 @@ impl World {
     fn detach(&mut self) {
         self.vmm.gate_open = false;
         self.vmm.early.clear();
+        self.vmm.share = 100;
         self.kept.clear();
         self.vmm.log = None;
         self.vmm.rest.clear();
@@ -451,7 +454,10 @@ impl World {
                 return self.cut(epoch, arm, last, again);
             }
             Action::Precopy(epoch) => return self.precopy(epoch),
-            Action::Throttle(_) => self.event(Event::VmmDone),
+            Action::Throttle(share) => {
+                self.vmm.share = share;
+                self.event(Event::VmmDone);
+            }
             Action::CutContinue => {
                 if self.vmm.rest.is_empty() {
                     return Err("nothing to continue".into());
@@ -482,6 +488,9 @@ impl World {
                 self.event(Event::VmmDone);
             }
             Action::GateOpen => {
+                if !matches!(self.vmm.share, 0 | 100) {
+                    return Err(format!("nobody waits for the guest, and it runs for {} %", self.vmm.share));
+                }
                 self.vmm.gate_open = true;
                 self.release();
                 self.event(Event::VmmDone);

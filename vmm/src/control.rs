@@ -142,7 +142,11 @@ impl Connection {
                 if !(1..=100).contains(&percent) {
                     bail!("the vCPUs can run for 1 to 100 percent of the time, not for {percent}");
                 }
-                ok(machine.vcpus.throttle(percent)?)
+                match &mut self.session {
+                    Some(session) => ok(session.throttle(percent)?),
+                    // By a person: until a person says otherwise.
+                    None => ok(machine.vcpus.throttle(percent)?),
+                }
             }
             VmmRequest::AwaitOutput { seen, timeout_ms } => {
                 let timeout = Duration::from_millis(timeout_ms.min(10_000));

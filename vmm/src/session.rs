@@ -67,6 +67,8 @@ pub struct Session {
     hot: Hot,
     gather: Gather,
     locker: Option<Locker>,
+    /// This session slowed the guest down.
+    throttled: bool,
     /// A cut whose pieces are being handed out.
     open: Option<Open>,
     /// Epoch and VM time of a finished last cut that waits for its commit.
@@ -109,6 +111,7 @@ impl Session {
             waste: 0.0,
             not_early: 0,
             locker: None,
+            throttled: false,
             open: None,
             last: None,
             machine,
@@ -266,6 +269,12 @@ impl Session {
         Ok(())
     }
 
+    /// Let the guest run for a share of the time, percent, until this session ends.
+    pub fn throttle(&mut self, percent: u8) -> Result<()> {
+        self.throttled = percent < 100;
+        self.machine.vcpus.throttle(percent)
+    }
+
     /// How long the guest may stand still for the next request of this session; `None` while it runs.
     pub fn patience(&self) -> Option<Duration> {
         match (&self.open, &self.last) {
@@ -297,6 +306,10 @@ impl Drop for Session {
             let mut hardware = machine.core.hardware();
             hardware.unseal();
             hardware.set_gate(Gate::Hold);
+        }
+        if self.throttled {
+            // Whoever slowed the guest down is not there to let it run again.
+            let _ = machine.vcpus.throttle(100);
         }
         if self.logging
             && let Err(e) = machine.core.ram.attach(&machine.core.vm, false)

@@ -22,7 +22,7 @@ impl Sender {
                 self.base = None;
                 self.cycle = Cycle::Idle;
                 self.forget_epochs();
-                (self.early, self.again, self.share) = (false, false, 0);
+                (self.early, self.again, self.share, self.share_told) = (false, false, 0, 0);
                 self.epoch = self.epoch.max(last_cut);
                 self.veto_retry = now;
                 self.peer_retry = now;
@@ -254,8 +254,10 @@ impl Sender {
             (Message::Refused(why) | Message::Failed(why), _) => self.lose_peer(now, why),
             (Message::SyncReady, Peer::Begun) => self.peer = Peer::Copying { first: true },
             (Message::Ack, Peer::Streaming) if self.in_flight.iter().any(|sent| sent.epoch == epoch) => {
+                let cut = self.in_flight.iter().find(|sent| sent.epoch == epoch).map_or(now, |sent| sent.cut);
                 self.in_flight.retain(|sent| sent.epoch > epoch);
                 self.acked = Some(epoch);
+                self.judge_lag(now, now.saturating_duration_since(cut));
             }
             (Message::Promotable, Peer::Streaming) => {
                 self.promotable = true;
@@ -337,7 +339,9 @@ impl Sender {
         self.base = None;
         self.rest = Rest::Nothing;
         self.forget_epochs();
-        (self.early, self.again, self.share, self.busy) = (false, false, 0, Busy::No);
+        (self.early, self.again, self.busy) = (false, false, Busy::No);
+        // (The end of the session ends the throttling.)
+        (self.share, self.share_told) = (0, 0);
         self.gate_open = false;
         self.log_on = false;
         self.asked = Asked::Nothing;
@@ -379,6 +383,8 @@ impl Sender {
             self.again |= std::mem::take(&mut self.early) || matches!(self.cycle, Cycle::Early(_));
         }
         self.forget_epochs();
+        // Nobody waits for a standby that is not there.
+        self.share = 0;
         match self.hand_over {
             HandOver::Telling { .. } => self.handed_over(),
             HandOver::Cut => {

@@ -110,7 +110,7 @@ impl Job {
             let mut rounds = 0u32;
             while state.load(Ordering::Acquire) != COPIED {
                 rounds += 1;
-                if rounds % 64 == 0 {
+                if rounds.is_multiple_of(64) {
                     std::thread::sleep(std::time::Duration::from_micros(20));
                 }
                 std::hint::spin_loop();
