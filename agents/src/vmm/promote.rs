@@ -25,7 +25,7 @@ use crate::service::{Observed, ask};
 use crate::veto::{self, Subject, VetoError};
 
 /// How long promote looks for the proof that lets outputs go before the replicator's turn.
-const VETO_PATIENCE: Duration = Duration::from_secs(5);
+const VETO_PATIENCE: Duration = Duration::from_secs(15);
 /// The replicator's executable.
 const REPLICATOR: &str = "understudy-replicator";
 
