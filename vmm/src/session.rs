@@ -67,6 +67,8 @@ pub struct Session {
     hot: Hot,
     gather: Gather,
     locker: Option<Locker>,
+    /// This host cannot lock pages; it was said.
+    no_lock: bool,
     /// This session slowed the guest down.
     throttled: bool,
     /// A cut whose pieces are being handed out.
@@ -111,6 +113,7 @@ impl Session {
             waste: 0.0,
             not_early: 0,
             locker: None,
+            no_lock: false,
             throttled: false,
             open: None,
             last: None,

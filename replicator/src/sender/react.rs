@@ -306,6 +306,11 @@ impl Sender {
             self.note(format!("the VMM cannot be replicated yet: {why}"));
             return;
         }
+        if self.asked == Asked::Throttle {
+            // The guest runs as fast as it did; nothing else depends on it.
+            self.asked = Asked::Nothing;
+            return self.note(format!("the VMM refused to be throttled: {why}"));
+        }
         if self.hand_over == HandOver::Cut {
             self.fail_hand_over(format!("the VMM refused the last checkpoint: {why}"));
             self.detach = Some("the hand-over failed".into());
@@ -322,10 +327,6 @@ impl Sender {
                     return;
                 }
                 Busy::Copying => return self.note(format!("the VMM refused to copy pages early: {why}")),
-                Busy::No if self.asked == Asked::Throttle => {
-                    self.asked = Asked::Nothing;
-                    return self.note(format!("the VMM refused to be throttled: {why}"));
-                }
                 Busy::No => {}
             }
         }

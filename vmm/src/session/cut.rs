@@ -100,9 +100,7 @@ impl Session {
             ensure!(epoch > life.last_cut, "epoch {epoch} was cut already (the newest is {})", life.last_cut);
         }
         if again {
-            let early = std::mem::take(&mut self.early);
-            union(&mut self.pending, &early);
-            self.early = early;
+            union(&mut self.pending, &self.early);
             self.early.fill(0);
         }
         self.cut_or_piece(request, EARLY_PIECES, since)
@@ -248,8 +246,14 @@ impl Session {
             let to = slots.reserve(&later)?;
             if choice.way == Way::Lock && !later.is_empty() {
                 let since = Instant::now();
-                if let Some(locker) = &self.locker {
-                    locked = Some(locker.lock(&later, to)?);
+                match self.locker.as_ref().map(|locker| locker.lock(&later, to)) {
+                    Some(Ok(held)) => locked = Some(held),
+                    refused => {
+                        if let Some(Err(e)) = refused {
+                            eprintln!("warning: pages are copied while the guest stands still: {e:#}");
+                        }
+                        self.gather.copy(&machine.core.ram, &later, to)?;
+                    }
                 }
                 lock_time = since.elapsed();
             } else if choice.way != Way::Validate {
@@ -336,13 +340,9 @@ impl Session {
         self.pending.fill(0);
         if way == Way::Validate {
             // The logs were read once more, after the guest had gone on.
-            let own = std::mem::take(&mut self.own);
-            union(&mut self.pending, &own);
-            self.own = own;
+            union(&mut self.pending, &self.own);
             if !self.machine.core.manual_log {
-                let log = std::mem::take(&mut self.log);
-                union(&mut self.pending, &log);
-                self.log = log;
+                union(&mut self.pending, &self.log);
             }
         }
     }
@@ -382,8 +382,8 @@ impl Session {
         let demanded = if terms.all { Strategy::Stop } else { strategy };
         let mut choice = self.machine.capturing().costs.choose(demanded, cold, threads);
         choice.demanded = strategy != Strategy::Auto;
-        if choice.way == Way::Lock && self.locker.is_none() {
-            self.locker = Some(Locker::new(self.machine.core.clone())?);
+        if choice.way == Way::Lock && !self.can_lock() {
+            choice.way = Way::Stop;
         }
         if choice.way == Way::Stop {
             union(&mut now, &later);
@@ -401,6 +401,21 @@ impl Session {
         })
     }
 
+    /// Whether this host can lock pages. One that cannot copies them in the pause: a checkpoint that costs more is better than none,
+    /// for which the outputs would wait for ever.
+    fn can_lock(&mut self) -> bool {
+        if self.locker.is_none() && !self.no_lock {
+            match Locker::new(self.machine.core.clone()) {
+                Ok(locker) => self.locker = Some(locker),
+                Err(e) => {
+                    eprintln!("warning: pages are copied while the guest stands still instead of being locked: {e:#}");
+                    self.no_lock = true;
+                }
+            }
+        }
+        self.locker.is_some()
+    }
+
     /// Of `pages`, those that guest or devices have written since the cut. Every write that a copy can have seen is found: see the
     /// document named above.
     fn written_since(&mut self, pages: &[u64]) -> Result<PageSet> {
@@ -411,6 +426,8 @@ impl Session {
             let _devices = machine.core.hardware();
             self.own.fill(0);
             machine.core.ram.collect_own(&mut self.own);
+            // Should the log not be given, they are not forgotten.
+            union(&mut self.pending, &self.own);
         }
         machine.core.ram.read_log(&machine.core.vm, &mut self.log)?;
         let mut set = machine.core.ram.no_pages();
