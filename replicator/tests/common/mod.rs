@@ -111,6 +111,11 @@ impl Node {
         fs::read_to_string(self.dir.join("log")).unwrap_or_default()
     }
 
+    /// First copies that it received. (Calls of the hook do not tell: a short copy's "syncing" is overtaken by "uptodate".)
+    pub fn first_copies(&self) -> usize {
+        self.log().matches("the first copy took").count()
+    }
+
     /// The hook's calls so far, one a line.
     pub fn hook_calls(&self) -> Vec<String> {
         let text = fs::read_to_string(self.dir.join("calls")).unwrap_or_default();
