@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,6 +14,7 @@ use serde::Serialize;
 
 use super::memory::VmmMemory;
 use super::{Spread, memory, time_process};
+use crate::lab::vm::random_token;
 use crate::lab::{Lab, host, places};
 use crate::scenario::world::MACHINE;
 use crate::scenario::{Outage, World};
@@ -79,6 +81,7 @@ fn in_world(world: &mut World, report: &mut LabReport, cuts: usize, say: fn(&str
     report.memory = vmm_memory(world, primary)?;
     for n in 1..=cuts {
         say(&format!("power cut {n} of {cuts}: {primary}"));
+        thread::sleep(random_moment()?);
         let other = World::other(primary);
         let mut outage = Outage::begin(format!("power cut {n}: {primary}"));
         world.lab.power_cut(primary)?;
@@ -107,6 +110,12 @@ fn agent(world: &World, node: &str, agent: &str) -> Result<Command> {
     command.env("OCF_RESKEY_name", MACHINE).env("OCF_RESKEY_kernel", "/var/lib/understudy/demo/vmlinuz");
     command.env("OCF_RESKEY_memory", "512").env("OCF_RESKEY_vcpus", "2").env("OCF_RESKEY_CRM_meta_timeout", "20000");
     Ok(command)
+}
+
+/// Up to a second: cuts must not fall on the beat of the polls before them.
+fn random_moment() -> Result<Duration> {
+    let token = random_token()?;
+    Ok(Duration::from_millis(u64::from_str_radix(&token[..8], 16)? % 1000))
 }
 
 fn vmm_memory(world: &World, node: &str) -> Result<VmmMemory> {

@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use understudy_tests::lab::bmc::FenceMode;
 use understudy_tests::lab::vm::{self, Vm, VmSize};
@@ -94,6 +94,10 @@ enum VmCmd {
     Down,
     /// Say whether it is up
     Status,
+    /// Hold it still, its clocks too, while something is measured on this machine
+    Pause,
+    /// Let it go on
+    Resume,
     /// Run a command in it; its outputs and exit code become this command's
     Exec {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
@@ -229,6 +233,10 @@ fn lab_command(command: Cmd) -> Result<i32> {
     Ok(0)
 }
 
+fn the_vm() -> Result<Vm> {
+    Vm::running()?.context("the lab VM is not up: `understudy-lab vm up` starts it")
+}
+
 fn vm_command(command: VmCmd) -> Result<i32> {
     match command {
         VmCmd::Up(size) => {
@@ -240,10 +248,9 @@ fn vm_command(command: VmCmd) -> Result<i32> {
             }
         }
         VmCmd::Status => println!("{}", if Vm::running()?.is_some() { "up" } else { "down" }),
-        VmCmd::Exec { argv } => match Vm::running()? {
-            Some(vm) => return vm.exec(&argv),
-            None => anyhow::bail!("the lab VM is not up: `understudy-lab vm up` starts it"),
-        },
+        VmCmd::Pause => the_vm()?.hold(true)?,
+        VmCmd::Resume => the_vm()?.hold(false)?,
+        VmCmd::Exec { argv } => return the_vm()?.exec(&argv),
         VmCmd::Run { size, argv } => {
             if host::choose()?.0 == host::Where::Here {
                 return vm::here(&argv);

@@ -9,6 +9,7 @@ use std::fs;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -25,6 +26,9 @@ use super::{host, places, root, vm_image};
 
 /// How long the VM may take until its agent answers. (10 to 20 s on an idle machine.)
 const BOOT_BOUND: Duration = Duration::from_secs(240);
+
+/// QEMU's monitor, in the VM's directory.
+const MONITOR: &str = "monitor";
 
 /// A lab VM that is up.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -176,6 +180,10 @@ impl Vm {
         command.arg("-chardev").arg(format!("file,id=console,append=on,path={}", console.display()));
         command.args(["-serial", "chardev:console"]);
         let _ = fs::remove_file(&console);
+        // Relative, since a socket's path must be short. Only this user may write to it, so only this user may connect.
+        let _ = fs::remove_file(dir.join(MONITOR));
+        command.current_dir(&dir).args(["-chardev", &format!("socket,id=monitor,path={MONITOR},server=on,wait=off")]);
+        command.args(["-mon", "chardev=monitor,mode=readline"]);
         command.arg("-drive").arg(format!("if=virtio,format=raw,readonly=on,file={}", image.display()));
         command.args(["-device", "virtio-rng-pci", "-device", "virtio-net-pci,netdev=host,romfile="]);
         command.args([
@@ -249,6 +257,25 @@ impl Vm {
                 bail!("the lab VM (process {}) does not end", self.pid);
             }
             thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// Hold the VM still, its clocks too, while something is measured beside it; or let it go on. Nobody in it notices.
+    pub fn hold(&self, still: bool) -> Result<()> {
+        let dir = fs::File::open(vm_dir()?).context("opening the lab VM's directory")?;
+        let path = format!("/proc/self/fd/{}/{MONITOR}", std::os::fd::AsRawFd::as_raw_fd(&dir));
+        let mut monitor = UnixStream::connect(path).context("connecting to the lab VM's monitor")?;
+        monitor.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let command = if still { "stop" } else { "cont" };
+        let wanted = if still { "VM status: paused" } else { "VM status: running" };
+        monitor.write_all(format!("{command}\ninfo status\n").as_bytes()).context("telling the lab VM's monitor")?;
+        let (mut said, mut buffer) = (Vec::new(), [0; 4096]);
+        while !String::from_utf8_lossy(&said).contains(wanted) {
+            match monitor.read(&mut buffer).context("the lab VM's monitor does not answer")? {
+                0 => bail!("the lab VM's monitor hung up"),
+                n => said.extend_from_slice(&buffer[..n]),
+            }
         }
         Ok(())
     }
