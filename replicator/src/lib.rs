@@ -11,7 +11,7 @@
 //!           └── hook: veto, clear-veto                                        hook: replica-state ┘    RAM, stage,
 //!                                                                                                     record, floor
 //! ```
-//! `sender` and `receiver` are state machines without I/O (see `tests/simulation.rs`); `driver`, `standby` and `image` perform
+//! `sender` and `receiver` are state machines without I/O (see `tests/simulation`); `driver`, `standby` and `image` perform
 //! what they decide; `process` ties both to sockets and the control protocol.
 // (`mapping` is the one place where it is allowed.)
 #![deny(unsafe_code)]

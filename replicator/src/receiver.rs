@@ -11,7 +11,7 @@
 //! then still one committed epoch, or says that it is none. If a step fails, the rest must not be performed; the caller treats
 //! it as if the process had crashed and builds a new core with [`Receiver::recover`] from what is on disk.
 //!
-//! What must hold, and is checked by `tests/simulation.rs`:
+//! What must hold, and is checked by `tests/simulation`:
 //! * `Ack(e)` is sent only after the record that makes `e` the committed epoch is written; RAM changes only after that.
 //! * The record says `Inconsistent` before the first page of a first copy reaches RAM.
 //! * No message of a generation below [`Durable::newest`] changes anything; [`Receiver::take_over`] raises it for ever.

@@ -1,6 +1,6 @@
 //! Takeover and going solo, model-checked: every order of events, within bounds, of two nodes under Pacemaker with fencing.
 //!
-//! The simulation (`tests/simulation.rs`) runs the real state machines through random schedules. This is the other half: a model
+//! The simulation (`tests/simulation`) runs the real state machines through random schedules. This is the other half: a model
 //! small enough for *all* schedules to be tried, of what no single process sees whole: two configurations that drift apart,
 //! fencing that takes its time, a hook that outlives its sender, a node that wakes from the dead.
 //!
