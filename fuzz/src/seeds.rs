@@ -8,6 +8,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 use understudy_replicator::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE, state::StateEncoder};
 use understudy_replicator::durable::{ImageKind, RamIdentity, Record};
 use understudy_replicator::message::{End, Hello, Message, VERSION};
+use understudy_vmm::boot::least_bzimage;
 use understudy_vmm::container;
 use understudy_vmm::devices::Payload;
 use understudy_vmm::devices::rtc::Rtc;
@@ -151,17 +152,6 @@ fn machines() -> Vec<Seed> {
     payloads.push(Payload::of(&Uart16550::new(), "com1"));
     payloads.push(Payload::of(&Rtc::new(1_600_000_000, 1 << 30, 0), "rtc"));
     let state = |which: u8, payload: &Payload| [&[which][..], &payload.bytes].concat();
-    let mut kernel = vec![0; 6 * 512];
-    kernel[0x1f1] = 4;
-    kernel[0x1fe..0x200].copy_from_slice(&0xaa55u16.to_le_bytes());
-    kernel[0x201] = 0x6a;
-    kernel[0x202..0x206].copy_from_slice(b"HdrS");
-    kernel[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-    kernel[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
-    kernel[0x230..0x234].copy_from_slice(&0x20_0000u32.to_le_bytes());
-    (kernel[0x234], kernel[0x236]) = (1, 1);
-    kernel[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes());
-    kernel[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes());
     // Descriptor 0 of the console's second queue, offered and kicked; then the first queue's.
     let mut guest = vec![0, 0];
     for queue in [1, 0] {
@@ -174,7 +164,7 @@ fn machines() -> Vec<Seed> {
         ("container", "uart", state(0, &Payload::of(&Uart16550::new(), "x"))),
         ("container", "rtc", state(1, &Payload::of(&Rtc::new(1_600_000_000, 1 << 30, 0), "x"))),
         ("container", "console", state(5, payloads.iter().find(|p| p.bytes.len() > 40).unwrap_or(&payloads[0]))),
-        ("bzimage", "header", kernel),
+        ("bzimage", "header", least_bzimage()),
         ("virtio", "send-and-receive", guest),
         (
             "ports",

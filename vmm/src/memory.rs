@@ -83,14 +83,7 @@ impl Ram {
     fn open_split(path: &Path, mib: u64, low_end: u64) -> Result<Self> {
         let bytes = mib.checked_mul(MIB).filter(|b| *b > 0 && *b <= 1 << 42);
         let Some(bytes) = bytes else { bail!("a machine cannot have {mib} MiB of RAM; give it 16 MiB to 4 TiB") };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .with_context(|| format!("cannot create the RAM file {}", path.display()))?;
+        let file = private_file(path, "RAM file")?;
         reserve(&file, path, bytes).with_context(|| format!("no room for {mib} MiB of guest RAM"))?;
         let mut regions = Vec::new();
         let mut pieces = Vec::new();
@@ -223,6 +216,13 @@ fn layout(bytes: u64, low_end: u64) -> Vec<(u64, u64, u64)> {
     pieces
 }
 
+/// Open or create a file that only we may read, and leave what it holds; `what` is its name for people.
+fn private_file(path: &Path, what: &str) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options.open(path).with_context(|| format!("cannot create the {what} {}", path.display()))
+}
+
 /// Give `file` exactly `bytes` with their memory behind them, so that the guest never meets a full tmpfs (which would be a SIGBUS).
 pub fn reserve(file: &File, path: &Path, bytes: u64) -> Result<()> {
     let fs = nix::sys::statfs::fstatfs(file).with_context(|| format!("cannot examine {}", path.display()))?;
@@ -271,14 +271,7 @@ pub struct Arena {
 impl Arena {
     /// Create (or resize) and map it.
     pub fn open(path: &Path, bytes: u64) -> Result<Self> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .with_context(|| format!("cannot create the capture arena {}", path.display()))?;
+        let file = private_file(path, "capture arena")?;
         reserve(&file, path, bytes).context("no room for the capture arena")?;
         let map = SharedMap::new(file.as_raw_fd(), usize::try_from(bytes)?)
             .with_context(|| format!("cannot map the capture arena {}", path.display()))?;

@@ -2,12 +2,15 @@
 //!
 //! Needs /dev/kvm (any flavour: ring-3 code runs natively even where ring 0 is interpreted). Without it every test says `SKIPPED`.
 
+mod common;
+
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use common::guests::{CODE_AT, COUNT, COUNTER, MASK, TALK};
+use common::{kvm_is_there, scratch, wait, wait_at_most};
 use understudy_protocol::control::{
     Attached, Captured, ControlClient, Gate, OutputHeld, PromoteFrom, Strategy, VmmRequest, VmmState, VmmStatus,
     call_once,
@@ -20,43 +23,6 @@ use understudy_vmm::memory::{Arena, PAGE};
 use understudy_vmm::session::{CutRequest, Session, SharedArena};
 use vm_memory::{Bytes, GuestAddress};
 
-/// Each vCPU counts at 0x200000 + 64·id and writes the count to one of (mask + 1) pages from 4 MiB · (id + 1); the mask stands at
-/// 0x1f0000. RDI is the vCPU's number.
-const COUNT: &[u8] = &[
-    0x48, 0x89, 0xfb, // mov rbx, rdi
-    0x48, 0xc1, 0xe3, 0x06, // shl rbx, 6
-    0x48, 0x81, 0xc3, 0x00, 0x00, 0x20, 0x00, // add rbx, 0x200000
-    0x48, 0x89, 0xf9, // mov rcx, rdi
-    0x48, 0xc1, 0xe1, 0x16, // shl rcx, 22
-    0x48, 0x81, 0xc1, 0x00, 0x00, 0x40, 0x00, // add rcx, 0x400000
-    0x48, 0x8b, 0x03, // again: mov rax, [rbx]
-    0x48, 0xff, 0xc0, // inc rax
-    0x48, 0x89, 0x03, // mov [rbx], rax
-    0x48, 0x89, 0xc2, // mov rdx, rax
-    0x48, 0x23, 0x14, 0x25, 0x00, 0x00, 0x1f, 0x00, // and rdx, [0x1f0000]
-    0x48, 0xc1, 0xe2, 0x0c, // shl rdx, 12
-    0x48, 0x89, 0x04, 0x11, // mov [rcx+rdx], rax
-    0xeb, 0xe2, // jmp again
-];
-
-/// Writes 0, 1, 2, … to COM1, waiting for room; the count stands at 0x200000.
-const TALK: &[u8] = &[
-    0x48, 0xc7, 0xc3, 0x00, 0x00, 0x20, 0x00, // mov rbx, 0x200000
-    0xba, 0xfd, 0x03, 0x00, 0x00, // again: mov edx, 0x3fd
-    0xec, // in al, dx
-    0xa8, 0x20, // test al, 0x20
-    0x74, 0xf6, // jz again
-    0x48, 0x8b, 0x03, // mov rax, [rbx]
-    0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
-    0xee, // out dx, al
-    0x48, 0xff, 0xc0, // inc rax
-    0x48, 0x89, 0x03, // mov [rbx], rax
-    0xeb, 0xe5, // jmp again
-];
-
-const COUNTER: u64 = 0x20_0000;
-const MASK: u64 = 0x1f_0000;
-const CODE_AT: u64 = 0x10_0000;
 const MIB: u64 = 64;
 
 struct Rig {
@@ -71,18 +37,8 @@ fn cut_of(epoch: u64) -> CutRequest {
     CutRequest { epoch: Epoch(epoch), arm: false, last: false, again: false }
 }
 
-fn kvm_is_there() -> bool {
-    let there = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    if !there {
-        eprintln!("SKIPPED: /dev/kvm cannot be opened, so nothing was proven");
-    }
-    there
-}
-
 fn rig(code: &[u8], vcpus: u32, arena_bytes: u64) -> Rig {
-    // In a tmpfs when there is one, as in life.
-    let shm = PathBuf::from("/dev/shm");
-    let dir = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap();
+    let dir = scratch();
     let (sender, events) = channel();
     let config = MachineConfig {
         name: "test".into(),
@@ -151,18 +107,6 @@ impl Rig {
             }
             piece = session.cut_continue().unwrap();
         }
-    }
-}
-
-fn wait(for_what: &str, condition: impl FnMut() -> bool) {
-    wait_at_most(Duration::from_secs(20), for_what, condition);
-}
-
-fn wait_at_most(patience: Duration, for_what: &str, mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + patience;
-    while !condition() {
-        assert!(Instant::now() < until, "gave up waiting until {for_what}");
-        std::thread::yield_now();
     }
 }
 

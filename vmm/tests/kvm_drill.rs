@@ -3,6 +3,8 @@
 //!
 //! Needs /dev/kvm (any flavour). Without it every test says `SKIPPED`.
 
+mod common;
+
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
@@ -10,8 +12,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::guests::{CODE_AT, COUNT, MASK, talk_and_count};
+use common::{kvm_is_there, scratch, wait};
 use understudy_protocol::control::{
     Gate, PromoteFrom, ReplicaState, ReplicatorRequest, ReplicatorStatus, Strategy, VerifyStarted, VmmRequest,
     VmmState, call_once,
@@ -32,69 +36,11 @@ use understudy_vmm::machine::{BootSource, Machine, MachineConfig};
 use understudy_vmm::memory::Arena;
 use vm_memory::{Bytes, GuestAddress};
 
-/// vCPU 0 writes 0, 1, 2, … to COM1, waiting for room, its count at 0x200000; the others count at 0x200040.
-const TALK_AND_COUNT: &[u8] = &[
-    0x48, 0x85, 0xff, // test rdi, rdi
-    0x74, 0x15, // jz talk
-    0x48, 0xc7, 0xc3, 0x40, 0x00, 0x20, 0x00, // mov rbx, 0x200040
-    0x48, 0xff, 0x03, // count: inc qword [rbx]
-    0x48, 0xff, 0xc0, // inc rax
-    0x48, 0xff, 0xc1, // inc rcx
-    0x48, 0xff, 0xc2, // inc rdx
-    0xeb, 0xf2, // jmp count
-    0x48, 0xc7, 0xc3, 0x00, 0x00, 0x20, 0x00, // talk: mov rbx, 0x200000
-    0xba, 0xfd, 0x03, 0x00, 0x00, // again: mov edx, 0x3fd
-    0xec, // in al, dx
-    0xa8, 0x20, // test al, 0x20
-    0x74, 0xf6, // jz again
-    0x48, 0x8b, 0x03, // mov rax, [rbx]
-    0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
-    0xee, // out dx, al
-    0x48, 0xff, 0xc0, // inc rax
-    0x48, 0x89, 0x03, // mov [rbx], rax
-    0xeb, 0xe5, // jmp again
-];
-/// Each vCPU counts at 0x200000 + 64·id and writes the count to one of (mask + 1) pages from 4 MiB · (id + 1); the mask stands at
-/// 0x1f0000.
-const WRITE: &[u8] = &[
-    0x48, 0x89, 0xfb, // mov rbx, rdi
-    0x48, 0xc1, 0xe3, 0x06, // shl rbx, 6
-    0x48, 0x81, 0xc3, 0x00, 0x00, 0x20, 0x00, // add rbx, 0x200000
-    0x48, 0x89, 0xf9, // mov rcx, rdi
-    0x48, 0xc1, 0xe1, 0x16, // shl rcx, 22
-    0x48, 0x81, 0xc1, 0x00, 0x00, 0x40, 0x00, // add rcx, 0x400000
-    0x48, 0x8b, 0x03, // again: mov rax, [rbx]
-    0x48, 0xff, 0xc0, // inc rax
-    0x48, 0x89, 0x03, // mov [rbx], rax
-    0x48, 0x89, 0xc2, // mov rdx, rax
-    0x48, 0x23, 0x14, 0x25, 0x00, 0x00, 0x1f, 0x00, // and rdx, [0x1f0000]
-    0x48, 0xc1, 0xe2, 0x0c, // shl rdx, 12
-    0x48, 0x89, 0x04, 0x11, // mov [rcx+rdx], rax
-    0xeb, 0xe2, // jmp again
-];
-const MASK: u64 = 0x1f_0000;
-const CODE_AT: u64 = 0x10_0000;
 const MIB: u64 = 64;
-/// Pages that each vCPU of [`WRITE`] writes.
+/// Pages that each vCPU of [`COUNT`] writes.
 const WRITTEN_PAGES: u64 = 64;
 const MACHINE: &str = "m";
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn kvm_is_there() -> bool {
-    let there = fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    if !there {
-        eprintln!("SKIPPED: /dev/kvm cannot be opened, so nothing was proven");
-    }
-    there
-}
-
-fn wait(for_what: &str, mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < until, "gave up waiting until {for_what}");
-        std::thread::park_timeout(Duration::from_millis(5));
-    }
-}
 
 /// One node: the machine's VMM and its replicator, both in this process.
 struct Node {
@@ -193,8 +139,7 @@ struct Pair {
 
 impl Pair {
     fn protected(code: &[u8]) -> Self {
-        let shm = Path::new("/dev/shm");
-        let dir = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap();
+        let dir = scratch();
         Key::generate(dir.path().join("key")).unwrap();
         let key = Arc::new(Key::load(dir.path().join("key")).unwrap());
         let port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -232,7 +177,7 @@ fn a_drill_shows_that_the_guest_lives_while_protection_goes_on_and_leaves_nothin
     if !kvm_is_there() {
         return;
     }
-    let pair = Pair::protected(TALK_AND_COUNT);
+    let pair = Pair::protected(&talk_and_count());
     let (before, sent) = (pair.a.status(), pair.output());
     let report = pair.b.drill(Duration::from_secs(1), &AtomicBool::new(false)).unwrap();
     let (after, sent_meanwhile) = (pair.a.status(), pair.output());
@@ -259,7 +204,7 @@ fn an_image_whose_guest_crashes_or_whose_state_is_damaged_does_not_live() {
     if !kvm_is_there() {
         return;
     }
-    let mut pair = Pair::protected(TALK_AND_COUNT);
+    let mut pair = Pair::protected(&talk_and_count());
     // The guest's code is gone; no epoch brings it again, because the primary does not write to it.
     pair.damage(CODE_AT);
     let report = pair.b.drill(Duration::from_secs(2), &AtomicBool::new(false)).unwrap();
@@ -293,7 +238,7 @@ fn a_drill_that_is_interrupted_leaves_nothing_behind() {
     if !kvm_is_there() {
         return;
     }
-    let pair = Pair::protected(TALK_AND_COUNT);
+    let pair = Pair::protected(&talk_and_count());
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let drill = scope.spawn(|| pair.b.drill(Duration::from_secs(600), &stop));
@@ -314,7 +259,7 @@ fn the_memories_agree_for_every_strategy_while_the_guest_writes_and_a_lost_write
     if !kvm_is_there() {
         return;
     }
-    let pair = Pair::protected(WRITE);
+    let pair = Pair::protected(COUNT);
     let tell = |request: VmmRequest| call_once::<_, ()>(pair.a.layout.vmm_socket(), &request, PATIENCE).unwrap();
     // Two vCPUs that do nothing but write would leave no processor to those who compare.
     tell(VmmRequest::Throttle { percent: 20 });

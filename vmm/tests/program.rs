@@ -1,12 +1,15 @@
 //! The program as people and agents meet it: what it says and with which exit code when something is wrong, and its files.
 
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+mod common;
 
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use common::{kvm_is_there, scratch, wait};
 use understudy_protocol::control::{PromoteFrom, VmmRequest, VmmState, VmmStatus, call_once};
 use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::Layout;
+use understudy_vmm::boot;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_understudy-vmm");
 const SECOND: Duration = Duration::from_secs(1);
@@ -15,8 +18,7 @@ struct Place(tempfile::TempDir);
 
 impl Place {
     fn new() -> Self {
-        let shm = Path::new("/dev/shm");
-        Self(if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap())
+        Self(scratch())
     }
     fn path(&self, name: &str) -> String {
         self.0.path().join(name).display().to_string()
@@ -26,19 +28,7 @@ impl Place {
     }
     /// A file with the head of a bzImage: enough to be taken for a kernel, never run in these tests.
     fn kernel(&self) -> String {
-        let mut image = vec![0; 8 * 512];
-        image[0x1f1] = 4;
-        image[0x1fe..0x200].copy_from_slice(&0xaa55u16.to_le_bytes());
-        image[0x201] = 0x6a;
-        image[0x202..0x206].copy_from_slice(b"HdrS");
-        image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-        image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
-        image[0x230..0x234].copy_from_slice(&0x20_0000u32.to_le_bytes());
-        image[0x234] = 1;
-        image[0x236] = 1;
-        image[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes());
-        image[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes());
-        std::fs::write(self.0.path().join("kernel"), image).unwrap();
+        std::fs::write(self.0.path().join("kernel"), boot::least_bzimage()).unwrap();
         self.path("kernel")
     }
     fn command(&self, subcommand: &str) -> Command {
@@ -87,14 +77,6 @@ impl Drop for Running {
     }
 }
 
-fn wait(for_what: &str, mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(30);
-    while !condition() {
-        assert!(Instant::now() < until, "gave up waiting until {for_what}");
-        std::thread::park_timeout(Duration::from_millis(5));
-    }
-}
-
 fn says(output: &Output, code: i32, words: &[&str]) {
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{text}");
@@ -102,14 +84,6 @@ fn says(output: &Output, code: i32, words: &[&str]) {
         assert!(text.contains(word), "{word:?} is not in: {text}");
     }
     assert!(!text.contains("panicked"), "{text}");
-}
-
-fn kvm_is_there() -> bool {
-    let there = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    if !there {
-        eprintln!("SKIPPED: /dev/kvm cannot be opened, so nothing was proven");
-    }
-    there
 }
 
 #[test]
