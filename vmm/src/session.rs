@@ -33,7 +33,7 @@ mod cut;
 mod slots;
 
 pub use cut::CutRequest;
-use cut::Open;
+use cut::{Open, Scratch};
 use slots::Slots;
 
 /// How long the guest stands still for a replicator that does not fetch the next piece of a cut.
@@ -69,6 +69,9 @@ pub struct Session {
     locker: Option<Locker>,
     /// This host cannot lock pages; it was said.
     no_lock: bool,
+    /// A cut would have locked pages, had there been what locks them.
+    wants_lock: bool,
+    scratch: Scratch,
     /// This session slowed the guest down.
     throttled: bool,
     /// A cut whose pieces are being handed out.
@@ -114,6 +117,8 @@ impl Session {
             not_early: 0,
             locker: None,
             no_lock: false,
+            wants_lock: false,
+            scratch: Scratch::default(),
             throttled: false,
             open: None,
             last: None,
@@ -217,8 +222,8 @@ impl Session {
         if core.manual_log {
             core.ram.protect(&core.vm, &self.log)?;
         }
-        let pages = indices(&self.log);
-        slots.copy(&self.gather, &core.ram, &pages)?;
+        indices_into(&self.log, &mut self.scratch.now);
+        slots.copy(&self.gather, &core.ram, &self.scratch.now)?;
         let captured = slots.captured(epoch, 0);
         union(&mut self.early, &self.log);
         for (pending, handed) in self.pending.iter_mut().zip(&self.log) {
@@ -351,28 +356,59 @@ fn limit(set: &mut PageSet, mut pages: usize) {
     }
 }
 
-/// The pages of a set, ascending.
-fn indices(set: &PageSet) -> Vec<u64> {
-    let mut pages = Vec::with_capacity(count(set) as usize);
-    for (word, bits) in (0u64..).zip(set) {
+/// The pages of a set, ascending, in place of what `pages` holds.
+fn indices_into(set: &PageSet, pages: &mut Vec<u64>) {
+    indices_from(set, 0, usize::MAX, pages);
+}
+
+/// At most `most` pages of a set from `first` on, ascending, in place of what `pages` holds.
+fn indices_from(set: &PageSet, first: u64, most: usize, pages: &mut Vec<u64>) {
+    pages.clear();
+    for (word, bits) in (0u64..).zip(set).skip((first / 64) as usize) {
         let mut bits = *bits;
+        if word == first / 64 {
+            bits &= u64::MAX << (first % 64);
+        }
         while bits != 0 {
+            if pages.len() == most {
+                return;
+            }
             pages.push(word * 64 + u64::from(bits.trailing_zeros()));
             bits &= bits - 1;
         }
     }
-    pages
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn indices(set: &PageSet) -> Vec<u64> {
+        let mut pages = vec![99];
+        indices_into(set, &mut pages);
+        pages
+    }
+
     #[test]
     fn the_pages_of_a_set_come_in_ascending_order() {
         let mut set = vec![0, 1 << 63 | 1, 0b1010];
         crate::memory::union(&mut set, &[1 << 5]);
         assert_eq!(indices(&set), [5, 64, 127, 129, 131]);
+    }
+
+    #[test]
+    fn pieces_of_a_set_follow_each_other_without_a_gap() {
+        let set = vec![1 << 5, 1 << 63 | 1, 0b1010];
+        for most in 1..6 {
+            let (mut all, mut piece, mut next) = (Vec::new(), Vec::new(), 0);
+            loop {
+                indices_from(&set, next, most, &mut piece);
+                let Some(last) = piece.last() else { break };
+                next = last + 1;
+                all.extend_from_slice(&piece);
+            }
+            assert_eq!(all, indices(&set));
+        }
     }
 
     #[test]

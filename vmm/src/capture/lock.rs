@@ -71,16 +71,15 @@ struct Run {
     count: u64,
 }
 
-/// The pages as few stretches; `pages` ascend.
-fn runs(pages: &[u64]) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
+/// The pages as few stretches, in place of what `runs` holds; `pages` ascend.
+fn find_runs(pages: &[u64], runs: &mut Vec<Run>) {
+    runs.clear();
     for page in pages {
         match runs.last_mut() {
             Some(run) if *page - run.first < run.count + GAP => run.count = *page - run.first + 1,
             _ => runs.push(Run { first: *page, count: 1 }),
         }
     }
-    runs
 }
 
 /// What is being copied: slots of the arena for pages.
@@ -119,10 +118,19 @@ impl Job {
     }
 }
 
+/// The lists of an earlier job, for the next: locking takes place while the guest stands still.
+#[derive(Default)]
+struct Spare {
+    pages: Vec<u64>,
+    states: Vec<AtomicU8>,
+    runs: Vec<Run>,
+}
+
 struct Shared {
     uffd: OwnedFd,
     ram: Arc<crate::core::Core>,
     job: Mutex<Option<Arc<Job>>>,
+    spare: Mutex<Spare>,
     end: AtomicBool,
     faults: AtomicU64,
     fault_ns: AtomicU64,
@@ -165,6 +173,7 @@ impl Locker {
             uffd,
             ram: core,
             job: Mutex::new(None),
+            spare: Mutex::default(),
             end: AtomicBool::new(false),
             faults: AtomicU64::new(0),
             fault_ns: AtomicU64::new(0),
@@ -184,11 +193,17 @@ impl Locker {
     /// Lock `pages` (ascending), with `to` for their copies. The guest stands still. On an error nothing is locked.
     pub fn lock(&self, pages: &[u64], to: &mut [u8]) -> Result<Locked> {
         ensure!(to.len() >= pages.len() * PAGE, "the arena is too small for {} pages", pages.len());
-        let states = pages.iter().map(|_| AtomicU8::new(WAITS)).collect();
-        let job = Arc::new(Job { pages: pages.to_vec(), states, to: to.as_mut_ptr() });
+        let Spare { pages: mut listed, states: mut waiting, mut runs } =
+            std::mem::take(&mut *self.shared.spare.lock().unwrap_or_else(PoisonError::into_inner));
+        listed.clear();
+        listed.extend_from_slice(pages);
+        waiting.clear();
+        waiting.extend(pages.iter().map(|_| AtomicU8::new(WAITS)));
+        find_runs(pages, &mut runs);
+        let job = Arc::new(Job { pages: listed, states: waiting, to: to.as_mut_ptr() });
         *self.shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job.clone());
         // From here on dropping it unlocks and withdraws the job.
-        let locked = Locked { shared: self.shared.clone(), job, runs: runs(pages), unlocked: 0 };
+        let locked = Locked { shared: self.shared.clone(), job: Some(job), runs, unlocked: 0 };
         for run in &locked.runs {
             if let Err(e) = self.shared.protect(*run, WRITEPROTECT_MODE_WP) {
                 return Err(anyhow::Error::from(e).context("pages cannot be locked"));
@@ -217,7 +232,8 @@ impl Drop for Locker {
 /// Pages that are locked; dropping it copies and unlocks what is left.
 pub struct Locked {
     shared: Arc<Shared>,
-    job: Arc<Job>,
+    /// Until it is finished.
+    job: Option<Arc<Job>>,
     runs: Vec<Run>,
     /// Runs that are unlocked.
     unlocked: usize,
@@ -230,15 +246,16 @@ impl Locked {
     }
 
     fn finish(&mut self) {
-        let shared = self.shared.clone();
+        let Some(job) = self.job.take() else { return };
+        let shared = &self.shared;
         let mut i = 0;
         while let Some(run) = self.runs.get(self.unlocked).copied() {
             let end = run.first + run.count;
             let mut from = run.first;
             while from < end {
                 let upto = end.min(from + UNLOCK);
-                while i < self.job.pages.len() && self.job.pages[i] < upto {
-                    self.job.copy(&shared.ram.ram, i);
+                while i < job.pages.len() && job.pages[i] < upto {
+                    job.copy(&shared.ram.ram, i);
                     i += 1;
                 }
                 // It can only fail for a range that is not ours or a process that is dying.
@@ -250,6 +267,11 @@ impl Locked {
             self.unlocked += 1;
         }
         shared.job.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // (The handler may still hold it for a moment: then the next job makes new lists.)
+        if let Some(Job { pages, states, .. }) = Arc::into_inner(job) {
+            let spare = Spare { pages, states, runs: std::mem::take(&mut self.runs) };
+            *shared.spare.lock().unwrap_or_else(PoisonError::into_inner) = spare;
+        }
     }
 }
 
@@ -327,6 +349,11 @@ mod tests {
     #[test]
     fn neighbours_are_locked_together_and_far_pages_apart() {
         let run = |first, count| Run { first, count };
+        let runs = |pages: &[u64]| {
+            let mut runs = vec![run(9, 9)];
+            find_runs(pages, &mut runs);
+            runs
+        };
         assert_eq!(runs(&[]), []);
         assert_eq!(runs(&[5, 6, 7]), [run(5, 3)]);
         assert_eq!(runs(&[5, 9, 30, 1000]), [run(5, 5), run(30, 1), run(1000, 1)]);

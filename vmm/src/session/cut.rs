@@ -14,7 +14,6 @@
 use super::*;
 use crate::capture::costs::{Choice, Way, learn};
 use crate::machine::RawState;
-use crate::memory::Ram;
 
 /// Cuts of one checkpoint before everything is copied in the pause.
 const ATTEMPTS: u32 = 3;
@@ -53,11 +52,51 @@ impl Open {
 pub(super) struct Stopped {
     request: CutRequest,
     since: Instant,
-    state: Vec<u8>,
+    /// Encoded when the guest runs on.
+    state: Taken,
     at: VmTime,
-    /// Pages still to be copied, ascending.
-    pages: Vec<u64>,
-    done: usize,
+    /// Pages that are pending and have a lower index were handed out.
+    next: u64,
+    done: u64,
+}
+
+/// State that was read: of vCPUs and devices, or that of a machine that was paused before.
+enum Taken {
+    Raw(RawState),
+    Paused(Vec<u8>),
+}
+
+impl Taken {
+    fn encode(self) -> Result<Vec<u8>> {
+        match self {
+            Self::Raw(raw) => raw.encode(),
+            Self::Paused(state) => Ok(state),
+        }
+    }
+}
+
+/// What every cut needs and what grows with RAM: kept, so that nothing of the kind is allocated while the guest stands still. (What is,
+/// is the vCPUs' and devices' own state: a few KiB each.)
+#[derive(Default)]
+pub(super) struct Scratch {
+    written: PageSet,
+    at_once: PageSet,
+    rest: PageSet,
+    pub(super) now: Vec<u64>,
+    later: Vec<u64>,
+}
+
+impl Scratch {
+    /// For RAM of so many words of pages, and an arena with so many slots.
+    fn reserve(&mut self, words: usize, slots: usize) {
+        for set in [&mut self.written, &mut self.at_once, &mut self.rest] {
+            set.resize(words, 0);
+        }
+        for pages in [&mut self.now, &mut self.later] {
+            pages.clear();
+            pages.reserve(slots);
+        }
+    }
 }
 
 /// How one attempt ended.
@@ -129,6 +168,10 @@ impl Session {
         let arena = self.arena.clone();
         let mut arena = arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?;
         let mut slots = Slots::new(&mut arena.map)?;
+        self.scratch.reserve(self.pending.len(), slots.capacity());
+        if strategy == Strategy::Lock || self.wants_lock {
+            self.prepare_lock();
+        }
         let (mut collided, mut taken) = (self.machine.core.ram.no_pages(), self.machine.core.ram.no_pages());
         let mut number = 1;
         let mut since = since;
@@ -173,7 +216,8 @@ impl Session {
         let mut slots = Slots::new(&mut arena.map)?;
         let mut handed = self.pending.clone();
         limit(&mut handed, slots.capacity());
-        slots.copy(&self.gather, &self.machine.core.ram, &indices(&handed))?;
+        indices_into(&handed, &mut self.scratch.now);
+        slots.copy(&self.gather, &self.machine.core.ram, &self.scratch.now)?;
         for (pending, handed) in self.pending.iter_mut().zip(&handed) {
             *pending &= !handed;
         }
@@ -184,6 +228,20 @@ impl Session {
     /// Stop the guest and copy; `None` if it now stands still for pieces.
     fn attempt(
         &mut self,
+        request: CutRequest,
+        strategy: Strategy,
+        slots: &mut Slots<'_>,
+        terms: Terms<'_>,
+    ) -> Result<Option<Attempt>> {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let result = self.attempt_with(&mut scratch, request, strategy, slots, terms);
+        self.scratch = scratch;
+        result
+    }
+
+    fn attempt_with(
+        &mut self,
+        scratch: &mut Scratch,
         request: CutRequest,
         strategy: Strategy,
         slots: &mut Slots<'_>,
@@ -200,8 +258,8 @@ impl Session {
             let at = hardware.stopwatch.now();
             // A paused machine's streams may have been acknowledged since the pause, nothing else can have changed.
             let raw = match Machine::paused_state(&life) {
-                Some(paused) => Err(paused.to_vec()),
-                None => Ok(machine.capture_raw(&life, &hardware, at)?),
+                Some(paused) => Taken::Paused(paused.to_vec()),
+                None => Taken::Raw(machine.capture_raw(&life, &hardware, at)?),
             };
             hardware.seal(epoch);
             if arm {
@@ -209,7 +267,8 @@ impl Session {
             }
             anyhow::Ok((raw, at, stopped))
         })();
-        let prepared = taken.and_then(|taken| self.prepare(strategy, &terms).map(|prepared| (taken, prepared)));
+        let prepared =
+            taken.and_then(|taken| self.prepare(scratch, strategy, &terms).map(|prepared| (taken, prepared)));
         let ((raw, at, stopped), prepared) = match prepared {
             Ok(both) => both,
             Err(e) => {
@@ -217,47 +276,38 @@ impl Session {
                 return Err(e.context("no cut was made; the machine runs on"));
             }
         };
-        let Prepared { now, later, choice, hot, protected, threads, read_at } = prepared;
-        let encode = |raw: Result<RawState, Vec<u8>>| match raw {
-            Ok(raw) => raw.encode(),
-            Err(paused) => Ok(paused),
-        };
-        if now.len() + later.len() > slots.capacity() {
+        let Prepared { choice, hot, cold, protected, threads, read_at } = prepared;
+        if hot + cold > slots.capacity() as u64 {
             // It stands still until all pieces are fetched.
             union(&mut self.pending, terms.taken);
-            let pages = indices(&self.pending);
-            let state = match encode(raw) {
-                Ok(state) => state,
-                Err(e) => {
-                    machine.unfreeze(&mut life)?;
-                    return Err(e);
-                }
-            };
             life.last_cut = epoch;
-            self.open = Some(Open::Stopped(Stopped { request, since: terms.since, state, at, pages, done: 0 }));
+            let stopped = Stopped { request, since: terms.since, state: raw, at, next: 0, done: 0 };
+            self.open = Some(Open::Stopped(stopped));
             return Ok(None);
         }
+        indices_into(&scratch.at_once, &mut scratch.now);
+        indices_into(&scratch.rest, &mut scratch.later);
+        let (now, later) = (&scratch.now, &scratch.later);
         let before_copy = Instant::now();
-        let copied = slots.copy(&self.gather, &machine.core.ram, &now);
+        let copied = slots.copy(&self.gather, &machine.core.ram, now);
         let copy_time = before_copy.elapsed();
         let mut locked = None;
         let mut lock_time = Duration::ZERO;
+        let mut refused = None;
         let copied = copied.and_then(|()| {
-            let to = slots.reserve(&later)?;
+            let to = slots.reserve(later)?;
             if choice.way == Way::Lock && !later.is_empty() {
                 let since = Instant::now();
-                match self.locker.as_ref().map(|locker| locker.lock(&later, to)) {
+                match self.locker.as_ref().map(|locker| locker.lock(later, to)) {
                     Some(Ok(held)) => locked = Some(held),
-                    refused => {
-                        if let Some(Err(e)) = refused {
-                            eprintln!("warning: pages are copied while the guest stands still: {e:#}");
-                        }
-                        self.gather.copy(&machine.core.ram, &later, to)?;
+                    not_locked => {
+                        refused = not_locked.and_then(Result::err);
+                        self.gather.copy(&machine.core.ram, later, to)?;
                     }
                 }
                 lock_time = since.elapsed();
             } else if choice.way != Way::Validate {
-                self.gather.copy(&machine.core.ram, &later, to)?;
+                self.gather.copy(&machine.core.ram, later, to)?;
             }
             Ok(())
         });
@@ -273,6 +323,9 @@ impl Session {
         drop(life);
 
         // The guest runs (but after a last cut, which leaves nothing to copy). All that follows costs it no standstill.
+        if let Some(e) = refused {
+            eprintln!("warning: pages were copied while the guest stood still: {e:#}");
+        }
         let unlock_since = Instant::now();
         let was_locked = locked.is_some();
         if let Some(locked) = locked {
@@ -281,8 +334,8 @@ impl Session {
         let unlock_time = unlock_since.elapsed();
         let collided = if choice.way == Way::Validate && !later.is_empty() {
             let to = slots.again(later.len());
-            self.gather.copy(&machine.core.ram, &later, to)?;
-            Some(self.written_since(&later)?)
+            self.gather.copy(&machine.core.ram, later, to)?;
+            Some(self.written_since(later)?)
         } else {
             None
         };
@@ -313,7 +366,7 @@ impl Session {
             }
             return Ok(Some(Attempt::Collided { pages, taken }));
         }
-        let state = encode(raw).and_then(|state| slots.put_state(&state).map(|()| state));
+        let state = raw.encode().and_then(|state| slots.put_state(&state).map(|()| state));
         let state = match state {
             Ok(state) => state,
             Err(e) => {
@@ -347,15 +400,16 @@ impl Session {
         }
     }
 
-    /// The guest stands still: read the logs, decide, protect.
-    fn prepare(&mut self, strategy: Strategy, terms: &Terms<'_>) -> Result<Prepared> {
+    /// The guest stands still: read the logs, decide, protect. What is to be copied is in `scratch` afterwards.
+    fn prepare(&mut self, scratch: &mut Scratch, strategy: Strategy, terms: &Terms<'_>) -> Result<Prepared> {
         let read_at = Instant::now();
         self.read_logs()?;
         let manual = self.machine.core.manual_log;
-        let mut written = self.log.clone();
-        union(&mut written, &self.pending);
+        let Scratch { written, at_once: now, rest: later, .. } = scratch;
+        written.copy_from_slice(&self.log);
+        union(written, &self.pending);
         if terms.number == 1 {
-            let early = self.judge_early(&written);
+            let early = self.judge_early(written);
             self.machine.capturing().counts.early_pages = early;
             let record = self.machine.capturing().costs;
             let limit = if manual && strategy == Strategy::Auto {
@@ -363,47 +417,38 @@ impl Session {
             } else {
                 0
             };
-            self.hot.at_cut(&written, limit);
+            self.hot.at_cut(written, limit);
         }
         let since = Instant::now();
         let protected = self.protect_log(true)?;
         let protect_time = since.elapsed();
         // All of it is pending now. What stays writable, and what collided before, is copied at once.
-        let mut now = self.machine.core.ram.no_pages();
-        let mut later = self.pending.clone();
-        for (i, (now, later)) in now.iter_mut().zip(&mut later).enumerate() {
+        for (i, pending) in self.pending.iter().enumerate() {
             let at_once = self.hot.pages().get(i).copied().unwrap_or(0) | terms.collided.get(i).copied().unwrap_or(0);
-            *now = *later & at_once;
-            *later &= !at_once;
+            now[i] = pending & at_once;
+            later[i] = pending & !at_once;
         }
-        let hot = count(&now);
-        let cold = count(&later);
+        let (hot, cold) = (count(now), count(later));
         let threads = self.gather.threads_for(cold);
         let demanded = if terms.all { Strategy::Stop } else { strategy };
         let mut choice = self.machine.capturing().costs.choose(demanded, cold, threads);
         choice.demanded = strategy != Strategy::Auto;
-        if choice.way == Way::Lock && !self.can_lock() {
+        if choice.way == Way::Lock && self.locker.is_none() {
+            // The next cut finds one, if this host has it.
+            self.wants_lock = true;
             choice.way = Way::Stop;
         }
         if choice.way == Way::Stop {
-            union(&mut now, &later);
+            union(now, later);
             later.fill(0);
         }
-        let threads = self.gather.threads_for(count(&now));
-        Ok(Prepared {
-            now: indices(&now),
-            later: indices(&later),
-            choice,
-            hot,
-            protected: (protected, protect_time),
-            threads,
-            read_at,
-        })
+        let threads = self.gather.threads_for(count(now));
+        Ok(Prepared { choice, hot, cold, protected: (protected, protect_time), threads, read_at })
     }
 
-    /// Whether this host can lock pages. One that cannot copies them in the pause: a checkpoint that costs more is better than none,
-    /// for which the outputs would wait for ever.
-    fn can_lock(&mut self) -> bool {
+    /// Make what locks pages, if there is none. A host that cannot lock copies pages in the pause: a checkpoint that costs more is
+    /// better than none, for which the outputs would wait for ever.
+    fn prepare_lock(&mut self) {
         if self.locker.is_none() && !self.no_lock {
             match Locker::new(self.machine.core.clone()) {
                 Ok(locker) => self.locker = Some(locker),
@@ -413,7 +458,6 @@ impl Session {
                 }
             }
         }
-        self.locker.is_some()
     }
 
     /// Of `pages`, those that guest or devices have written since the cut. Every write that a copy can have seen is found: see the
@@ -481,67 +525,75 @@ impl Session {
 
     /// Fill the arena; at the last piece let the guest go.
     fn stopped_piece(&mut self) -> Result<Captured> {
-        match self.fill() {
-            Ok(captured) if captured.more => Ok(captured),
-            Ok(mut captured) => {
-                // Handed out completely.
-                self.pending.fill(0);
-                self.early.fill(0);
-                let Some(Open::Stopped(open)) = self.open.take() else { bail!("there is no cut to continue") };
-                let machine = self.machine.clone();
-                let mut life = machine.life();
-                if open.request.last {
-                    self.last = Some((open.request.epoch, open.at));
-                } else {
-                    machine.unfreeze(&mut life)?;
-                }
-                captured.pause_us = Machine::note_pause(&mut life, open.since);
-                let mut record = machine.capturing();
-                record.counts.cuts += 1;
-                record.counts.stood_still_us += captured.pause_us;
-                record.counts.pages = open.pages.len() as u64;
-                record.counts.stopped_pages = open.pages.len() as u64;
-                record.choice = Choice { pages: open.pages.len() as u64, ..Choice::default() };
-                Ok(captured)
-            }
-            Err(e) => {
-                self.abort();
-                Err(e.context("the cut was aborted; the machine runs on"))
-            }
-        }
+        let piece = self.fill().and_then(|piece| if piece.more { Ok(piece) } else { self.last_piece(piece) });
+        piece.map_err(|e| {
+            self.abort();
+            e.context("the cut was aborted; the machine runs on")
+        })
     }
 
     fn fill(&mut self) -> Result<Captured> {
         let Some(Open::Stopped(open)) = &mut self.open else { bail!("there is no cut to continue") };
         let mut arena = self.arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?;
         let mut slots = Slots::new(&mut arena.map)?;
-        let rest = &open.pages[open.done..];
-        let n = rest.len().min(slots.capacity());
-        let more = n < rest.len();
-        slots.copy(&self.gather, ram(&self.machine), &rest[..n])?;
-        open.done += n;
-        if !more {
-            slots.put_state(&open.state)?;
-        }
-        let mut captured = slots.captured(open.request.epoch, if more { 0 } else { open.state.len() });
-        captured.more = more;
+        let pages = &mut self.scratch.now;
+        indices_from(&self.pending, open.next, slots.capacity(), pages);
+        slots.copy(&self.gather, &self.machine.core.ram, pages)?;
+        open.next = pages.last().map_or(open.next, |last| last + 1);
+        open.done += pages.len() as u64;
+        let mut captured = slots.captured(open.request.epoch, 0);
+        captured.more = open.done < count(&self.pending);
         captured.vm_time_ns = open.at.0;
+        Ok(captured)
+    }
+
+    /// All pages are in the arena: the guest runs on, and the state joins them.
+    fn last_piece(&mut self, mut captured: Captured) -> Result<Captured> {
+        let Some(Open::Stopped(open)) = self.open.take() else { bail!("there is no cut to continue") };
+        let machine = self.machine.clone();
+        let last = open.request.last;
+        {
+            let mut life = machine.life();
+            if !last {
+                machine.unfreeze(&mut life)?;
+            }
+            captured.pause_us = Machine::note_pause(&mut life, open.since);
+        }
+        let put = open.state.encode().and_then(|state| {
+            let mut arena = self.arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?;
+            Slots::new(&mut arena.map)?.put_state(&state)?;
+            Ok(state.len() as u64)
+        });
+        captured.state_len = match put {
+            Ok(len) => len,
+            Err(e) => {
+                if last {
+                    machine.unfreeze(&mut machine.life())?;
+                }
+                return Err(e);
+            }
+        };
+        // Handed out completely.
+        self.pending.fill(0);
+        self.early.fill(0);
+        if last {
+            self.last = Some((open.request.epoch, open.at));
+        }
+        let mut record = machine.capturing();
+        record.counts.cuts += 1;
+        record.counts.stood_still_us += captured.pause_us;
+        record.counts.pages = open.done;
+        record.counts.stopped_pages = open.done;
+        record.choice = Choice { pages: open.done, ..Choice::default() };
         Ok(captured)
     }
 }
 
-fn ram(machine: &Machine) -> &Ram {
-    &machine.core.ram
-}
-
 /// What [`Session::prepare`] found and did.
 struct Prepared {
-    /// To be copied in the pause.
-    now: Vec<u64>,
-    /// To be copied as was chosen.
-    later: Vec<u64>,
     choice: Choice,
     hot: u64,
+    cold: u64,
     protected: (u64, Duration),
     threads: usize,
     read_at: Instant,
