@@ -23,6 +23,7 @@
 //! happened, before it asks for the next.
 
 mod action;
+mod budget;
 mod react;
 
 use std::collections::VecDeque;
@@ -32,6 +33,7 @@ use understudy_protocol::control::{Attached, Captured, HandedOver, SourceState};
 use understudy_protocol::ids::{Epoch, Generation};
 
 pub use self::action::{Action, Event, VetoCall};
+use self::budget::Budget;
 use crate::message::{Hello, Message, VERSION};
 
 /// What the sender is given by its administrator.
@@ -213,8 +215,6 @@ enum HandOver {
 /// How often an outdated picture is looked at again: reconnects, hook retries.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
-/// The standstill of cuts for waiting outputs takes no more than one part in so many of the guest's time.
-const PAUSE_SHARE: u32 = 10;
 /// An epoch with fewer pages needs no early copies.
 const WORTH_EARLY: u64 = 512;
 /// A harvest of no more pages ends the rounds: the rest fits the pause.
@@ -260,8 +260,10 @@ pub struct Sender {
     /// Newest epoch that the peer holds and the VMM has not been told of.
     acked: Option<Epoch>,
     last_cut: Instant,
-    /// The newest pause.
-    pause: Duration,
+    /// For cuts that come early because an output waits.
+    budget: Budget,
+    /// The cut that is being made came before its time.
+    hurried: bool,
     /// The guest waits to say something.
     output: bool,
     /// Pages of the epoch that is being cut, and of the one before.
@@ -337,7 +339,8 @@ impl Sender {
             in_flight: VecDeque::new(),
             acked: None,
             last_cut: now,
-            pause: Duration::ZERO,
+            budget: Budget::new(now),
+            hurried: false,
             output: false,
             pages: 0,
             pages_before: 0,
@@ -584,8 +587,11 @@ impl Sender {
         if self.in_flight.len() >= depth {
             return Action::Wait(wake);
         }
-        let soonest = self.last_cut + self.config.min_interval.max(self.pause * PAUSE_SHARE);
-        let due = if self.output { self.next_cut.min(soonest) } else { self.next_cut };
+        let due = if self.output {
+            self.next_cut.min(self.budget.next(now).max(self.last_cut + self.config.min_interval))
+        } else {
+            self.next_cut
+        };
         if now >= due {
             return self.cut(now, false, false);
         }
@@ -633,6 +639,7 @@ impl Sender {
 
     fn cut(&mut self, now: Instant, arm: bool, last: bool) -> Action {
         self.epoch = self.epoch.next();
+        self.hurried = now < self.next_cut && !last;
         self.next_cut = now + self.config.interval;
         self.last_cut = now;
         self.output = false;

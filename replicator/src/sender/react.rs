@@ -182,7 +182,9 @@ impl Sender {
         }
         self.pages += captured.pages;
         if !captured.more {
-            self.pause = Duration::from_micros(captured.pause_us);
+            if std::mem::take(&mut self.hurried) {
+                self.budget.spend(Duration::from_micros(captured.pause_us));
+            }
         }
         if self.peer == Peer::Streaming {
             self.cycle = Cycle::Sending(captured);

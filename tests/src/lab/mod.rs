@@ -9,6 +9,7 @@ pub mod net;
 pub mod node;
 pub mod places;
 pub mod root;
+pub mod stall;
 pub mod vm;
 pub mod vm_agent;
 pub mod vm_image;
