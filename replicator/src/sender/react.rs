@@ -181,10 +181,8 @@ impl Sender {
             self.promotable = false;
         }
         self.pages += captured.pages;
-        if !captured.more {
-            if std::mem::take(&mut self.hurried) {
-                self.budget.spend(Duration::from_micros(captured.pause_us));
-            }
+        if !captured.more && std::mem::take(&mut self.hurried) {
+            self.budget.spend(Duration::from_micros(captured.pause_us));
         }
         if self.peer == Peer::Streaming {
             self.cycle = Cycle::Sending(captured);

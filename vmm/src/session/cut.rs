@@ -36,6 +36,7 @@ pub struct CutRequest {
 }
 
 /// A cut of which pieces are still to be fetched.
+#[expect(clippy::large_enum_variant, reason = "a session has one, and a box would be allocated in the pause")]
 pub(super) enum Open {
     /// The guest runs; this many pieces may still be handed out before it is stopped.
     Running { request: CutRequest, pieces: u32 },
@@ -61,6 +62,7 @@ pub(super) struct Stopped {
 }
 
 /// State that was read: of vCPUs and devices, or that of a machine that was paused before.
+#[expect(clippy::large_enum_variant, reason = "a session has one, and a box would be allocated in the pause")]
 enum Taken {
     Raw(RawState),
     Paused(Vec<u8>),
