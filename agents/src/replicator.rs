@@ -34,6 +34,14 @@ pub static KEY: Param<String> = Param::text("key")
     .check(absolute)
     .short("Key file")
     .long("File with the key that the nodes know each other by and encrypt with. The same on every node, readable by root only.");
+/// Encryption.
+pub static ENCRYPTION: Param<String> = Param::choice("encryption", &["on", "off"])
+    .default("on")
+    .short("Encrypt replication")
+    .long(
+        "Off only for a link between the nodes that nobody else can reach: both still prove that they hold the key, but the machine's \
+         memory travels in clear, and whoever can change the link's bytes can change it. The same on every node.",
+    );
 /// Epoch length.
 pub static INTERVAL_MS: Param<u64> = Param::integer("interval_ms", 1, 60_000)
     .default("25")
@@ -121,6 +129,7 @@ fn declarations() -> Vec<&'static Declaration> {
         INTERVAL_MS.declaration(),
         MIN_INTERVAL_MS.declaration(),
         PIPELINE.declaration(),
+        ENCRYPTION.declaration(),
         SLOW_LINK.declaration(),
         MAX_LAG_MS.declaration(),
         PEER_TIMEOUT_MS.declaration(),
@@ -148,6 +157,7 @@ fn command_line(p: &Parameters, node: &str, own_hook: Option<String>) -> ocf::Re
     option("interval-ms", p.get(&INTERVAL_MS)?.to_string());
     option("min-interval-ms", p.get(&MIN_INTERVAL_MS)?.to_string());
     option("pipeline", p.get(&PIPELINE)?.to_string());
+    option("encryption", p.get(&ENCRYPTION)?);
     option("slow-link", p.get(&SLOW_LINK)?);
     option("max-lag-ms", p.get(&MAX_LAG_MS)?.to_string());
     option("peer-timeout-ms", p.get(&PEER_TIMEOUT_MS)?.to_string());

@@ -19,6 +19,9 @@
 //! 16-byte tag, numbered by an implicit 64-bit counter as nonce. The two directions share nothing that changes, so
 //! [`SecureStream::split`] gives two halves for two threads.
 //!
+//! On a link that nobody else can reach, two ends may agree to go on in clear after the handshake ([`SecureStream::in_clear`], under a
+//! protocol name of its own): it is still proved who is there, but whoever can change the link's bytes can change memory.
+//!
 //! An end of stream is not authenticated: the protocol above must know whether it may end here (records do).
 
 use std::io::{self, Read, Write};
@@ -32,6 +35,8 @@ use crate::key::Key;
 
 /// Protocol name of replication between `understudy-replicator` processes.
 pub const REPLICATION: &str = "understudy-replication/1";
+/// The same with everything after the handshake in clear: [`SecureStream::in_clear`].
+pub const REPLICATION_IN_CLEAR: &str = "understudy-replication/1-unencrypted";
 /// Protocol name of the sessions between a machine and a board.
 pub const BOARD: &str = "understudy-board/1";
 
@@ -85,7 +90,8 @@ pub enum SecureError {
     },
     /// Another protocol, or another version of it.
     #[error(
-        "the peer {peer} speaks {theirs}, this side speaks {ours}: check address and port, and install the same release on both sides"
+        "the peer {peer} speaks {theirs}, this side speaks {ours}: check address and port, and give both sides the same release and the \
+         same choice of encryption"
     )]
     OtherProtocol {
         /// The other side.
@@ -140,6 +146,8 @@ pub struct SecureReader {
     plain: Box<[u8]>,
     plain_at: usize,
     plain_end: usize,
+    /// What comes is the content itself.
+    clear: bool,
     broken: bool,
 }
 
@@ -151,6 +159,7 @@ pub struct SecureWriter {
     state: Arc<StatelessTransportState>,
     nonce: u64,
     cipher: Vec<u8>,
+    clear: bool,
     broken: bool,
 }
 
@@ -221,6 +230,12 @@ impl SecureStream {
         Ok(this)
     }
 
+    /// From here on neither side encrypts. Both must do it, right after the handshake; a protocol name of its own makes sure of that.
+    pub fn in_clear(mut self) -> Self {
+        (self.reader.clear, self.writer.clear) = (true, true);
+        self
+    }
+
     /// Two halves for two threads.
     pub fn split(self) -> (SecureReader, SecureWriter) {
         (self.reader, self.writer)
@@ -268,6 +283,26 @@ impl SecureReader {
         self.stream.try_clone()
     }
 
+    /// Large reads go past the buffer, which is empty.
+    fn read_clear(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let read = if buf.len() >= self.plain.len() {
+                self.stream.read(buf)
+            } else {
+                self.stream.read(&mut self.plain).map(|n| {
+                    let now = n.min(buf.len());
+                    buf[..now].copy_from_slice(&self.plain[..now]);
+                    (self.plain_at, self.plain_end) = (now, n);
+                    now
+                })
+            };
+            match read {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
+    }
+
     /// Decrypt the next message if all of it is here.
     fn decrypt(&mut self) -> io::Result<bool> {
         let have = &self.cipher[self.cipher_at..self.cipher_end];
@@ -303,6 +338,9 @@ impl Read for SecureReader {
                 buf[..n].copy_from_slice(&self.plain[self.plain_at..self.plain_at + n]);
                 self.plain_at += n;
                 return Ok(n);
+            }
+            if self.clear {
+                return self.read_clear(buf);
             }
             if self.decrypt()? {
                 continue;
@@ -342,6 +380,11 @@ impl SecureWriter {
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the encrypted stream is broken"));
         }
         self.broken = true;
+        if self.clear {
+            self.stream.write_all(content)?;
+            self.broken = false;
+            return Ok(());
+        }
         let messages = content.len().div_ceil(MAX_CONTENT).max(1);
         if self.nonce + messages as u64 > MAX_MESSAGES {
             return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the stream's keys are used up: connect again"));
@@ -370,7 +413,7 @@ impl Write for SecureWriter {
         if buf.is_empty() {
             return Ok(0);
         }
-        let n = buf.len().min(BATCH);
+        let n = if self.clear { buf.len() } else { buf.len().min(BATCH) };
         self.send(&buf[..n])?;
         Ok(n)
     }
@@ -510,9 +553,11 @@ impl Shake {
             plain: vec![0; 65535].into_boxed_slice(),
             plain_at: 0,
             plain_end: 0,
+            clear: false,
             broken: false,
         };
-        let writer = SecureWriter { stream: self.stream, state, nonce: 0, cipher: Vec::new(), broken: false };
+        let writer =
+            SecureWriter { stream: self.stream, state, nonce: 0, cipher: Vec::new(), clear: false, broken: false };
         Ok(SecureStream { reader, writer })
     }
 }

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use understudy_protocol::key::Key;
-use understudy_protocol::secure::{BOARD, REPLICATION, SecureError, SecureStream, Timeouts};
+use understudy_protocol::secure::{BOARD, REPLICATION, REPLICATION_IN_CLEAR, SecureError, SecureStream, Timeouts};
 
 const QUICK: Timeouts = Timeouts { handshake: Duration::from_millis(400), dead_peer: Duration::from_secs(2) };
 
@@ -49,6 +49,31 @@ fn bytes_of_any_amount_arrive_in_both_directions_at_once() {
             });
         }
     });
+}
+
+#[test]
+fn two_ends_may_go_on_in_clear_after_they_have_proved_the_key() {
+    let (a, b) = shake((key(1), REPLICATION_IN_CLEAR), (key(1), REPLICATION_IN_CLEAR));
+    let data: Vec<u8> = (0..1_500_000u32).map(|i| (i * 7 + i / 251) as u8).collect();
+    thread::scope(|scope| {
+        for (stream, step, take) in [(a.unwrap(), 1000, 100_000), (b.unwrap(), 400_000, 37)] {
+            let (mut reader, mut writer) = stream.in_clear().split();
+            let data = &data;
+            scope.spawn(move || data.chunks(step).for_each(|piece| writer.write_all(piece).unwrap()));
+            scope.spawn(move || {
+                let mut got = vec![0; data.len()];
+                got.chunks_mut(take).for_each(|piece| reader.read_exact(piece).unwrap());
+                assert!(&got == data);
+            });
+        }
+    });
+    let (a, b) = shake((key(1), REPLICATION_IN_CLEAR), (key(2), REPLICATION_IN_CLEAR));
+    assert!(a.is_err() && b.is_err(), "without the key nothing is agreed");
+    let (a, b) = shake((key(1), REPLICATION), (key(1), REPLICATION_IN_CLEAR));
+    for result in [a, b] {
+        let sentence = result.unwrap_err().to_string();
+        assert!(sentence.ends_with("the same choice of encryption"), "{sentence}");
+    }
 }
 
 #[test]

@@ -33,6 +33,7 @@ use understudy_protocol::urgent;
 use self::pages::Pages;
 use crate::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE};
 use crate::hook::Hook;
+use crate::link::Encryption;
 use crate::log;
 use crate::message::Message;
 use crate::sender::{Action, Event, Facts, Sender, SenderConfig};
@@ -62,6 +63,8 @@ pub struct DriverConfig {
     pub peers: Vec<(String, String)>,
     /// The cluster's key.
     pub key: Arc<Key>,
+    /// Of the stream to the peer.
+    pub encryption: Encryption,
     /// Files.
     pub layout: Layout,
     /// How pages are encoded.

@@ -1,11 +1,13 @@
 //! Messages over the secure stream: thin functions that both sides share.
 
 use std::io::{self, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use understudy_protocol::frame::{self, Header};
 use understudy_protocol::ids::{Epoch, Generation};
-use understudy_protocol::secure::Timeouts;
+use understudy_protocol::key::Key;
+use understudy_protocol::secure::{REPLICATION, REPLICATION_IN_CLEAR, SecureError, SecureStream, Timeouts};
 
 use crate::message::Message;
 
@@ -24,6 +26,42 @@ pub fn send(writer: &mut impl Write, generation: Generation, epoch: Epoch, messa
     let mut bytes = Vec::new();
     encode(generation, epoch, message, &mut bytes)?;
     writer.write_all(&bytes)
+}
+
+/// Whether what is replicated is encrypted. Both sides must have the same, and say so when they have not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Encryption {
+    /// Nobody on the way can read or change it.
+    #[default]
+    On,
+    /// For a link that nobody else can reach: both sides prove that they hold the key, then memory travels in clear.
+    Off,
+}
+
+impl Encryption {
+    /// The connecting side's handshake.
+    pub fn connect(self, stream: TcpStream, key: &Key, timeouts: Timeouts) -> Result<SecureStream, SecureError> {
+        Ok(self.go_on(SecureStream::connect(stream, key, self.protocol(), timeouts)?))
+    }
+
+    /// The accepting side's handshake.
+    pub fn accept(self, stream: TcpStream, key: &Key, timeouts: Timeouts) -> Result<SecureStream, SecureError> {
+        Ok(self.go_on(SecureStream::accept(stream, key, self.protocol(), timeouts)?))
+    }
+
+    fn protocol(self) -> &'static str {
+        match self {
+            Self::On => REPLICATION,
+            Self::Off => REPLICATION_IN_CLEAR,
+        }
+    }
+
+    fn go_on(self, stream: SecureStream) -> SecureStream {
+        match self {
+            Self::On => stream,
+            Self::Off => stream.in_clear(),
+        }
+    }
 }
 
 /// Timeouts of the stream for a given peer timeout.

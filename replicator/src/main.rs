@@ -24,6 +24,7 @@ use understudy_replicator::codec::method::Method;
 use understudy_replicator::codec::writer::{Compression, ShadowBudget};
 use understudy_replicator::drill::{self, Drill};
 use understudy_replicator::hook::Arm;
+use understudy_replicator::link::Encryption;
 use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_offline};
 use understudy_replicator::report::{Sample, metrics, text, top};
 use understudy_replicator::sender::{SlowLink, SlowPolicy};
@@ -145,6 +146,10 @@ struct Run {
     /// File with the cluster's key.
     #[arg(long, default_value = DEFAULT_KEY_FILE)]
     key: PathBuf,
+    /// Encrypt what is replicated. Off only for a link that nobody else can reach: both nodes still prove that they hold the key, but
+    /// memory travels in clear, and whoever can change the link's bytes can change it. The same on all nodes.
+    #[arg(long, value_enum, default_value_t = Encryption::On)]
+    encryption: Encryption,
     /// Milliseconds from one checkpoint to the next. 0: one after the other, for trials.
     #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u64).range(0..=60_000))]
     interval_ms: u64,
@@ -364,6 +369,7 @@ fn serve(run: Run) -> anyhow::Result<()> {
         node: run.node,
         peers,
         key,
+        encryption: run.encryption,
         interval: Duration::from_millis(run.interval_ms),
         min_interval: Duration::from_millis(run.min_interval_ms),
         pipeline: run.pipeline as usize,

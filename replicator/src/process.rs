@@ -26,13 +26,13 @@ use understudy_protocol::frame;
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
-use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream};
+use understudy_protocol::secure::SecureReader;
 
 use crate::codec::EncodingConfig;
 use crate::driver::{DriverConfig, SenderHandle};
 use crate::hook::{Arm, Hook, Reporter};
 use crate::image::{FRAME_LIMIT, ImageError};
-use crate::link;
+use crate::link::{self, Encryption};
 use crate::log;
 use crate::message::Message;
 use crate::receiver::Conn;
@@ -60,6 +60,8 @@ pub struct Config {
     pub peers: Vec<(String, String)>,
     /// The cluster's key.
     pub key: Arc<Key>,
+    /// Of the streams between the nodes.
+    pub encryption: Encryption,
     /// From cut to cut.
     pub interval: Duration,
     /// From cut to cut when outputs wait.
@@ -265,7 +267,7 @@ impl Shared {
     fn serve_peer(&self, stream: TcpStream) {
         let timeouts = link::timeouts(self.config.peer_timeout);
         let address = stream.peer_addr().map_or_else(|_| "(gone)".into(), |a| a.to_string());
-        let secured = match SecureStream::accept(stream, &self.config.key, REPLICATION, timeouts) {
+        let secured = match self.config.encryption.accept(stream, &self.config.key, timeouts) {
             Ok(secured) => secured,
             Err(e) => return self.standby().note(format!("a connection was refused: {e}")),
         };
@@ -484,6 +486,7 @@ impl Shared {
             peers: config.peers.iter().filter(|(name, _)| *name != config.node).cloned().collect(),
             encoding: config.encoding,
             key: config.key.clone(),
+            encryption: config.encryption,
             layout: config.layout.clone(),
             hook,
             verify_every: config.verify_every,

@@ -9,12 +9,12 @@ use std::time::Duration;
 use understudy_protocol::frame;
 use understudy_protocol::ids::Epoch;
 use understudy_protocol::key::Key;
-use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream};
+use understudy_protocol::secure::{SecureReader, SecureStream};
 
 use super::{Driver, Input, Trouble, lock};
 use crate::codec::PAGE;
 use crate::image::FRAME_LIMIT;
-use crate::link;
+use crate::link::{self, Encryption};
 use crate::message::Message;
 use crate::sender::Event;
 
@@ -106,9 +106,10 @@ impl Driver {
         self.next_peer += 1;
         self.peer_name = Some(name.clone());
         let (post, key, timeout) = (self.post.clone(), self.config.key.clone(), self.config.sender.peer_timeout);
+        let encryption = self.config.encryption;
         thread::spawn(move || {
-            let result =
-                connect(&address, &key, timeout).map_err(|why| format!("cannot reach {name} at {address}: {why}"));
+            let result = connect(&address, &key, encryption, timeout)
+                .map_err(|why| format!("cannot reach {name} at {address}: {why}"));
             let _ = post.send(Input::Connect(connection, result));
         });
     }
@@ -135,13 +136,18 @@ impl Driver {
     }
 }
 
-fn connect(address: &str, key: &Key, peer_timeout: Duration) -> Result<Box<SecureStream>, String> {
+fn connect(
+    address: &str,
+    key: &Key,
+    encryption: Encryption,
+    peer_timeout: Duration,
+) -> Result<Box<SecureStream>, String> {
     let addresses = address.to_socket_addrs().map_err(|e| e.to_string())?;
     let mut why = "the name has no address".to_owned();
     for address in addresses {
         match TcpStream::connect_timeout(&address, peer_timeout) {
             Ok(stream) => {
-                let secured = SecureStream::connect(stream, key, REPLICATION, link::timeouts(peer_timeout));
+                let secured = encryption.connect(stream, key, link::timeouts(peer_timeout));
                 return secured.map(Box::new).map_err(|e| e.to_string());
             }
             Err(e) => why = e.to_string(),
