@@ -1,0 +1,912 @@
+//! A machine's disk: a base, and in front of it the slices of epochs that are not merged yet.
+//!
+//! ```text
+//!  device threads            replicator                       merger
+//!  read ── newest slice      cut(N)    slice N closed, N+1 open   │ oldest committed slices ──► base
+//!        └ … oldest slice    seal(N)   slice N durable            │ flush the base
+//!        └ base              …the standby commits epoch N…        │ owner record: merged up to N
+//!  write ─► open slice       commit(N) marked, durable ───────────┘ remove the slices
+//! ```
+//! **Modes.** *Direct*: writes go to the base; the machine is unprotected. *Protected*: writes go to the slice of the open epoch, which the
+//! replicator cuts, seals and commits; several may be on their way. *Solo*: writes go to slices that this disk commits by itself, at the
+//! guest's flushes: after a takeover, until everything is merged and the base is this process's, and after protection ended.
+//!
+//! **What a guest's flush means.** Direct and solo: what was written before is durable when it returns. Protected: it returns at once, and
+//! what was written before is durable when its epoch is committed. That is enough: whatever the guest does *because* the flush returned
+//! is part of the same or a later epoch, and leaves the machine only when that is committed. After a takeover the guest is as of a cut at which,
+//! to itself, the flush had returned and the data is there, or had not been asked for yet. If both nodes lose their power at once, the machine
+//! boots from the newest committed epoch: what the outside saw is in it. (The output gate therefore opens only when
+//! [`Disk::commit`] has returned.) So a flush costs nothing while protected, and lies to nobody who could tell.
+//!
+//! **Agreement with memory.** [`Disk::cut`] returns a [`Tag`] that goes into the checkpoint. [`Disk::seal`] must return before the standby is told the
+//! end of the epoch; then a committed checkpoint finds its slices durable, whatever dies when. A takeover with a checkpoint takes exactly what the tag
+//! names and throws the rest away.
+//!
+//! Locks are taken in this order: mode, table, a slice's log, index.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use understudy_protocol::ids::Epoch;
+
+use crate::block::{Block, Format, Gather, SECTOR, Scatter, admit};
+use crate::error::{Doing, Error, Result};
+use crate::index::{Index, Piece, Source};
+use crate::owner::{self, BASE_LOCK, Identity, Ownership};
+use crate::record::{DATA_SECTORS, Kind, RECORD, SliceId, Tag};
+use crate::recover::{self, Memory};
+use crate::slice::{Slice, SliceName};
+use crate::store::{Directory, Lock};
+
+/// Bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes in slices that are not merged; beyond it writes are refused with [`Error::Backlog`]. A takeover reads them all, so it is also a bound
+    /// for that.
+    pub backlog: u64,
+    /// Extents in the index (about 40 bytes of memory each).
+    pub extents: usize,
+    /// Bytes of slices that are merged before the base is flushed once.
+    pub batch: u64,
+    /// Bytes after which a solo slice is committed without being asked.
+    pub solo: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { backlog: 512 << 20, extents: 1 << 20, batch: 64 << 20, solo: 32 << 20 }
+    }
+}
+
+/// What to open, as whom.
+pub struct Options {
+    /// Where the merged content is.
+    pub base: Arc<dyn Block>,
+    /// Its format, for the record.
+    pub format: Format,
+    /// Where slices are kept; every node that may run the machine sees the same directory.
+    pub directory: Arc<dyn Directory>,
+    /// Who opens it.
+    pub identity: Identity,
+    /// With what memory the machine goes on.
+    pub memory: Memory,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Direct,
+    Solo,
+    Protected { open: Epoch },
+}
+
+/// Slices that are not merged.
+struct Table {
+    slices: BTreeMap<u64, Arc<Slice>>,
+    /// The one that is written to; it is in `slices` too.
+    open: Option<Arc<Slice>>,
+    /// The number for the next one.
+    next: u64,
+    /// As of the last cut.
+    closed: Tag,
+    /// Everything up to this one is merged.
+    merged: Tag,
+    /// The last one of which the owner record may speak.
+    problem: Option<String>,
+}
+
+/// See the [module](self). Share it in an [`Arc`].
+pub struct Disk {
+    pub(crate) base: Arc<dyn Block>,
+    pub(crate) dir: Arc<dyn Directory>,
+    pub(crate) me: Identity,
+    id: u64,
+    limits: Limits,
+    mode: RwLock<Mode>,
+    table: Mutex<Table>,
+    room: Condvar,
+    index: RwLock<Index>,
+    base_lock: Mutex<Option<Box<dyn Lock>>>,
+    /// Bytes in slices.
+    waiting: AtomicU64,
+    /// Bytes ever merged.
+    merged_bytes: AtomicU64,
+    /// A newer generation was seen: nothing is done any more.
+    superseded: OnceLock<(String, understudy_protocol::ids::Generation)>,
+    discarded: Vec<String>,
+}
+
+/// What [`Disk::merge`] did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Merged {
+    /// Nothing is committed that is not merged.
+    Nothing,
+    /// So many slices, with so many bytes of log.
+    Slices {
+        /// How many.
+        slices: usize,
+        /// Of log.
+        bytes: u64,
+    },
+    /// Somebody else still has the right to write to the base; a sentence that says who.
+    Waiting(String),
+}
+
+/// How a disk is.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// The base.
+    pub name: String,
+    /// `direct`, `solo` or `protected`.
+    pub mode: &'static str,
+    /// Bytes in slices that are not merged.
+    pub backlog_bytes: u64,
+    /// Slices that are not merged.
+    pub backlog_slices: usize,
+    /// Bytes in the open slice: when they grow large, an earlier cut helps.
+    pub open_bytes: u64,
+    /// Extents in the index.
+    pub index_extents: usize,
+    /// Memory of the index.
+    pub index_bytes: u64,
+    /// Bytes merged since it was opened.
+    pub merged_bytes: u64,
+    /// Whether this process may write to the base.
+    pub holds_base: bool,
+    /// What the merger complains of, if it does.
+    pub problem: Option<String>,
+    /// Slices that were thrown away when it was opened.
+    pub discarded: Vec<String>,
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Disk {
+    /// Open it: claim it for the identity's generation, bring it to the state that fits the memory. After a takeover reads and writes work at once;
+    /// merging goes on from [`Disk::merge`].
+    ///
+    /// # Errors
+    /// It is somebody else's; it is not in the state that the memory needs; it is damaged. Each says what and why.
+    pub fn open(options: Options) -> Result<Disk> {
+        let Options { base, format, directory: dir, identity: me, memory, limits } = options;
+        if base.read_only() {
+            return Err(Error::ReadOnly { disk: base.name().to_owned() });
+        }
+        let found = recover::take(&*base, &*dir, format, &me, memory)?;
+        if found.base_lock.is_some() {
+            base.take_charge()?;
+            // A process that was killed leaves writes in the kernel's cache. What the machine boots from must not vanish later.
+            base.flush()?;
+        }
+        let (mut index, mut slices, mut waiting) = (Index::default(), BTreeMap::new(), 0);
+        let mut closed = found.owner.newest;
+        for (slice, scan) in found.slices {
+            for (record, data) in &scan.records {
+                index.insert(piece(slice.id.serial, record.kind, record.sector, record.sectors, *data));
+            }
+            waiting += slice.bytes();
+            closed = slice.tag();
+            slices.insert(slice.id.serial, slice);
+        }
+        Ok(Disk {
+            base,
+            dir,
+            me,
+            id: found.owner.disk,
+            limits,
+            mode: RwLock::new(if found.owner.direct { Mode::Direct } else { Mode::Solo }),
+            table: Mutex::new(Table {
+                slices,
+                open: None,
+                next: closed.serial + 1,
+                closed,
+                merged: found.owner.newest,
+                problem: None,
+            }),
+            room: Condvar::new(),
+            index: RwLock::new(index),
+            base_lock: Mutex::new(found.base_lock),
+            waiting: AtomicU64::new(waiting),
+            merged_bytes: AtomicU64::new(0),
+            superseded: OnceLock::new(),
+            discarded: found.discarded,
+        })
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing more once a newer generation was seen.
+    fn alive(&self) -> Result<()> {
+        match self.superseded.get() {
+            None => Ok(()),
+            Some((node, theirs)) => Err(Error::Superseded {
+                disk: self.base.name().to_owned(),
+                node: node.clone(),
+                theirs: *theirs,
+                ours: self.me.generation,
+            }),
+        }
+    }
+
+    /// Look whether the disk is still ours, in the record itself.
+    ///
+    /// # Errors
+    /// It is not; then nothing works on this [`Disk`] any more. The record cannot be read.
+    pub fn check_owner(&self) -> Result<Ownership> {
+        self.alive()?;
+        let owner = Ownership::load(&*self.dir)?.ok_or_else(|| Error::Corrupt {
+            what: format!("the record of whose disk it is in {} is gone", self.dir.name()),
+        })?;
+        #[cfg(test)]
+        if crate::sim::sabotaged(crate::sim::Sabotage::IgnoreGeneration) {
+            return Ok(owner);
+        }
+        if owner.generation != self.me.generation || owner.machine != self.me.machine || owner.node != self.me.node {
+            let _ = self.superseded.set((owner.node.clone(), owner.generation));
+            self.room.notify_all();
+            self.alive()?;
+        }
+        Ok(owner)
+    }
+
+    /// The open slice; made by the first write into it.
+    fn open_slice(&self, mode: Mode) -> Result<Arc<Slice>> {
+        let mut table = self.table();
+        if let Some(open) = &table.open {
+            return Ok(open.clone());
+        }
+        let epoch = match mode {
+            Mode::Protected { open } => open,
+            Mode::Direct | Mode::Solo => Epoch::ZERO,
+        };
+        let id = SliceId { disk: self.id, generation: self.me.generation, epoch, serial: table.next };
+        let name =
+            SliceName { serial: id.serial, generation: id.generation, epoch: id.epoch, owner: self.me.generation };
+        let file_name = name.to_string();
+        let made = self.dir.create(&file_name).or_else(|e| match e.kind() {
+            // One of our own to which nothing could be written.
+            std::io::ErrorKind::AlreadyExists => {
+                self.dir.open(&file_name).and_then(|file| file.truncate(0).map(|()| file))
+            }
+            _ => Err(e),
+        });
+        let file = made.doing(|| format!("making the slice {name} in {}", self.dir.name()))?;
+        let slice = Arc::new(Slice::new(id, name, file));
+        table.next += 1;
+        table.slices.insert(id.serial, slice.clone());
+        table.open = Some(slice.clone());
+        Ok(slice)
+    }
+
+    /// One request into the log and the index, or straight into the base.
+    fn redirect(&self, kind: Kind, at: u64, len: u64, bytes: &mut [u8]) -> Result<()> {
+        self.alive()?;
+        let crc = if kind == Kind::Data { crc32fast::hash(&bytes[RECORD..]) } else { 0 };
+        let mode = read(&self.mode);
+        if *mode == Mode::Direct {
+            return match kind {
+                Kind::Data => self.base.write_at(at, &bytes[RECORD..]),
+                _ => self.base.write_zeroes(at, len, kind == Kind::Discard),
+            };
+        }
+        let waiting = self.waiting.load(Ordering::Relaxed);
+        if waiting >= self.limits.backlog || read(&self.index).len() >= self.limits.extents {
+            let disk = self.base.name().to_owned();
+            return Err(Error::Backlog { disk, waiting, bound: self.limits.backlog });
+        }
+        let (sector, sectors) = (at / SECTOR, (len / SECTOR) as u32);
+        let slice = self.open_slice(*mode)?;
+        // Held until the index knows: log and index must see overlapping writes in the same order.
+        let mut log = slice.appending();
+        let data = log.append(kind, sector, sectors, crc, bytes)?;
+        write(&self.index).insert(piece(slice.id.serial, kind, sector, sectors, data));
+        drop(log);
+        self.waiting.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn redirect_zeroes(&self, at: u64, len: u64, kind: Kind) -> Result<()> {
+        admit(self, at, len)?;
+        let most = u64::from(u32::MAX) * SECTOR;
+        let (mut at, mut left) = (at, len);
+        while left > 0 {
+            let now = left.min(most);
+            self.redirect(kind, at, now, &mut [0; RECORD])?;
+            at += now;
+            left -= now;
+        }
+        self.solo_bound()
+    }
+
+    /// A solo slice that is large enough is committed, so that it can be merged.
+    fn solo_bound(&self) -> Result<()> {
+        if self.waiting.load(Ordering::Relaxed) < self.limits.solo || *read(&self.mode) != Mode::Solo {
+            return Ok(());
+        }
+        let large = self.table().open.as_ref().is_some_and(|s| s.bytes() >= self.limits.solo);
+        if large { self.commit_solo() } else { Ok(()) }
+    }
+
+    /// Begin protection: writes go to the slice of `epoch` from now on. What the base has by then is durable first, so that the first checkpoint
+    /// can rely on it. The guest should stand still only for a moment: flush before calling it when much was written.
+    ///
+    /// # Errors
+    /// It is protected already; what the storage says.
+    pub fn protect(&self, epoch: Epoch) -> Result<()> {
+        self.check_owner()?;
+        if *read(&self.mode) == Mode::Direct {
+            // Most of it, while writes go on.
+            self.base.flush()?;
+        }
+        let mut mode = write(&self.mode);
+        match *mode {
+            Mode::Protected { open } => {
+                return Err(Error::Refused(format!("{} is protected already, epoch {open} is open", self.base.name())));
+            }
+            Mode::Solo => {
+                self.close();
+                self.seal_upto(None)?;
+                self.mark_upto(None)?;
+            }
+            Mode::Direct => {
+                self.base.flush()?;
+                let newest = self.owner_update(|owner| {
+                    owner.direct = false;
+                    // What was written directly is a state of its own.
+                    owner.newest.serial += 1;
+                    owner.newest.generation = self.me.generation;
+                    owner.newest.epoch = Epoch::ZERO;
+                })?;
+                let mut table = self.table();
+                table.next = newest.serial + 1;
+                (table.closed, table.merged) = (newest, newest);
+            }
+        }
+        *mode = Mode::Protected { open: epoch };
+        Ok(())
+    }
+
+    /// End protection: everything that was written counts from now on. The caller must have made sure, durably, that no standby will be
+    /// promoted from an older checkpoint.
+    ///
+    /// # Errors
+    /// What the storage says. Calling it again is right.
+    pub fn unprotect(&self) -> Result<()> {
+        self.check_owner()?;
+        let mut mode = write(&self.mode);
+        if matches!(*mode, Mode::Protected { .. }) {
+            self.close();
+            *mode = Mode::Solo;
+        }
+        drop(mode);
+        self.commit_solo()
+    }
+
+    /// Read-modify-write of the owner record, if it is still ours. Returns its [`Ownership::newest`].
+    fn owner_update(&self, change: impl FnOnce(&mut Ownership)) -> Result<Tag> {
+        let claim = owner::claim(&*self.dir)?;
+        let mut owner = self.check_owner()?;
+        change(&mut owner);
+        owner.store(&*self.dir, &claim)?;
+        Ok(owner.newest)
+    }
+
+    /// Close the open slice. The mode is held for writing.
+    fn close(&self) -> Tag {
+        let mut table = self.table();
+        if let Some(open) = table.open.take() {
+            // Nothing can be appended any more: appending needs the mode.
+            if open.bytes() == 0 {
+                // Its only write failed; the number is given again. An empty file that stays is taken for nothing.
+                table.slices.remove(&open.id.serial);
+                table.next = open.id.serial;
+                let _ = self.dir.remove(&open.name.to_string());
+            } else {
+                table.closed = open.tag();
+            }
+        }
+        table.closed
+    }
+
+    /// The cut between two epochs: what was written so far is `epoch`'s, what comes is the next one's. No write is in flight afterwards
+    /// that began before. No I/O: this is in the pause. The tag belongs into the checkpoint.
+    ///
+    /// # Errors
+    /// Another epoch is open, or none.
+    pub fn cut(&self, epoch: Epoch) -> Result<Tag> {
+        self.alive()?;
+        let mut mode = write(&self.mode);
+        match *mode {
+            Mode::Protected { open } if open == epoch => {
+                let tag = self.close();
+                *mode = Mode::Protected { open: epoch.next() };
+                Ok(tag)
+            }
+            Mode::Protected { open } => Err(Error::Refused(format!(
+                "epoch {epoch} of {} is to be cut while epoch {open} is open",
+                self.base.name()
+            ))),
+            _ => Err(Error::Refused(format!(
+                "epoch {epoch} of {} is to be cut, and the disk is not protected",
+                self.base.name()
+            ))),
+        }
+    }
+
+    /// Closed slices up to an epoch (or all) for which `pending` holds, oldest first.
+    fn closed_upto(&self, epoch: Option<Epoch>, pending: impl Fn(&Slice) -> bool) -> Vec<Arc<Slice>> {
+        let table = self.table();
+        let open = table.open.as_ref().map(|s| s.id.serial);
+        table
+            .slices
+            .values()
+            .filter(|s| Some(s.id.serial) != open && s.id.generation == self.me.generation)
+            .filter(|s| epoch.is_none_or(|e| s.id.epoch <= e) && pending(s))
+            .cloned()
+            .collect()
+    }
+
+    fn seal_upto(&self, epoch: Option<Epoch>) -> Result<()> {
+        let slices = self.closed_upto(epoch, |s| !s.is_committed() && !s.is_sealed());
+        for slice in &slices {
+            slice.seal()?;
+        }
+        if !slices.is_empty() {
+            self.dir.sync().doing(|| format!("flushing the directory {}", self.dir.name()))?;
+        }
+        Ok(())
+    }
+
+    fn mark_upto(&self, epoch: Option<Epoch>) -> Result<()> {
+        for slice in self.closed_upto(epoch, |s| !s.is_committed()) {
+            slice.commit()?;
+        }
+        self.room.notify_all();
+        Ok(())
+    }
+
+    /// Everything up to `epoch` is durable, and says that it is complete. To be called after its cut, and to have returned before the standby is told
+    /// the end of the epoch.
+    ///
+    /// # Errors
+    /// What the storage says; then this epoch must not be committed.
+    pub fn seal(&self, epoch: Epoch) -> Result<()> {
+        self.alive()?;
+        self.seal_upto(Some(epoch))
+    }
+
+    /// The standby has committed `epoch`. Durable when it returns; only then may what the machine said leave.
+    ///
+    /// # Errors
+    /// It was not sealed; the disk is not ours any more; what the storage says.
+    pub fn commit(&self, epoch: Epoch) -> Result<()> {
+        self.check_owner()?;
+        self.mark_upto(Some(epoch))
+    }
+
+    /// What solo mode does at a flush.
+    fn commit_solo(&self) -> Result<()> {
+        {
+            let mode = write(&self.mode);
+            if *mode == Mode::Solo {
+                self.close();
+            }
+        }
+        self.check_owner()?;
+        self.seal_upto(None)?;
+        self.mark_upto(None)
+    }
+
+    /// Whether this process may write to the base; gets the right if it is free.
+    fn hold_base(&self) -> Result<bool> {
+        let mut lock = self.base_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if lock.is_none() {
+            let doing = || format!("locking {BASE_LOCK} in {}", self.dir.name());
+            let Some(got) = self.dir.lock(BASE_LOCK, Duration::ZERO).doing(doing)? else { return Ok(false) };
+            self.base.take_charge()?;
+            self.base.flush()?;
+            *lock = Some(got);
+        }
+        Ok(true)
+    }
+
+    /// Merge the oldest committed slices into the base, one batch: verified, written, flushed, recorded, removed, in this order. Repeating it after a
+    /// crash at any point gives the same base.
+    ///
+    /// One thread at a time. What is merged is read from the base afterwards.
+    ///
+    /// # Errors
+    /// A slice is damaged (then what is in it cannot be read any more either); the disk is not ours any more; what the storage says.
+    /// Nothing is lost by an error: the slices stay.
+    pub fn merge(&self) -> Result<Merged> {
+        let result = self.merge_batch();
+        self.table().problem = match &result {
+            Ok(Merged::Waiting(why)) => Some(why.clone()),
+            Ok(_) => None,
+            Err(e) => Some(e.to_string()),
+        };
+        result
+    }
+
+    fn merge_batch(&self) -> Result<Merged> {
+        self.alive()?;
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        for slice in self.table().slices.values() {
+            if !slice.is_committed() || (bytes > 0 && bytes + slice.bytes() > self.limits.batch) {
+                break;
+            }
+            bytes += slice.bytes();
+            batch.push(slice.clone());
+        }
+        let Some(last) = batch.last() else { return Ok(Merged::Nothing) };
+        let last = last.clone();
+        if !self.hold_base()? {
+            return Ok(Merged::Waiting(format!(
+                "{} cannot be merged yet: an earlier owner still holds {BASE_LOCK} in {}; it must end, or its node be fenced",
+                self.base.name(),
+                self.dir.name()
+            )));
+        }
+        self.check_owner()?;
+        // Newest wins within the batch: nothing is written twice.
+        let mut content = Index::default();
+        for slice in &batch {
+            let doing = || format!("reading the slice {} in {}", slice.name, self.dir.name());
+            let scan = crate::record::scan(&*slice.file, slice.id).doing(doing)?;
+            if scan.digest.finish() != slice.tag().digest || scan.end != slice.bytes() {
+                let what = match scan.standing {
+                    crate::record::Standing::Open { ends } => ends,
+                    crate::record::Standing::Corrupt { what } => what,
+                    _ => "its content is not what was written".into(),
+                };
+                let what = format!("in {}/{}: {what}", self.dir.name(), slice.name);
+                slice.fail(what.clone());
+                return Err(Error::Corrupt { what });
+            }
+            for (record, data) in &scan.records {
+                content.insert(piece(slice.id.serial, record.kind, record.sector, record.sectors, *data));
+            }
+        }
+        self.write_base(&batch, &content)?;
+        self.flush_base()?;
+        let newest = last.tag();
+        self.owner_update(|owner| {
+            owner.newest = newest;
+            owner.size = self.base.size();
+        })?;
+        {
+            let mut table = self.table();
+            let mut index = write(&self.index);
+            for piece in content.pieces() {
+                index.merged(piece.sector, piece.sectors, newest.serial);
+            }
+            for slice in &batch {
+                table.slices.remove(&slice.id.serial);
+            }
+            table.merged = newest;
+        }
+        for slice in &batch {
+            match self.dir.remove(&slice.name.to_string()) {
+                // It is merged: the next opening removes it.
+                Err(_) | Ok(()) => {}
+            }
+        }
+        self.waiting.fetch_sub(bytes, Ordering::Relaxed);
+        self.merged_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.room.notify_all();
+        Ok(Merged::Slices { slices: batch.len(), bytes })
+    }
+
+    #[cfg(not(test))]
+    fn flush_base(&self) -> Result<()> {
+        self.base.flush()
+    }
+
+    #[cfg(test)]
+    fn flush_base(&self) -> Result<()> {
+        if crate::sim::sabotaged(crate::sim::Sabotage::RemoveBeforeFlush) { Ok(()) } else { self.base.flush() }
+    }
+
+    fn write_base(&self, batch: &[Arc<Slice>], content: &Index) -> Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        for piece in content.pieces() {
+            let (mut at, mut left) = (piece.sector * SECTOR, piece.sectors * SECTOR);
+            let end = at + left;
+            if end > self.base.size() {
+                let (path, was, is) = (self.base.name().to_owned(), end, self.base.size());
+                return Err(Error::Shrank { path, was, is });
+            }
+            match piece.source {
+                Source::Base => {}
+                Source::Zero { unmap, .. } => self.base.write_zeroes(at, left, unmap)?,
+                Source::Slice { serial, mut data } => {
+                    // The index was made from this batch.
+                    let Some(slice) = batch.iter().find(|s| s.id.serial == serial) else { continue };
+                    while left > 0 {
+                        let now = &mut buffer[..left.min(1 << 20) as usize];
+                        read_slice(slice, data, now, &self.dir.name())?;
+                        self.base.write_at(at, now)?;
+                        at += now.len() as u64;
+                        data += now.len() as u64;
+                        left -= now.len() as u64;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// If nothing waits any more and this process has the base to itself, a solo disk goes back to writing it directly. Says whether it is direct
+    /// now. The guest's writes wait meanwhile, for at most a mebibyte to be merged.
+    ///
+    /// # Errors
+    /// As [`Disk::merge`]; it stays solo.
+    pub fn settle(&self) -> Result<bool> {
+        match *read(&self.mode) {
+            Mode::Direct => return Ok(true),
+            Mode::Protected { .. } => return Ok(false),
+            Mode::Solo => {}
+        }
+        if self.waiting.load(Ordering::Relaxed) > 1 << 20 || !self.hold_base()? {
+            return Ok(false);
+        }
+        let mut mode = write(&self.mode);
+        if *mode != Mode::Solo {
+            return Ok(*mode == Mode::Direct);
+        }
+        self.close();
+        self.seal_upto(None)?;
+        self.mark_upto(None)?;
+        while self.merge()? != Merged::Nothing {}
+        let newest = self.owner_update(|owner| {
+            owner.direct = true;
+            owner.newest.serial += 1;
+            owner.newest.generation = self.me.generation;
+            (owner.newest.epoch, owner.newest.records, owner.newest.digest) = (Epoch::ZERO, 0, 0);
+        })?;
+        let mut table = self.table();
+        table.next = newest.serial + 1;
+        (table.closed, table.merged) = (newest, newest);
+        *mode = Mode::Direct;
+        Ok(true)
+    }
+
+    /// Before a machine that was shut down lets go of its disk: all that it wrote is in the base, durably. What is protected must be committed (or
+    /// given up with [`Disk::unprotect`]) first.
+    ///
+    /// # Errors
+    /// It is protected; an earlier owner holds the base; as [`Disk::merge`]. What is not merged then waits for the next opening.
+    pub fn finish(&self) -> Result<()> {
+        if matches!(*read(&self.mode), Mode::Protected { .. }) {
+            return Err(Error::Refused(format!("{} is still protected", self.base.name())));
+        }
+        self.commit_solo()?;
+        loop {
+            match self.merge()? {
+                Merged::Slices { .. } => {}
+                Merged::Nothing => return self.base.flush(),
+                Merged::Waiting(why) => return Err(Error::Owned(why)),
+            }
+        }
+    }
+
+    /// Wait until writes are admitted again, at most so long. Says whether they are. Device threads call it holding nothing that a cut waits for:
+    /// room comes only from commits, and commits only from cuts.
+    pub fn wait_for_room(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let mut table = self.table();
+        loop {
+            let room = self.waiting.load(Ordering::Relaxed) < self.limits.backlog
+                && read(&self.index).len() < self.limits.extents;
+            let left = until.saturating_duration_since(Instant::now());
+            if room || left.is_zero() || self.superseded.get().is_some() {
+                return room;
+            }
+            table = self.room.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Wait for something to merge, at most so long.
+    pub(crate) fn wait_for_work(&self, patience: Duration) {
+        let table = self.table();
+        if table.slices.values().next().is_some_and(|s| s.is_committed()) {
+            return;
+        }
+        drop(self.room.wait_timeout(table, patience));
+    }
+
+    /// Let whoever waits look again.
+    pub(crate) fn wake(&self) {
+        self.room.notify_all();
+    }
+
+    /// How it is.
+    pub fn status(&self) -> Status {
+        let mode = match *read(&self.mode) {
+            Mode::Direct => "direct",
+            Mode::Solo => "solo",
+            Mode::Protected { .. } => "protected",
+        };
+        let holds_base = self.base_lock.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        let table = self.table();
+        let index = read(&self.index);
+        Status {
+            name: self.base.name().to_owned(),
+            mode,
+            backlog_bytes: self.waiting.load(Ordering::Relaxed),
+            backlog_slices: table.slices.len(),
+            open_bytes: table.open.as_ref().map_or(0, |s| s.bytes()),
+            index_extents: index.len(),
+            index_bytes: index.bytes(),
+            merged_bytes: self.merged_bytes.load(Ordering::Relaxed),
+            holds_base,
+            problem: table.problem.clone(),
+            discarded: self.discarded.clone(),
+        }
+    }
+
+    /// The slices of these pieces; `None` if one was merged meanwhile.
+    fn slices_of(&self, pieces: &[Piece]) -> Option<BTreeMap<u64, Arc<Slice>>> {
+        let mut all = BTreeMap::new();
+        let table = self.table();
+        for piece in pieces {
+            if let Source::Slice { serial, .. } = piece.source
+                && !all.contains_key(&serial)
+            {
+                all.insert(serial, table.slices.get(&serial)?.clone());
+            }
+        }
+        Some(all)
+    }
+}
+
+fn piece(serial: u64, kind: Kind, sector: u64, sectors: u32, data: u64) -> Piece {
+    let source = match kind {
+        Kind::Data => Source::Slice { serial, data },
+        _ => Source::Zero { serial, unmap: kind == Kind::Discard },
+    };
+    Piece { sector, sectors: sectors.into(), source }
+}
+
+fn read_slice(slice: &Slice, at: u64, to: &mut [u8], dir: &str) -> Result<()> {
+    if let Some(why) = slice.failure() {
+        return Err(Error::Corrupt { what: why.to_owned() });
+    }
+    let doing = || format!("reading {} bytes at {at} of the slice {} in {dir}", to.len(), slice.name);
+    let doing = doing();
+    match slice.file.read_at(at, to) {
+        Ok(n) if n == to.len() => Ok(()),
+        Ok(_) => Err(Error::Corrupt { what: format!("{doing}: the file is shorter than what was written to it") }),
+        Err(e) => Err(Error::io(doing, e)),
+    }
+}
+
+impl Block for Disk {
+    fn name(&self) -> &str {
+        self.base.name()
+    }
+
+    fn size(&self) -> u64 {
+        self.base.size()
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, at: u64, to: &mut [u8]) -> Result<()> {
+        admit(self, at, to.len() as u64)?;
+        self.alive()?;
+        let (first, sectors) = (at / SECTOR, to.len() as u64 / SECTOR);
+        loop {
+            let pieces = read(&self.index).lookup(first, sectors);
+            let Some(slices) = self.slices_of(&pieces) else { continue };
+            for piece in pieces {
+                let from = ((piece.sector - first) * SECTOR) as usize;
+                let to = &mut to[from..from + (piece.sectors * SECTOR) as usize];
+                match piece.source {
+                    Source::Base => self.base.read_at(piece.sector * SECTOR, to)?,
+                    Source::Zero { .. } => to.fill(0),
+                    // All of them were found above.
+                    Source::Slice { serial, data } => read_slice(&slices[&serial], data, to, &self.dir.name())?,
+                }
+            }
+            return Ok(());
+        }
+    }
+
+    fn write_at(&self, at: u64, from: &[u8]) -> Result<()> {
+        self.write(at, &from)
+    }
+
+    fn write(&self, at: u64, from: &dyn Gather) -> Result<()> {
+        let len = from.len();
+        admit(self, at, len as u64)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let most = DATA_SECTORS as usize * SECTOR as usize;
+        if len <= most {
+            // The record and its data in one piece, copied once: what is checksummed is what is written.
+            let mut bytes = vec![0; RECORD + len];
+            from.gather(&mut bytes[RECORD..]);
+            self.redirect(Kind::Data, at, len as u64, &mut bytes)?;
+        } else {
+            let mut all = vec![0; len];
+            from.gather(&mut all);
+            let mut at = at;
+            for part in all.chunks(most) {
+                let mut bytes = vec![0; RECORD + part.len()];
+                bytes[RECORD..].copy_from_slice(part);
+                self.redirect(Kind::Data, at, part.len() as u64, &mut bytes)?;
+                at += part.len() as u64;
+            }
+        }
+        self.solo_bound()
+    }
+
+    fn read(&self, at: u64, to: &mut dyn Scatter) -> Result<()> {
+        let mut bytes = vec![0; to.len()];
+        self.read_at(at, &mut bytes)?;
+        to.scatter(&bytes);
+        Ok(())
+    }
+
+    fn write_zeroes(&self, at: u64, len: u64, unmap: bool) -> Result<()> {
+        self.redirect_zeroes(at, len, if unmap { Kind::Discard } else { Kind::Zero })
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.alive()?;
+        let mode = *read(&self.mode);
+        match mode {
+            Mode::Direct => self.base.flush(),
+            Mode::Solo => self.commit_solo(),
+            // See the module: it is durable with its epoch, and nobody outside learns of it before.
+            Mode::Protected { .. } => Ok(()),
+        }
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        // Writes wait, as they might be for what goes away.
+        let _mode = write(&self.mode);
+        if size < self.base.size() {
+            return Err(Error::Refused(format!(
+                "{} has {} bytes and cannot be made smaller while it is in use",
+                self.base.name(),
+                self.base.size()
+            )));
+        }
+        if !self.hold_base()? {
+            return Err(Error::Owned(format!(
+                "{} cannot be enlarged yet: an earlier owner still holds {BASE_LOCK}",
+                self.base.name()
+            )));
+        }
+        self.base.resize(size)?;
+        self.owner_update(|owner| owner.size = size).map(|_| ())
+    }
+
+    fn take_charge(&self) -> Result<()> {
+        self.hold_base().map(|_| ())
+    }
+}
+
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk").field("name", &self.base.name()).field("me", &self.me).finish_non_exhaustive()
+    }
+}
