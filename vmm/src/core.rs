@@ -4,7 +4,7 @@
 //! holding it.
 
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -67,6 +67,8 @@ pub struct Core {
     pub manual_log: bool,
     /// Rings when output begins to wait.
     bell: Arc<Bell>,
+    /// Why this host cannot lock pages, once that was tried in vain ([`crate::capture::lock::Locker::new`]).
+    pub cannot_lock: OnceLock<String>,
     hardware: Mutex<Hardware>,
     /// Something happened that may concern the timer: an earlier deadline, thaw, end.
     timer: Condvar,
@@ -85,7 +87,8 @@ impl Core {
     ) -> Self {
         let bell = hardware.bell.clone();
         let (hardware, events) = (Mutex::new(hardware), Mutex::new(events));
-        Self { machine, vm, ram, manual_log, bell, hardware, timer: Condvar::new(), events }
+        let cannot_lock = OnceLock::new();
+        Self { machine, vm, ram, manual_log, bell, cannot_lock, hardware, timer: Condvar::new(), events }
     }
 
     /// Wait until output waits that no cut covers and the caller has not heard of; at most `timeout`.

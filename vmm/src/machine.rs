@@ -246,7 +246,7 @@ impl Machine {
             serial,
             recent_pauses_us: recent,
             capture: {
-                let mut capture = self.capturing().status();
+                let mut capture = self.capturing().status(self.core.cannot_lock.get().map(String::as_str));
                 capture.throttle_percent = self.vcpus.share();
                 capture
             },

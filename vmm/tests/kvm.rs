@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::guests::{CODE_AT, COUNT, COUNTER, MASK, TALK};
 use common::{kvm_is_there, scratch, wait, wait_at_most};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use understudy_protocol::control::{
     Attached, Captured, ControlClient, Gate, OutputHeld, PromoteFrom, Strategy, VmmRequest, VmmState, VmmStatus,
     call_once,
@@ -267,6 +268,48 @@ fn every_checkpoint_of_every_strategy_is_the_ram_of_one_instant() {
             eprintln!("          pauses: p50 {} max {} µs", pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
         }
     }
+}
+
+/// From here on this thread, and those that it starts, see a host without userfaultfd, as in many containers.
+fn lose_userfaultfd() {
+    let refused = [(libc::SYS_userfaultfd, vec![])].into();
+    let refusal = SeccompAction::Errno(libc::EPERM as u32);
+    let filter = SeccompFilter::new(refused, SeccompAction::Allow, refusal, TargetArch::x86_64).unwrap();
+    seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+}
+
+#[test]
+fn a_host_that_cannot_lock_pages_copies_them_in_the_pause_and_says_so() {
+    if !kvm_is_there() {
+        return;
+    }
+    let with_lock_demanded = || {
+        lose_userfaultfd();
+        let mask = 0xff;
+        let rig = rig(COUNT, 1, 16 << 20).boot(mask, Gate::Hold);
+        rig.machine.capturing().strategy = Strategy::Lock;
+        let mut session = rig.attach();
+        let mut image = rig.ram_file();
+        for epoch in 1..=20 {
+            let from = rig.counter(0);
+            wait("pages were written", || rig.counter(0) > from + mask);
+            rig.cut(&mut session, epoch, false, &mut image);
+            is_one_instant(&image, 1, mask);
+            let said = rig.machine.status().capture;
+            assert!(said.pages > 0 && said.stopped_pages == said.pages, "{said:?}");
+            assert_eq!(said.strategy, "lock");
+            assert!(said.choice.contains("stop instead of lock") && said.choice.contains("userfaultfd"), "{said:?}");
+        }
+        // Whoever demands what is done has nothing to be told.
+        rig.machine.capturing().strategy = Strategy::Stop;
+        rig.cut(&mut session, 21, false, &mut image);
+        let said = rig.machine.status().capture.choice;
+        assert!(said.starts_with("stop, as configured"), "{said}");
+        rig.cut(&mut session, 22, true, &mut image);
+        assert_eq!(first_difference(&image, &rig.ram_file()), None);
+    };
+    // (A filter cannot be taken away again: it ends with this thread.)
+    std::thread::scope(|scope| scope.spawn(with_lock_demanded).join().unwrap());
 }
 
 #[test]

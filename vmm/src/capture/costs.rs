@@ -59,11 +59,24 @@ pub enum Way {
     Validate,
 }
 
+impl Way {
+    /// For people; the same word as the strategy's.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => Strategy::Stop.name(),
+            Self::Lock => Strategy::Lock.name(),
+            Self::Validate => Strategy::Validate.name(),
+        }
+    }
+}
+
 /// What was chosen and why.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
-    /// The way.
+    /// The way that was taken.
     pub way: Way,
+    /// The way that was chosen; another one is taken only by a host that cannot go this one.
+    pub chosen: Way,
     /// Pages that it is about.
     pub pages: u64,
     /// Expected standstill for each way: stop, lock, validate.
@@ -74,14 +87,18 @@ pub struct Choice {
 
 impl Default for Choice {
     fn default() -> Self {
-        Self { way: Way::Stop, pages: 0, expected: [0.0; 3], demanded: true }
+        Self { way: Way::Stop, chosen: Way::Stop, pages: 0, expected: [0.0; 3], demanded: true }
     }
 }
 
 impl Choice {
-    /// For the status.
-    pub fn sentence(&self) -> String {
-        let way = ["stop", "lock", "validate"][self.way as usize % 3];
+    /// For the status; `cannot_lock` is why this host cannot lock pages.
+    pub fn sentence(&self, cannot_lock: Option<&str>) -> String {
+        let way = self.way.name();
+        if self.way != self.chosen {
+            let why = cannot_lock.unwrap_or("this host cannot do it");
+            return format!("{way} instead of {} for {} pages: {why}", self.chosen.name(), self.pages);
+        }
         if self.demanded {
             return format!("{way}, as configured ({} pages)", self.pages);
         }
@@ -112,7 +129,7 @@ impl Costs {
             Strategy::Auto if lock < validate => (Way::Lock, false),
             Strategy::Auto => (Way::Validate, false),
         };
-        Choice { way, pages, expected, demanded }
+        Choice { way, chosen: way, pages, expected, demanded }
     }
 
     /// How many pages may stay writable, if all of them are copied in the pause within `budget` ns. None when a fault costs less than a
@@ -147,6 +164,14 @@ mod tests {
                 assert_eq!((choice.way, choice.demanded), (way, true));
             }
         }
+    }
+
+    #[test]
+    fn a_way_that_the_host_cannot_go_is_not_said_to_be_gone() {
+        let mut choice = Costs::default().choose(Strategy::Lock, 7, 1);
+        assert_eq!(choice.sentence(None), "lock, as configured (7 pages)");
+        choice.way = Way::Stop;
+        assert_eq!(choice.sentence(Some("no locks here")), "stop instead of lock for 7 pages: no locks here");
     }
 
     #[test]

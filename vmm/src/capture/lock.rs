@@ -144,8 +144,14 @@ pub struct Locker {
 }
 
 impl Locker {
-    /// Prepare to lock pages of this machine's RAM; an error says what this host lacks.
+    /// Prepare to lock pages of this machine's RAM; an error says what this host lacks, and the machine's status says it too.
     pub fn new(core: Arc<crate::core::Core>) -> Result<Self> {
+        Self::prepare(core.clone()).inspect_err(|e| {
+            core.cannot_lock.get_or_init(|| format!("{e:#}"));
+        })
+    }
+
+    fn prepare(core: Arc<crate::core::Core>) -> Result<Self> {
         // SAFETY: a plain system call; the descriptor that it returns is owned by nobody else.
         let uffd = unsafe {
             let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);

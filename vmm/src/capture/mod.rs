@@ -46,12 +46,15 @@ impl Default for Record {
 }
 
 impl Record {
-    /// For people.
-    pub fn status(&self) -> CaptureStatus {
+    /// For people; `cannot_lock` is why this host cannot lock pages, if it was tried.
+    pub fn status(&self, cannot_lock: Option<&str>) -> CaptureStatus {
         let ns = |value: f64| value.round() as u64;
         CaptureStatus {
             strategy: self.strategy.name().into(),
-            choice: if self.counts.cuts == 0 { "no cut was made yet".into() } else { self.choice.sentence() },
+            choice: match self.counts.cuts {
+                0 => "no cut was made yet".into(),
+                _ => self.choice.sentence(cannot_lock),
+            },
             fault_ns: ns(self.costs.fault),
             copy_ns: ns(self.costs.copy),
             protect_ns: ns(self.costs.protect),
