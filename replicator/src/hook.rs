@@ -248,6 +248,13 @@ impl Drop for Reporter {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, File};
+    use std::io::Write;
+    use std::sync::mpsc::{Receiver, channel};
+
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+
     use super::*;
 
     fn shell(script: &str) -> Vec<String> {
@@ -270,6 +277,111 @@ mod tests {
         let why = run(&shell("sleep 60 & sleep 60"), &[], Duration::from_millis(100)).unwrap_err().why;
         assert!(why.contains("was ended"), "{why}");
         assert!(started.elapsed() < Duration::from_secs(5));
+    }
+
+    /// A reporter whose hook runs `script` ($0 to $4: `replica-state --machine M --state WORD`); everything that was told or failed.
+    fn reporter(arm: Arm) -> (Reporter, Receiver<Result<Standing, String>>) {
+        let (tell, heard) = channel();
+        let tell_failed = tell.clone();
+        let told = move |standing| drop(tell.send(Ok(standing)));
+        let failed = move |why| drop(tell_failed.send(Err(why)));
+        (Reporter::start(Hook::new(arm, "m"), told, failed), heard)
+    }
+
+    const STANDINGS: [Standing; 5] =
+        [Standing::Inconsistent, Standing::Syncing, Standing::UpToDate, Standing::Outdated, Standing::Disconnected];
+
+    /// A hook that waits, after it has noted its state, for a line in a pipe, and ends with that line as its code.
+    struct Slow {
+        dir: tempfile::TempDir,
+        gate: File,
+    }
+
+    impl Slow {
+        fn new() -> (Self, Arm) {
+            let dir = tempfile::tempdir().unwrap();
+            let gate = dir.path().join("gate");
+            mkfifo(&gate, Mode::S_IRWXU).unwrap();
+            let at = dir.path().display();
+            let script = format!("echo $4 >> {at}/called; read code < {at}/gate; exit $code");
+            let arm = Arm::Command(shell(&script));
+            // Open for both, so that nobody waits for the other to open it.
+            let gate = File::options().read(true).write(true).open(gate).unwrap();
+            (Self { dir, gate }, arm)
+        }
+
+        /// Until the hook has been called with these states.
+        fn called(&self, words: &[&str]) {
+            let until = Instant::now() + DEADLINE;
+            let called = || fs::read_to_string(self.dir.path().join("called")).unwrap_or_default();
+            while called().split_ascii_whitespace().ne(words.iter().copied()) {
+                assert!(Instant::now() < until, "the hook was called with {} instead of {words:?}", called());
+                thread::park_timeout(Duration::from_millis(2));
+            }
+        }
+
+        /// The call that waits ends.
+        fn end(&mut self, code: u8) {
+            writeln!(self.gate, "{code}").unwrap();
+        }
+    }
+
+    #[test]
+    fn states_in_quick_succession_may_be_overtaken_but_the_last_is_told() {
+        let (mut hook, arm) = Slow::new();
+        let (reporter, heard) = reporter(arm);
+        reporter.report(Standing::Inconsistent);
+        hook.called(&["inconsistent"]);
+        // The cluster is busy with the first one.
+        reporter.report(Standing::Syncing);
+        reporter.report(Standing::UpToDate);
+        hook.end(0);
+        assert_eq!(heard.recv_timeout(DEADLINE), Ok(Ok(Standing::Inconsistent)));
+        hook.called(&["inconsistent", "uptodate"]);
+        hook.end(0);
+        assert_eq!(heard.recv_timeout(DEADLINE), Ok(Ok(Standing::UpToDate)));
+        // The same state once more is news: somebody may have changed what the cluster knows.
+        reporter.report(Standing::UpToDate);
+        hook.called(&["inconsistent", "uptodate", "uptodate"]);
+        hook.end(0);
+        assert_eq!(heard.recv_timeout(DEADLINE), Ok(Ok(Standing::UpToDate)));
+    }
+
+    #[test]
+    fn a_state_that_the_cluster_did_not_take_is_told_again_unless_there_is_a_newer_one() {
+        let (mut hook, arm) = Slow::new();
+        let (reporter, heard) = reporter(arm);
+        let refused = |heard: &Receiver<_>| matches!(heard.recv_timeout(DEADLINE), Ok(Err(_)));
+        reporter.report(Standing::Syncing);
+        hook.called(&["syncing"]);
+        hook.end(1);
+        assert!(refused(&heard));
+        hook.called(&["syncing", "syncing"]);
+        reporter.report(Standing::UpToDate);
+        hook.end(1);
+        assert!(refused(&heard));
+        hook.called(&["syncing", "syncing", "uptodate"]);
+        hook.end(0);
+        assert_eq!(heard.recv_timeout(DEADLINE), Ok(Ok(Standing::UpToDate)));
+    }
+
+    #[test]
+    fn the_last_state_of_every_burst_is_told_whenever_it_falls() {
+        // Without a command a call takes next to nothing, so that reports fall into every moment of the reporter's loop.
+        let (reporter, heard) = reporter(Arm::NoCluster);
+        for burst in 0..5000usize {
+            let states: Vec<_> = STANDINGS.iter().cycle().skip(burst).take(1 + burst % 5).copied().collect();
+            let (last, before) = states.split_last().unwrap();
+            before.iter().for_each(|state| reporter.report(*state));
+            if burst % 3 == 0 {
+                reporter.cancel();
+            }
+            reporter.report(*last);
+            // Those before it, all of them others, may arrive, but never instead of it.
+            while heard.recv_timeout(DEADLINE).unwrap_or_else(|e| panic!("burst {burst}: {last:?}: {e}")) != Ok(*last) {
+            }
+            assert!(heard.try_recv().is_err(), "burst {burst}: something older was told after {last:?}");
+        }
     }
 
     #[test]
