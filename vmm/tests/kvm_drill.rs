@@ -28,6 +28,7 @@ use understudy_replicator::codec::EncodingConfig;
 use understudy_replicator::drill::verdict::Report;
 use understudy_replicator::drill::{Drill, hold};
 use understudy_replicator::hook::Arm;
+use understudy_replicator::link::Encryption;
 use understudy_replicator::process::{Config, Replicator};
 use understudy_vmm::backend::BackendConfig;
 use understudy_vmm::control;
@@ -76,6 +77,7 @@ impl Node {
             node: name.into(),
             peers: peers.to_vec(),
             key: key.clone(),
+            encryption: Encryption::On,
             interval: Duration::from_millis(10),
             min_interval: Duration::from_millis(1),
             pipeline: 2,
