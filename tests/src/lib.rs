@@ -13,4 +13,5 @@ pub mod field_device;
 pub mod initramfs;
 pub mod lab;
 pub mod lab_tests;
+pub mod power_cuts;
 pub mod scenario;

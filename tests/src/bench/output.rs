@@ -25,7 +25,7 @@ pub fn measure(report: &mut Report, time: Duration, code: &[u8], say: &dyn Fn(&s
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).context("making a FIFO")?;
     // Open for both, so that opening waits for nobody, on either side.
     let mut line = OpenOptions::new().read(true).write(true).open(&fifo).context("opening a FIFO")?;
-    let pair = Pair::start(&Setup { serial: Some(fifo), ..Setup::new(256) }, code)?;
+    let pair = Pair::start(&Setup { serial: Some(format!("file:{}", fifo.display())), ..Setup::new(256) }, code)?;
     let guest = pair.guest()?;
     pair.protect()?;
     for pages in [0, 1000] {

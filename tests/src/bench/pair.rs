@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use understudy_protocol::control::{
     ReplicatorRequest, ReplicatorStatus, Role, VmmRequest, VmmState, VmmStatus, call_once,
@@ -39,14 +41,16 @@ pub struct Setup {
     pub interval_ms: u64,
     /// More arguments for `understudy-replicator run`.
     pub replicator: Vec<String>,
-    /// COM1 goes to this file or FIFO.
-    pub serial: Option<PathBuf>,
+    /// Where COM1 goes, as `understudy-vmm --serial0` takes it.
+    pub serial: Option<String>,
+    /// The cluster's arm; without it replicators get `--no-cluster`.
+    pub hook: Option<String>,
 }
 
 impl Setup {
     /// The benchmark's guest with two vCPUs, a checkpoint every 25 ms, nothing else.
     pub fn new(memory_mib: u64) -> Self {
-        Self { memory_mib, vcpus: 2, idle: false, interval_ms: 25, replicator: Vec::new(), serial: None }
+        Self { memory_mib, vcpus: 2, idle: false, interval_ms: 25, replicator: Vec::new(), serial: None, hook: None }
     }
 }
 
@@ -65,7 +69,7 @@ pub struct FlatVmm {
     #[arg(long)]
     idle: bool,
     #[arg(long)]
-    serial: Option<PathBuf>,
+    serial: Option<BackendConfig>,
     #[arg(long)]
     standby: bool,
 }
@@ -84,7 +88,7 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         memory_mib: args.memory,
         vcpus: args.vcpus,
         boot,
-        serial: vec![args.serial.map_or(BackendConfig::None, BackendConfig::File)],
+        serial: vec![args.serial.unwrap_or(BackendConfig::None)],
         console: None,
         ram_file: layout.ram(),
     };
@@ -132,7 +136,8 @@ impl Drop for Side {
 }
 
 impl Side {
-    fn new(dir: &Path, name: &str) -> Result<Self> {
+    /// Nothing runs yet; its files go below `dir`.
+    pub fn new(dir: &Path, name: &str) -> Result<Self> {
         let (run_root, shm_root) = (dir.join(name).join("run"), dir.join(name).join("shm"));
         for root in [&run_root, &shm_root] {
             fs::create_dir_all(root).with_context(|| format!("creating {}", root.display()))?;
@@ -141,7 +146,8 @@ impl Side {
         Ok(Self { layout, run_root, shm_root, vmm: None, replicator: None })
     }
 
-    fn start_vmm(&mut self, dir: &Path, name: &str, setup: &Setup, standby: bool) -> Result<()> {
+    /// Start its VMM; its log is `dir`/`name`-vmm.log.
+    pub fn start_vmm(&mut self, dir: &Path, name: &str, setup: &Setup, standby: bool) -> Result<()> {
         let log = dir.join(format!("{name}-vmm.log"));
         let mut vmm = Command::new(std::env::current_exe()?);
         vmm.arg("flat-vmm").arg(&self.run_root).arg(&self.shm_root);
@@ -160,10 +166,15 @@ impl Side {
         up("the benchmark's VMM", child, &log, || vmm_status(&self.layout).is_ok())
     }
 
-    fn start_replicator(&mut self, dir: &Path, name: &str, peers: &str, setup: &Setup) -> Result<()> {
+    /// Start its replicator; its log is `dir`/`name`-replicator.log.
+    pub fn start_replicator(&mut self, dir: &Path, name: &str, peers: &str, setup: &Setup) -> Result<()> {
         let log = dir.join(format!("{name}-replicator.log"));
         let mut replicator = Command::new(places::bin_dir()?.join("understudy-replicator"));
-        replicator.args(["run", "--machine", MACHINE, "--node", name, "--peers", peers, "--no-cluster"]);
+        replicator.args(["run", "--machine", MACHINE, "--node", name, "--peers", peers]);
+        match &setup.hook {
+            Some(hook) => replicator.arg("--hook").arg(hook),
+            None => replicator.arg("--no-cluster"),
+        };
         replicator.arg("--run-root").arg(&self.run_root).arg("--shm-root").arg(&self.shm_root);
         replicator.arg("--key").arg(dir.join("key")).arg("--interval-ms").arg(setup.interval_ms.to_string());
         replicator.args(&setup.replicator);
@@ -217,6 +228,23 @@ impl Side {
         Ok((own + files) as f64)
     }
 
+    /// Kill both processes in one moment, `first` the VMM or else the replicator, and take away what a reboot does.
+    pub fn cut_power(&mut self, first: bool) -> Result<()> {
+        let (vmm, replicator) = self.pids()?;
+        let order = if first { [vmm, replicator] } else { [replicator, vmm] };
+        for pid in order {
+            kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL).context("cutting the power")?;
+        }
+        self.kill();
+        (self.vmm, self.replicator) = (None, None);
+        for root in [&self.run_root, &self.shm_root] {
+            fs::remove_dir_all(root)
+                .and_then(|()| fs::create_dir_all(root))
+                .with_context(|| format!("emptying {}", root.display()))?;
+        }
+        Ok(())
+    }
+
     /// End its processes at once, as a power cut would.
     pub fn kill(&mut self) {
         for child in [&mut self.replicator, &mut self.vmm].into_iter().filter_map(Option::as_mut) {
@@ -224,6 +252,32 @@ impl Side {
             let _ = child.wait();
         }
     }
+}
+
+/// A process that ends with this value.
+#[derive(Debug)]
+pub struct Process(Child);
+
+impl Process {
+    /// Start it, its standard error in `log`.
+    pub fn start(command: &Command, log: &Path) -> Result<Self> {
+        Ok(Self(spawn(command, log)?))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Make a key file.
+pub fn keygen(file: &Path) -> Result<()> {
+    let made = Command::new(places::bin_dir()?.join("understudy-replicator")).arg("keygen").arg(file).output();
+    let made = made.context("starting understudy-replicator")?;
+    ensure!(made.status.success(), "making a key failed: {}", String::from_utf8_lossy(&made.stderr));
+    Ok(())
 }
 
 fn vmm_status(layout: &Layout) -> Result<VmmStatus> {
@@ -315,12 +369,7 @@ impl Pair {
         let kernel = halting_kernel();
         let code = if setup.idle { kernel.as_slice() } else { code };
         fs::write(dir.path().join("code"), code).context("writing the guest's program")?;
-        let key = dir.path().join("key");
-        let keygen = Command::new(places::bin_dir()?.join("understudy-replicator")).arg("keygen").arg(&key).output();
-        let keygen = keygen.context("starting understudy-replicator")?;
-        if !keygen.status.success() {
-            bail!("making a key failed: {}", String::from_utf8_lossy(&keygen.stderr));
-        }
+        keygen(&dir.path().join("key"))?;
         let peers = format!("a=127.0.0.1:{} b=127.0.0.1:{}", free_port()?, free_port()?);
         let (mut a, mut b) = (Side::new(dir.path(), "a")?, Side::new(dir.path(), "b")?);
         b.start_vmm(dir.path(), "b", setup, true)?;

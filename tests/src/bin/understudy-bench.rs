@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 use understudy_tests::bench::{host, lab, pair, pauses, replication, rows, size};
+use understudy_tests::power_cuts;
 
 #[derive(Parser)]
 #[command(name = "understudy-bench", about = "Figures as JSON, each beside a peer or a physical limit")]
@@ -45,6 +46,16 @@ enum Cmd {
         /// Only these parts
         #[arg(long, value_delimiter = ',', value_parser = replication::PARTS)]
         only: Vec<String>,
+    },
+    /// On this host's own KVM: power cuts by the hundred, without a cluster; any byte lost, doubled or out of place ends it
+    PowerCuts {
+        #[arg(long, default_value = "target/bench/power-cuts.json")]
+        report: PathBuf,
+        #[arg(long, default_value_t = 100)]
+        count: usize,
+        /// Of the random moments [default: a new one]
+        #[arg(long)]
+        seed: Option<u64>,
     },
     /// The VMM of the measured machines
     #[command(hide = true)]
@@ -88,6 +99,15 @@ fn run(command: Cmd) -> Result<i32> {
             }
             println!("  the VMM's own memory: {} KiB", measured.memory.own_kib);
             println!("  monitor of the running machine: {} ms", measured.monitor_ms);
+            write(&report, &measured)?;
+            Ok(0)
+        }
+        Cmd::PowerCuts { report, count, seed } => {
+            let started = std::time::Instant::now();
+            let measured =
+                power_cuts::run(count, seed, &|text| println!("  {:>4} s … {text}", started.elapsed().as_secs()))?;
+            println!("{}", measured.kvm_backend);
+            print!("{}", power_cuts::table(&measured));
             write(&report, &measured)?;
             Ok(0)
         }

@@ -1,0 +1,75 @@
+//! The guest's machine code, and what its records mean.
+#![allow(unsafe_code)]
+
+use core::arch::global_asm;
+
+global_asm!(
+    ".pushsection .rodata.understudy_power_cuts_guest, \"a\"",
+    ".globl understudy_power_cuts_teller",
+    ".hidden understudy_power_cuts_teller",
+    "understudy_power_cuts_teller:",
+    include_str!("teller.s"),
+    ".globl understudy_power_cuts_end",
+    ".hidden understudy_power_cuts_end",
+    "understudy_power_cuts_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static understudy_power_cuts_teller: u8;
+    static understudy_power_cuts_end: u8;
+}
+
+/// The program.
+pub fn program() -> &'static [u8] {
+    let (start, end) = (&raw const understudy_power_cuts_teller, &raw const understudy_power_cuts_end);
+    // SAFETY: both are labels in one section of read-only data, in this order, so everything between them is one allocation that lives
+    // and stays as it is while the program runs.
+    unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
+}
+
+/// Bytes of a record.
+pub const RECORD: usize = 12;
+
+/// What the guest tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Record {
+    /// 1, 2, 3 …
+    pub number: u32,
+    /// Bytes that it has heard.
+    pub heard: u32,
+}
+
+impl Record {
+    /// `None` if it is damaged, or the guest says that something is wrong.
+    pub fn parse(bytes: &[u8; RECORD]) -> Option<Self> {
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let (number, heard) = (word(0), word(4));
+        (word(8) == number.wrapping_mul(0x61c8_8647) ^ heard).then_some(Self { number, heard })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_record_and_the_guests_complaint_are_no_records() {
+        let mut bytes = [0; RECORD];
+        for (at, word) in [(0, 7u32), (4, 300), (8, 7u32.wrapping_mul(0x61c8_8647) ^ 300)] {
+            bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
+        }
+        assert_eq!(Record::parse(&bytes), Some(Record { number: 7, heard: 300 }));
+        for bit in 0..RECORD * 8 {
+            let mut damaged = bytes;
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(Record::parse(&damaged), None, "bit {bit}");
+        }
+        assert_eq!(Record::parse(&[0xff; RECORD]), None);
+    }
+
+    #[test]
+    fn the_program_fits_where_it_is_loaded() {
+        assert!((64..4096).contains(&program().len()), "{}", program().len());
+    }
+}
