@@ -29,9 +29,10 @@ lab-test: needs-root build lab-guest ## only the lab tier (root)
 
 bench: needs-root build lab-guest ## the figures; JSON under target/bench (BENCH=--quick: two minutes instead of fifteen)
 	@mkdir -p target/bench
-	$(CARGO) build --release -p understudy-tests -p understudy-vmm -p understudy-replicator -p understudy-agents --bins
+	$(CARGO) build --release -p understudy-tests -p understudy-vmm -p understudy-replicator -p understudy-boards -p understudy-agents --bins
 	$(dir $(BIN))release/understudy-bench replication $(BENCH)
 	$(dir $(BIN))release/understudy-bench host
+	$(dir $(BIN))release/understudy-bench power-cuts
 	$(LAB) vm run -- understudy-bench lab
 
 # What libFuzzer reads to learn which inputs reached something new; stable Rust passes it through. Integer overflow is a finding.
