@@ -67,8 +67,10 @@ fn a_cut_link_opens_the_gate_only_under_a_veto_and_a_healed_one_protects_again()
 
     pair.n1.refuse_vetoes(false);
     wait_until("the gate is open", || primary.machine().gate_open);
+    // (It opens a moment before the sender has written that down for the status.)
+    wait_until("the veto shows", || pair.n1.status().vetoed);
     let status = pair.n1.status();
-    assert!(status.vetoed && status.losses == 1 && status.replica == ReplicaState::Outdated, "{status:?}");
+    assert!(status.losses == 1 && status.replica == ReplicaState::Outdated, "{status:?}");
 
     pair.link.heal();
     pair.wait_protected();
@@ -116,7 +118,7 @@ fn a_standby_whose_memory_is_not_what_was_sent_refuses_the_epoch_and_gets_a_firs
 
 #[test]
 fn without_encryption_the_same_arrives_and_a_node_that_encrypts_is_told_why_not() {
-    let extra = &["--interval-ms", "10", "--peer-timeout-ms", "1000", "--encryption", "off"];
+    let extra = &["--interval-ms", "10", "--peer-timeout-ms", "10000", "--encryption", "off"];
     let (mut pair, primary, _standby) = Pair::started(&Options { extra, ..Options::default() });
     pair.n1.refuse_vetoes(true);
     pair.wait_protected();
@@ -151,7 +153,7 @@ fn half_an_epoch_is_discarded() {
 
 #[test]
 fn a_silent_peer_is_lost_after_the_timeout() {
-    let (pair, primary, _standby) = Pair::started(&Options::default());
+    let (pair, primary, _standby) = Pair::started(&Options::impatient());
     pair.wait_protected();
     pair.link.go_silent();
     wait_until("the gate is open", || primary.machine().gate_open);
@@ -286,7 +288,7 @@ fn a_planned_hand_over_loses_nothing() {
 
 #[test]
 fn a_hand_over_whose_standby_dies_leaves_the_machine_running() {
-    let (mut pair, primary, _standby) = Pair::started(&Options::default());
+    let (mut pair, primary, _standby) = Pair::started(&Options::impatient());
     pair.wait_protected();
     pair.link.go_silent();
     let why = pair.n1.call::<HandedOver>(&ReplicatorRequest::HandOver).unwrap_err();
@@ -350,7 +352,7 @@ fn an_epoch_that_does_not_fit_is_refused_in_a_sentence_and_the_image_stays_whole
     let load = Load { burst: 2, pause: None, ..Load::default() };
     let options = Options {
         load,
-        extra: &["--interval-ms", "10", "--peer-timeout-ms", "1000", "--stage-limit-mib", "1"],
+        extra: &["--interval-ms", "10", "--peer-timeout-ms", "10000", "--stage-limit-mib", "1"],
         hooked: true,
     };
     let (pair, primary, _standby) = Pair::started(&options);
@@ -390,7 +392,8 @@ fn a_full_tmpfs_during_the_first_copy_leaves_no_image_and_says_so() {
     let primary = pair.n1.vmm(Load { pause: None, ..Load::default() }, VmmState::Running, 1);
     primary.write_noise(400);
     pair.n1.promote();
-    wait_until("the sender knows", || pair.n1.status().note.contains("is full"));
+    // (In the status another attempt may have taken its place.)
+    wait_until("the sender knows", || pair.n1.log().contains("is full"));
     assert_eq!(pair.n2.take_over(2).unwrap().image, None);
 }
 
@@ -403,7 +406,7 @@ fn a_full_tmpfs_during_an_epoch_leaves_the_image_whole_and_says_so() {
     pair.wait_protected();
     pair.n1.refuse_vetoes(true);
     primary.write_noise(400);
-    wait_until("the sender knows", || pair.n1.status().note.contains("is full"));
+    wait_until("the sender knows", || pair.n1.log().contains("is full"));
     let taken = pair.n2.take_over(2).unwrap();
     let inside = format!("/proc/{}/root", pair.n2.process.as_ref().unwrap().id());
     assert_image_below(&inside, &pair.n2, &taken, &primary);
@@ -585,7 +588,7 @@ fn metrics_are_served_over_http_on_request() {
     use std::net::TcpStream;
     let (pair, _primary, _standby) = Pair::started(&Options::default());
     pair.wait_protected();
-    let address = format!("127.0.0.1:{}", free_port());
+    let address = format!("{}:7100", own_address());
     let mut server = people(&pair.n1, &["metrics", "--listen", &address]).spawn().unwrap();
     let mut reply = String::new();
     wait_until("the metrics are served", || {
@@ -700,7 +703,7 @@ fn comparing_a_busy_guests_memory_again_and_again_gives_no_false_alarm() {
 
 #[test]
 fn ram_is_compared_on_schedule_and_only_the_sender_can_be_asked() {
-    let options = ["--interval-ms", "10", "--peer-timeout-ms", "1000", "--verify-every", "1"];
+    let options = ["--interval-ms", "10", "--peer-timeout-ms", "10000", "--verify-every", "1"];
     let options: &'static [&'static str] = Box::leak(Box::new(options));
     let (pair, _primary, _standby) = Pair::started(&Options { extra: options, ..Options::default() });
     pair.wait_protected();

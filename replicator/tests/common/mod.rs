@@ -5,10 +5,11 @@ pub mod fake_vmm;
 pub mod relay;
 
 use std::fs::{self, File};
-use std::net::TcpListener;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -168,9 +169,17 @@ pub struct Options {
     pub hooked: bool,
 }
 
+impl Options {
+    /// For tests of what happens when a peer falls silent.
+    pub fn impatient() -> Self {
+        Self { extra: &["--interval-ms", "10", "--peer-timeout-ms", "1000"], ..Self::default() }
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
-        Self { load: Load::default(), extra: &["--interval-ms", "10", "--peer-timeout-ms", "1000"], hooked: true }
+        // (On a loaded build host everything stands still for a second now and then; that must not look like a lost peer.)
+        Self { load: Load::default(), extra: &["--interval-ms", "10", "--peer-timeout-ms", "10000"], hooked: true }
     }
 }
 
@@ -180,8 +189,11 @@ pub fn scratch() -> tempfile::TempDir {
     if shm.is_dir() { tempfile::tempdir_in(shm).unwrap() } else { tempfile::tempdir().unwrap() }
 }
 
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// A loopback address that no other test has, so that no port there is taken meanwhile, not even by a connection's near end.
+pub fn own_address() -> Ipv4Addr {
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, high, low, NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 impl Pair {
@@ -190,8 +202,9 @@ impl Pair {
         let dir = scratch();
         let key = dir.path().join("key");
         Key::generate(&key).unwrap();
-        let (port1, port2) = (free_port(), free_port());
-        let link = Relay::start(port2);
+        let address = own_address();
+        let (at1, at2) = (format!("{address}:7001"), format!("{address}:7002"));
+        let link = Relay::start(at2.clone());
         let node = |name: &'static str, peers: String| {
             let home = dir.path().join(name);
             fs::create_dir(&home).unwrap();
@@ -212,8 +225,8 @@ impl Pair {
                 hooked: options.hooked,
             }
         };
-        let n1 = node("n1", format!("n1=127.0.0.1:{port1} n2=127.0.0.1:{}", link.port()));
-        let n2 = node("n2", format!("n1=127.0.0.1:{port1} n2=127.0.0.1:{port2}"));
+        let n1 = node("n1", format!("n1={at1} n2=127.0.0.1:{}", link.port()));
+        let n2 = node("n2", format!("n1={at1} n2={at2}"));
         Self { n1, n2, link, dir }
     }
 

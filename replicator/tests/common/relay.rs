@@ -24,7 +24,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    pub fn start(target: u16) -> Self {
+    pub fn start(target: String) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let wire = Arc::new(Wire { fuse: AtomicU64::new(u64::MAX), ..Wire::default() });
@@ -35,7 +35,7 @@ impl Relay {
                 if shared.cut.load(Ordering::SeqCst) {
                     continue;
                 }
-                let Ok(far) = TcpStream::connect(("127.0.0.1", target)) else { continue };
+                let Ok(far) = TcpStream::connect(&target) else { continue };
                 let _ = (near.set_nodelay(true), far.set_nodelay(true));
                 shared.streams.lock().unwrap().extend([near.try_clone().unwrap(), far.try_clone().unwrap()]);
                 let (wire, from, to) = (shared.clone(), near.try_clone().unwrap(), far.try_clone().unwrap());
