@@ -88,6 +88,7 @@ fn replication() -> Vec<Seed> {
         ram_bytes: 64 * PAGE as u64,
         session: 9,
         went_on: false,
+        migration: false,
     });
     let mut digest = EpochDigest::default();
     let mut writer = BatchWriter::default();

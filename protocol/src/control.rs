@@ -55,6 +55,10 @@ pub enum VmmRequest {
     /// lives. When the connection closes, whatever the reason: gate → `Hold`, dirty log off, a running cut is
     /// aborted and the guest resumed (unless it was the final one and had been committed). Reply: [`Attached`].
     Attach,
+    /// As [`VmmRequest::Attach`], to bring a machine that nobody protects to another node: refused unless it runs with its gate
+    /// open. The gate stays open until the last cut; when the session ends without a hand-over it is open again.
+    /// Reply: [`Attached`].
+    AttachToMigrate,
     /// (session) Start the dirty log: from the reply on, every write to RAM by guest or VMM is recorded. Reply: `null`.
     DirtyLogStart,
     /// (session) Fetch and clear the dirty log without pausing: a bitmap of one bit a RAM page (little endian, bit 0 of
@@ -534,6 +538,32 @@ pub struct ReplicatorStatus {
     /// The comparison of RAM between primary and standby.
     #[serde(default)]
     pub verify: VerifyStatus,
+}
+
+/// Reply to [`ReplicatorRequest::Status`] of the process that receives migrations.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MigrationsStatus {
+    /// This node.
+    pub node: String,
+    /// Address that it listens on.
+    pub listen: String,
+    /// What is arriving.
+    pub incoming: Vec<IncomingStatus>,
+    /// Machines that were handed over to this node since the process started.
+    pub handed_over: u64,
+    /// The last thing worth telling a person.
+    pub note: String,
+}
+
+/// A machine that is arriving, in [`MigrationsStatus`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct IncomingStatus {
+    /// The machine.
+    pub machine: String,
+    /// The node that sends it.
+    pub from: String,
+    /// Progress of the first copy, 0.0 to 1.0; 0 while its VMM is being prepared.
+    pub progress: f64,
 }
 
 /// A request to a board service, e.g. `understudy-serial`.

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 /// Default parent of all run directories.
 pub const DEFAULT_RUN_ROOT: &str = "/run/understudy";
+/// In the place of a machine's name: the directory of the process that receives migrations. (No machine's name begins with a dot.)
+pub const MIGRATIONS: &str = ".migrations";
 /// Default parent of all shared-memory directories. Must be a tmpfs (or hugetlbfs).
 pub const DEFAULT_SHM_ROOT: &str = "/dev/shm/understudy";
 
@@ -59,6 +61,15 @@ impl Layout {
     /// "crashed as standby" (1).
     pub fn promoted_mark(&self) -> PathBuf {
         self.run.join("promoted")
+    }
+    /// Note that the VMM on this node was started to receive a migration: its process id. Removed when the machine runs here, or when
+    /// nothing is to be received any more.
+    pub fn incoming_mark(&self) -> PathBuf {
+        self.run.join("incoming")
+    }
+    /// Log of the newest migration away from this node.
+    pub fn migration_log(&self) -> PathBuf {
+        self.run.join("migration.log")
     }
     /// Log of the VMM process.
     pub fn vmm_log(&self) -> PathBuf {

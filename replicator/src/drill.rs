@@ -70,7 +70,7 @@ pub fn hold(drill: &Drill<'_>) -> Result<Report, String> {
         .map_err(|e| format!("the standby's VMM does not say what the machine is like: {e}"))?;
     let bytes = shape.memory_mib << 20;
     let place = Place::make(&drill.shm_root, drill.machine)?;
-    check_room(&drill.shm_root, bytes)?;
+    check_room("a drill", &drill.shm_root, bytes)?;
     let files = place.layout();
     let request = ReplicatorRequest::CopyImage { dir: text(files.shm_dir())? };
     let copied: CopiedImage = call_once(drill.layout.replicator_socket(), &request, COPY_PATIENCE)
@@ -208,13 +208,13 @@ impl Drop for Place {
 }
 
 /// Refuse what does not fit: a full tmpfs would stop the replicator, and missing memory could cost the node.
-fn check_room(shm_root: &Path, bytes: u64) -> Result<(), String> {
+pub(crate) fn check_room(what: &str, shm_root: &Path, bytes: u64) -> Result<(), String> {
     let stat = statvfs(shm_root).map_err(|e| format!("cannot look at {}: {e}", shm_root.display()))?;
     let free = stat.blocks_available() * stat.fragment_size();
     let mib = |bytes: u64| bytes >> 20;
     if free < bytes + SPARE {
         return Err(format!(
-            "a drill needs {} MiB in {}, which has {} MiB free: make that file system larger",
+            "{what} needs {} MiB in {}, which has {} MiB free: make that file system larger",
             mib(bytes + SPARE),
             shm_root.display(),
             mib(free)
@@ -223,7 +223,7 @@ fn check_room(shm_root: &Path, bytes: u64) -> Result<(), String> {
     let available = available_memory().map_err(|e| format!("cannot read /proc/meminfo: {e}"))?;
     if available < bytes + SPARE {
         return Err(format!(
-            "a drill needs {} MiB of memory, and {} MiB are available on this node",
+            "{what} needs {} MiB of memory, and {} MiB are available on this node",
             mib(bytes + SPARE),
             mib(available)
         ));
@@ -329,8 +329,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_in_a_sentence() {
         let root = tempfile::tempdir().unwrap();
-        assert!(check_room(root.path(), 1 << 20).is_ok());
-        let why = check_room(root.path(), 1 << 60).unwrap_err();
+        assert!(check_room("a drill", root.path(), 1 << 20).is_ok());
+        let why = check_room("a drill", root.path(), 1 << 60).unwrap_err();
         assert!(why.contains("make that file system larger"), "{why}");
     }
 }

@@ -36,7 +36,7 @@ use crate::hook::Hook;
 use crate::link::Encryption;
 use crate::log;
 use crate::message::Message;
-use crate::sender::{Action, Event, Facts, Sender, SenderConfig};
+use crate::sender::{Action, Event, Facts, MigrationView, Sender, SenderConfig};
 use crate::stats::SenderStats;
 use crate::verify::worker::Verifier;
 
@@ -120,6 +120,8 @@ pub struct SenderView {
     pub encoding: (crate::codec::writer::Statistics, Encoding),
     /// Comparisons of RAM.
     pub verify: VerifyStatus,
+    /// The migration, if it is one.
+    pub migration: Option<MigrationView>,
 }
 
 /// A running sender.
@@ -451,6 +453,8 @@ impl Driver {
                 None
             }
             Action::AnswerHandOver(result) => {
+                // Whoever is answered looks at the view next.
+                self.publish();
                 for answer in self.answers.drain(..) {
                     let _ = answer.send(result.clone());
                 }
@@ -479,7 +483,8 @@ impl Driver {
             return Event::VmmRefused("the replicator is stopping".into());
         }
         self.vmm = Some(client);
-        let attached: Attached = match self.call(&VmmRequest::Attach) {
+        let request = if self.core.migrates() { VmmRequest::AttachToMigrate } else { VmmRequest::Attach };
+        let attached: Attached = match self.call(&request) {
             Ok(attached) => attached,
             Err(Event::VmmLost(why) | Event::VmmRefused(why)) => {
                 self.detach();
@@ -504,7 +509,9 @@ impl Driver {
             let _ = self.post.send(Input::Event(Event::NewerGeneration(newest)));
         }
         let session = random();
-        self.watch_outputs();
+        if !self.core.migrates() {
+            self.watch_outputs();
+        }
         Event::Attached { attached, last_cut, session }
     }
 
@@ -665,6 +672,7 @@ impl Driver {
         view.stats.clone_from(&self.stats);
         view.encoding = (self.batch.statistics(), encoding);
         view.verify = self.verify.report(now);
+        view.migration = self.core.migration();
     }
 }
 

@@ -102,6 +102,45 @@ impl Hook {
     }
 }
 
+/// How long the target's node may take to make a machine's standby ready.
+const PREPARE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The arm of the process that receives migrations:
+///
+/// ```text
+/// CMD prepare-migration --machine M --from NODE --run-root DIR --shm-root DIR     exit 0: its VMM stands by here
+/// CMD forget-migration  --machine M --run-root DIR --shm-root DIR                 exit 0: what was prepared is gone
+/// ```
+/// What the machine is like it knows from the cluster's configuration, never from the node that sends.
+#[derive(Debug, Clone)]
+pub struct MigrationHook {
+    command: Vec<String>,
+    places: [String; 4],
+}
+
+impl MigrationHook {
+    /// With the command and its first arguments, and the parents of the machines' directories.
+    pub fn new(command: Vec<String>, run_root: &str, shm_root: &str) -> Self {
+        let places = ["--run-root", run_root, "--shm-root", shm_root].map(str::to_owned);
+        Self { command, places }
+    }
+
+    /// Have the VMM of `machine` stand by for what `from` sends. Blocks up to 30 s.
+    pub fn prepare(&self, machine: &str, from: &str) -> Result<(), String> {
+        self.call(&["prepare-migration", "--machine", machine, "--from", from], PREPARE_DEADLINE)
+    }
+
+    /// Undo that, unless the machine runs. Blocks up to [`DEADLINE`].
+    pub fn forget(&self, machine: &str) -> Result<(), String> {
+        self.call(&["forget-migration", "--machine", machine], DEADLINE)
+    }
+
+    fn call(&self, what: &[&str], deadline: Duration) -> Result<(), String> {
+        let arguments: Vec<&str> = what.iter().copied().chain(self.places.iter().map(String::as_str)).collect();
+        run(&self.command, &arguments, deadline).map_err(|refusal| refusal.why)
+    }
+}
+
 /// Run to the end or to the deadline; the error says how it ended and what it said last.
 fn run(command: &[String], arguments: &[&str], deadline: Duration) -> Result<(), Refusal> {
     let Some((program, first)) = command.split_first() else {

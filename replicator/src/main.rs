@@ -23,11 +23,15 @@ use understudy_replicator::codec::EncodingConfig;
 use understudy_replicator::codec::method::Method;
 use understudy_replicator::codec::writer::{Compression, ShadowBudget};
 use understudy_replicator::drill::{self, Drill};
-use understudy_replicator::hook::Arm;
+use understudy_replicator::hook::{Arm, MigrationHook};
+use understudy_replicator::incoming::{self, Incoming};
 use understudy_replicator::link::Encryption;
-use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_offline};
+use understudy_replicator::migrate::{self, Migrate};
+use understudy_replicator::process::{
+    Config, Replicator, discard_offline, take_over_handed_over, take_over_offline,
+};
 use understudy_replicator::report::{Sample, metrics, text, top};
-use understudy_replicator::sender::{SlowLink, SlowPolicy};
+use understudy_replicator::sender::{MigrationPolicy, SlowLink, SlowPolicy};
 
 /// Keeps a whole image of a machine on another node: epochs out on the primary, commit and take-over on the standby.
 #[derive(Parser)]
@@ -107,7 +111,17 @@ enum Command {
         /// No replicator process runs: work on its files (under its lock).
         #[arg(long)]
         offline: bool,
+        /// At the end of a migration: only an image that the machine's old node has handed over.
+        #[arg(long, requires = "offline")]
+        handed_over: bool,
     },
+    /// Bring a machine that runs here, and that nobody protects, to another node while it runs. Exit status 0: it was handed over
+    /// there, where `take-over --offline --handed-over` makes it ready to run; 1: it was not, and runs on here.
+    ///
+    /// SIGTERM cancels. The target's node must run `serve-migrations`.
+    Migrate(MigrateArgs),
+    /// Receive machines that are migrated to this node, in the foreground.
+    ServeMigrations(ServeMigrations),
     /// Give the image on this node up (no replicator may run): the machine can only be booted cold here afterwards.
     Discard(Place),
     /// End the process.
@@ -195,6 +209,67 @@ struct Run {
     verify_every: u64,
 }
 
+#[derive(Args)]
+struct MigrateArgs {
+    #[command(flatten)]
+    place: Place,
+    /// Name of this node, for the target's log.
+    #[arg(long)]
+    node: String,
+    /// The target, e.g. n2=10.0.0.2:7799.
+    #[arg(long, value_name = "NODE=HOST:PORT")]
+    to: String,
+    /// File with the cluster's key.
+    #[arg(long, default_value = DEFAULT_KEY_FILE)]
+    key: PathBuf,
+    /// Milliseconds for which the last copy may stop the machine. The target's start comes on top.
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    max_pause_ms: u64,
+    /// Rounds after which a machine that writes faster than its memory can be sent stays here.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    max_rounds: u32,
+    /// Milliseconds of silence after which the target counts as lost.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
+    peer_timeout_ms: u64,
+    /// How what is sent is compressed: auto (only when the link is slower than the compression), none, lz4, zstd.
+    #[arg(long, default_value = "auto", value_parser = parse_compression)]
+    compression: Compression,
+    /// Progress as JSON, one object a line.
+    #[arg(long)]
+    json: bool,
+    /// Cancel when standard input is closed: whoever starts this, and ends, takes it along.
+    #[arg(long)]
+    until_stdin_closes: bool,
+}
+
+#[derive(Args)]
+struct ServeMigrations {
+    /// Name of this node.
+    #[arg(long)]
+    node: String,
+    /// Address to listen on.
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: String,
+    /// File with the cluster's key.
+    #[arg(long, default_value = DEFAULT_KEY_FILE)]
+    key: PathBuf,
+    /// Command that makes a machine's VMM stand by and ends it again, with its first arguments, separated by blanks.
+    #[arg(long)]
+    hook: String,
+    /// Milliseconds of silence after which a sender counts as lost.
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
+    peer_timeout_ms: u64,
+    /// Most MiB that a machine's last copy may take on this node while it arrives.
+    #[arg(long)]
+    stage_limit_mib: Option<u64>,
+    /// Parent of the machines' run directories.
+    #[arg(long, default_value = DEFAULT_RUN_ROOT)]
+    run_root: PathBuf,
+    /// Parent of the machines' shared-memory directories (a tmpfs).
+    #[arg(long, default_value = DEFAULT_SHM_ROOT)]
+    shm_root: PathBuf,
+}
+
 impl Place {
     fn layout(&self) -> anyhow::Result<Layout> {
         if !valid_machine_name(&self.machine) {
@@ -255,9 +330,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             println!("handed over at epoch {}", done.epoch);
             Ok(())
         }
-        Command::TakeOver { place, generation, offline } => {
+        Command::Migrate(args) => migrate(args),
+        Command::ServeMigrations(args) => serve_migrations(args),
+        Command::TakeOver { place, generation, offline, handed_over } => {
             let generation = Generation(generation);
-            let taken: TakenOver = if offline {
+            let taken: TakenOver = if handed_over {
+                take_over_handed_over(&place.layout()?, &place.machine, generation, SHORT)
+                    .map_err(anyhow::Error::msg)?
+            } else if offline {
                 take_over_offline(&place.layout()?, &place.machine, generation).map_err(anyhow::Error::msg)?
             } else {
                 place.call(&ReplicatorRequest::TakeOver { generation }, LONG)?
@@ -390,6 +470,79 @@ fn serve(run: Run) -> anyhow::Result<()> {
         }
     });
     replicator.wait();
+    Ok(())
+}
+
+fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
+    let to = parse_peers(&args.to)?;
+    let [to] = &to[..] else { bail!("--to is one NODE=HOST:PORT") };
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, stop.clone()).context("cannot wait for signals")?;
+    }
+    if args.until_stdin_closes {
+        let stop = stop.clone();
+        thread::spawn(move || {
+            // Nothing is ever said there; an error is as good as an end.
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        });
+    }
+    let config = Migrate {
+        layout: args.place.layout()?,
+        machine: args.place.machine,
+        node: args.node,
+        to: to.clone(),
+        key: Arc::new(Key::load(&args.key)?),
+        policy: MigrationPolicy { max_pause: Duration::from_millis(args.max_pause_ms), max_rounds: args.max_rounds },
+        peer_timeout: Duration::from_millis(args.peer_timeout_ms),
+        // What is sent again in a round would rarely be found in copies: the memory for them is better the machine's.
+        encoding: EncodingConfig { shadow: ShadowBudget::Percent(0), compression: args.compression },
+    };
+    let mut why = None;
+    let tell = |report: &migrate::Report| {
+        use std::io::Write as _;
+        let line = if args.json { serde_json::to_string(report).unwrap_or_default() } else { report.text() };
+        // Whoever does not listen any more does not stop the migration.
+        let _ = writeln!(std::io::stdout(), "{line}");
+        if let migrate::Report::Failed { why: sentence } = report {
+            why = Some(sentence.clone());
+        }
+    };
+    if migrate::run(config, &stop, tell) {
+        return Ok(());
+    }
+    bail!("not migrated: {}", why.unwrap_or_default())
+}
+
+fn serve_migrations(args: ServeMigrations) -> anyhow::Result<()> {
+    let command: Vec<String> = args.hook.split_whitespace().map(str::to_owned).collect();
+    if command.is_empty() {
+        bail!("--hook is empty");
+    }
+    let text = |path: &PathBuf| {
+        path.to_str().map(str::to_owned).with_context(|| format!("{} is not valid UTF-8", path.display()))
+    };
+    let hook = MigrationHook::new(command, &text(&args.run_root)?, &text(&args.shm_root)?);
+    // Before any thread starts, so that no signal is missed.
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot wait for signals")?;
+    let incoming = Incoming::start(incoming::Config {
+        node: args.node,
+        listen: args.listen,
+        key: Arc::new(Key::load(&args.key)?),
+        run_root: args.run_root,
+        shm_root: args.shm_root,
+        hook,
+        peer_timeout: Duration::from_millis(args.peer_timeout_ms),
+        stage_limit: args.stage_limit_mib.map(|mib| mib << 20),
+    })?;
+    let stop = incoming.stopper();
+    thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            stop();
+        }
+    });
+    incoming.wait();
     Ok(())
 }
 

@@ -45,6 +45,9 @@ pub struct Hello {
     pub session: u64,
     /// The machine has released outputs that no replica holds: an image of its past is outdated.
     pub went_on: bool,
+    /// The machine is not to be protected but to move: after its last checkpoint it runs on the receiver's node.
+    #[serde(default)]
+    pub migration: bool,
 }
 
 /// What the receiver holds when it accepts a sender.
@@ -277,6 +280,7 @@ mod tests {
             ram_bytes: 8192,
             session: u64::MAX,
             went_on: true,
+            migration: false,
         };
         let welcome =
             Welcome { node: "n2".into(), whole: true, generation: Generation(3), epoch: Epoch(9), session: u64::MAX };

@@ -41,9 +41,9 @@ use crate::snapshot;
 use crate::standby::{Line, Standby};
 
 /// Connections that may be in their handshake or idle at once, from peers and on the control socket.
-const MAX_CONNECTIONS: usize = 32;
+pub(crate) const MAX_CONNECTIONS: usize = 32;
 /// A control connection that is idle for so long is closed.
-const CONTROL_IDLE: Duration = Duration::from_secs(300);
+pub(crate) const CONTROL_IDLE: Duration = Duration::from_secs(300);
 /// A hand-over that takes longer is reported as failed (the sender itself gives up earlier, bounded by its timeouts).
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(60);
 /// The sender looks at its requests between two actions; one that takes longer hangs.
@@ -482,6 +482,7 @@ impl Shared {
                 slow: config.slow,
                 peer_timeout: config.peer_timeout,
                 clustered: hook.clustered(),
+                migration: None,
             },
             peers: config.peers.iter().filter(|(name, _)| *name != config.node).cloned().collect(),
             encoding: config.encoding,
@@ -495,10 +496,10 @@ impl Shared {
 }
 
 /// Holds a place among the connections of a kind: strangers at the peers' door must not keep the agents from theirs.
-struct Place(Arc<AtomicUsize>);
+pub(crate) struct Place(Arc<AtomicUsize>);
 
 impl Place {
-    fn take(count: &Arc<AtomicUsize>) -> Option<Self> {
+    pub(crate) fn take(count: &Arc<AtomicUsize>) -> Option<Self> {
         let before = count.fetch_add(1, Ordering::SeqCst);
         let place = Self(count.clone());
         (before < MAX_CONNECTIONS).then_some(place)
@@ -518,6 +519,34 @@ pub fn take_over_offline(layout: &Layout, machine: &str, generation: Generation)
     standby.take_over(generation)
 }
 
+/// The same at the end of a migration: only an image that the source has handed over is given out, because it has gone on without any
+/// other. Waits up to `patience` for the process that received it to let go of it.
+pub fn take_over_handed_over(
+    layout: &Layout,
+    machine: &str,
+    generation: Generation,
+    patience: Duration,
+) -> Result<TakenOver, String> {
+    let until = Instant::now() + patience;
+    let _lock = loop {
+        match lock_machine(layout) {
+            Ok(lock) => break lock,
+            Err(StartError::AlreadyRuns(_)) if Instant::now() < until => thread::sleep(Duration::from_millis(20)),
+            Err(e) => return Err(e.to_string()),
+        }
+    };
+    let mut standby = Standby::open(machine, "this node", layout, None).map_err(|e| e.to_string())?;
+    let record = &standby.core().durable().record;
+    let again = record.handed_over && record.taken.is_some_and(|taken| taken.generation == generation);
+    if !standby.was_given_the_machine() && !again {
+        return Err(format!(
+            "no image of {machine} on this node was handed over by the node that ran it: the machine went on there, and must not be \
+             continued from anything here"
+        ));
+    }
+    standby.take_over(generation)
+}
+
 /// Give the image up while no replicator process runs: the machine can only be booted cold here afterwards. The highest
 /// generation stays known.
 pub fn discard_offline(layout: &Layout, machine: &str) -> Result<(), String> {
@@ -527,7 +556,7 @@ pub fn discard_offline(layout: &Layout, machine: &str) -> Result<(), String> {
 }
 
 /// Hold the machine's replicator lock: at most one process touches the image.
-fn lock_machine(layout: &Layout) -> Result<Flock<File>, StartError> {
+pub(crate) fn lock_machine(layout: &Layout) -> Result<Flock<File>, StartError> {
     let dir = layout.run_dir();
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| io_error("create", dir, e))?;
     let path = dir.join("replicator.lock");
@@ -539,7 +568,7 @@ fn lock_machine(layout: &Layout) -> Result<Flock<File>, StartError> {
     })
 }
 
-fn listen(own: &str) -> Result<TcpListener, StartError> {
+pub(crate) fn listen(own: &str) -> Result<TcpListener, StartError> {
     let cannot = |e: std::io::Error| {
         StartError::Address(format!("cannot listen on this node's own address {own} (from --peers): {e}"))
     };
@@ -547,7 +576,7 @@ fn listen(own: &str) -> Result<TcpListener, StartError> {
     TcpListener::bind(&addresses[..]).map_err(cannot)
 }
 
-fn listen_control(path: &Path) -> Result<UnixListener, StartError> {
+pub(crate) fn listen_control(path: &Path) -> Result<UnixListener, StartError> {
     // The lock is ours: a socket that is there belongs to a process that is gone.
     let _ = fs::remove_file(path);
     let listener = UnixListener::bind(path).map_err(|e| io_error("listen on", path, e))?;
@@ -555,18 +584,18 @@ fn listen_control(path: &Path) -> Result<UnixListener, StartError> {
     Ok(listener)
 }
 
-fn io_error(what: &'static str, file: &Path, source: std::io::Error) -> StartError {
+pub(crate) fn io_error(what: &'static str, file: &Path, source: std::io::Error) -> StartError {
     StartError::Io { what, file: file.display().to_string(), source }
 }
 
-fn answer<T: serde::Serialize>(result: Result<T, String>) -> Vec<u8> {
+pub(crate) fn answer<T: serde::Serialize>(result: Result<T, String>) -> Vec<u8> {
     match result {
         Ok(value) => encode_line(&Reply::Ok(value)),
         Err(why) => encode_line(&Reply::<()>::Error(why)),
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic in another thread must not take the others with it; each holder leaves the data usable at every step.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

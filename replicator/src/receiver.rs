@@ -153,6 +153,8 @@ pub struct Receiver {
     pages: u64,
     /// What a sender sent did not fit what is here: only a first copy can be trusted.
     distrusted: bool,
+    /// It receives a machine that moves here, not checkpoints of one that is protected.
+    migration: bool,
 }
 
 /// The answer to a take-over.
@@ -181,6 +183,7 @@ impl Receiver {
             sync_pages: 0,
             pages: 0,
             distrusted: false,
+            migration: false,
         };
         let record = &this.durable.record;
         if record.image != ImageKind::Inconsistent && (record.ram.is_none() || record.ram != ram) {
@@ -193,6 +196,11 @@ impl Receiver {
         }
         this.report(steps);
         this
+    }
+
+    /// Receive a machine that moves here. (Who protects a machine, and who migrates one, must not be mistaken for the other.)
+    pub fn receive_migration(&mut self) {
+        self.migration = true;
     }
 
     /// What is durable, as far as all steps given out so far were performed.
@@ -349,6 +357,13 @@ impl Receiver {
                 "this is the standby of machine {} (protocol {VERSION}), not of {} (protocol {})",
                 self.machine, hello.machine, hello.version
             );
+            return refuse(newest, Message::Refused(why));
+        }
+        if hello.migration != self.migration {
+            let why = match hello.migration {
+                true => format!("{} protects machine {} here: it does not receive migrations", self.node, self.machine),
+                false => format!("{} receives machine {} in a migration, not its checkpoints", self.node, self.machine),
+            };
             return refuse(newest, Message::Refused(why));
         }
         match around.vmm {

@@ -24,6 +24,7 @@
 
 mod action;
 mod budget;
+mod migrate;
 mod react;
 
 use std::collections::VecDeque;
@@ -34,6 +35,8 @@ use understudy_protocol::ids::{Epoch, Generation};
 
 pub use self::action::{Action, Event, VetoCall};
 use self::budget::Budget;
+use self::migrate::Migration;
+pub use self::migrate::{MigrationPolicy, MigrationView, Phase};
 use crate::message::{Hello, Message, VERSION};
 
 /// What the sender is given by its administrator.
@@ -55,6 +58,8 @@ pub struct SenderConfig {
     pub peer_timeout: Duration,
     /// There is a cluster behind the hook: a veto means something.
     pub clustered: bool,
+    /// Do not protect the machine, but bring it to the other node, once.
+    pub migration: Option<MigrationPolicy>,
 }
 
 impl SenderConfig {
@@ -69,6 +74,7 @@ impl SenderConfig {
             slow: SlowLink::default(),
             peer_timeout: Duration::from_secs(2),
             clustered,
+            migration: None,
         }
     }
 }
@@ -205,10 +211,12 @@ enum HandOver {
     Wanted,
     /// The last cut was made.
     Cut,
-    /// The VMM knows the commit; the peer is told.
+    /// The VMM knows the commit; the peer is told. (In a migration the VMM does not know yet.)
     Telling {
         deadline: Option<Instant>,
     },
+    /// In a migration: the peer has recorded it, the VMM is to be told.
+    Recorded,
     Done,
 }
 
@@ -284,6 +292,7 @@ pub struct Sender {
     answer: Option<Result<HandedOver, String>>,
     detach: Option<String>,
 
+    migration: Option<Migration>,
     sync_started: Instant,
     facts: Facts,
     /// For the log.
@@ -309,6 +318,7 @@ impl Sender {
     /// A sender that has done nothing yet.
     pub fn new(config: SenderConfig, now: Instant) -> Self {
         Self {
+            migration: config.migration.map(|policy| Migration::new(policy, now)),
             config,
             vmm: None,
             session: 0,
@@ -414,7 +424,7 @@ impl Sender {
     }
     /// Whether it has nothing more to do: handed over, or ended by a newer generation.
     pub fn finished(&self) -> bool {
-        self.hand_over == HandOver::Done || self.stale.is_some() && self.vmm.is_none()
+        self.hand_over == HandOver::Done || self.migration_ended() || self.stale.is_some() && self.vmm.is_none()
     }
     /// The source's state in S1's words.
     pub fn source(&self) -> SourceState {
@@ -446,6 +456,13 @@ impl Sender {
             // The machine belongs to the other node now: no veto, no gate, no new connection. Demote ends this.
             return Action::Wait(now + RETRY_MAX);
         }
+        if self.migration_ended() {
+            return Action::Wait(now + RETRY_MAX);
+        }
+        if self.hand_over == HandOver::Recorded && self.vmm.is_some() {
+            self.asked = Asked::Committed(self.epoch);
+            return Action::Committed(self.epoch);
+        }
         if self.vmm.is_none() {
             return if now >= self.vmm_retry { Action::Attach } else { Action::Wait(self.vmm_retry) };
         }
@@ -475,6 +492,9 @@ impl Sender {
     }
 
     fn next_for_veto(&mut self, now: Instant) -> Option<Action> {
+        if self.migrates() {
+            return None;
+        }
         let streaming = self.peer == Peer::Streaming;
         match self.veto {
             Veto::Standing if !streaming && !self.gate_open => {
@@ -537,16 +557,21 @@ impl Sender {
             }
             Peer::Copying { first } => Action::CopySlice { first },
             Peer::Rounds { sending: Some(_), .. } => Action::SendDirty,
-            Peer::Rounds { sending: None, .. } => Action::Harvest { send: true },
-            Peer::Arm => self.cut(now, true, false),
+            Peer::Rounds { sending: None, .. } => self.next_for_arrival(wake).unwrap_or(Action::Harvest { send: true }),
+            // A migration's only cut is its last.
+            Peer::Arm => self.cut(now, true, self.migrates()),
             Peer::Streaming => self.next_in_cycle(now, wake),
         }
     }
 
     fn next_in_cycle(&mut self, now: Instant, wake: Instant) -> Action {
         if let Some(epoch) = self.acked.take() {
-            self.asked = Asked::Committed(epoch);
-            return Action::Committed(epoch);
+            if !self.migrates() {
+                self.asked = Asked::Committed(epoch);
+                return Action::Committed(epoch);
+            }
+            // The VMM is told last: until the target has recorded it, nobody could run what the VMM gave away.
+            self.hand_over = HandOver::Telling { deadline: None };
         }
         match self.cycle {
             Cycle::Early(captured) | Cycle::Sending(captured) => return Action::SendPiece(captured),
@@ -565,15 +590,20 @@ impl Sender {
             HandOver::Wanted if oldest.is_none() => self.cut(now, false, true),
             HandOver::Telling { deadline: None } => {
                 self.hand_over = HandOver::Telling { deadline: Some(now + self.config.peer_timeout) };
-                Action::Send(self.committed, Message::HandedOver)
+                Action::Send(if self.migrates() { self.epoch } else { self.committed }, Message::HandedOver)
             }
             HandOver::Telling { deadline: Some(deadline) } if now < deadline => Action::Wait(wake.min(deadline)),
+            HandOver::Telling { .. } if self.migrates() => {
+                let ms = self.config.peer_timeout.as_millis();
+                self.lose_peer(now, format!("the target has not confirmed the hand-over within {ms} ms"));
+                self.next(now)
+            }
             HandOver::Telling { .. } => {
                 // It is committed there and stopped here: the word is a courtesy.
                 self.handed_over();
                 self.next(now)
             }
-            HandOver::Wanted | HandOver::Cut | HandOver::Done => Action::Wait(wake),
+            HandOver::Wanted | HandOver::Cut | HandOver::Recorded | HandOver::Done => Action::Wait(wake),
             HandOver::No => self.next_cut_or_wait(now, wake, oldest),
         }
     }
@@ -660,6 +690,7 @@ impl Sender {
             ram_bytes: self.vmm.as_ref().map_or(0, |vmm| vmm.ram_bytes),
             session: self.session,
             went_on: self.gate_open,
+            migration: self.migrates(),
         }
     }
 }

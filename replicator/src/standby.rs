@@ -84,6 +84,8 @@ pub struct Standby {
     state_bytes: u64,
     /// Somebody copies the image.
     copying: bool,
+    /// It receives a machine that moves here.
+    migration: bool,
     /// For the status.
     pub counters: Counters,
 }
@@ -107,6 +109,7 @@ impl Standby {
             broken: None,
             state_bytes: 0,
             copying: false,
+            migration: false,
             counters: Counters::default(),
         };
         this.recover()?;
@@ -122,6 +125,9 @@ impl Standby {
         let mut steps = Vec::new();
         let ram = self.image.ram_identity();
         self.core = Receiver::recover(&self.machine, &self.node, durable, ram, &mut steps);
+        if self.migration {
+            self.core.receive_migration();
+        }
         if let Some(damage) = damage {
             self.note(format!("{damage}; it counts as empty"));
             self.core.give_up_image(&mut steps);
@@ -152,6 +158,23 @@ impl Standby {
         {
             self.note(format!("the image cannot be repaired: {e}"));
         }
+    }
+
+    /// Receive a machine that moves here, not checkpoints of one that is protected.
+    pub fn receive_migration(&mut self) {
+        self.migration = true;
+        self.core.receive_migration();
+    }
+
+    /// Whether this connection is still listened to.
+    pub fn listens_to(&self, conn: Conn) -> bool {
+        self.lines.contains_key(&conn)
+    }
+
+    /// Whether the image is a whole machine that was handed over to this node, and that nobody has run yet.
+    pub fn was_given_the_machine(&self) -> bool {
+        let record = &self.core.durable().record;
+        record.image == ImageKind::Whole && record.handed_over && record.taken.is_none()
     }
 
     /// A connection has proved that it holds the key.

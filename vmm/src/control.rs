@@ -121,11 +121,15 @@ impl Connection {
             VmmRequest::Quit => ok(()),
             VmmRequest::Promote { generation, from } => ok(machine.promote(generation, &from, Gate::Hold)?),
             VmmRequest::Save { dir } => ok(machine.save(Path::new(&dir))?),
-            VmmRequest::Attach => {
+            VmmRequest::Attach | VmmRequest::AttachToMigrate => {
                 if self.session.is_some() {
                     bail!("this connection is attached already");
                 }
-                let (session, attached) = Session::attach(machine.clone(), self.arena.clone())?;
+                let attach = match request {
+                    VmmRequest::AttachToMigrate => Session::attach_to_migrate,
+                    _ => Session::attach,
+                };
+                let (session, attached) = attach(machine.clone(), self.arena.clone())?;
                 self.session = Some(session);
                 ok(attached)
             }

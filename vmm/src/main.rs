@@ -188,6 +188,9 @@ struct Run {
     /// Build the machine and wait for a promotion.
     #[arg(long)]
     standby: bool,
+    /// Generation that the machine boots as: higher than any before, or boards refuse it.
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "standby", value_parser = clap::value_parser!(u64).range(1..))]
+    generation: u64,
     /// Size of the capture arena in MiB [default: a quarter of RAM, at least 64].
     #[arg(long, value_name = "MIB")]
     arena: Option<u64>,
@@ -292,7 +295,14 @@ fn start(run: Run) -> Result<i32> {
         console: run.console,
         ram_file: layout.ram(),
     };
-    run::run(RunConfig { machine, layout, arena_mib: run.arena, standby: run.standby, capture: run.capture })
+    run::run(RunConfig {
+        machine,
+        layout,
+        arena_mib: run.arena,
+        standby: run.standby,
+        generation: Generation(run.generation),
+        capture: run.capture,
+    })
 }
 
 fn readable(s: &VmmStatus) -> String {

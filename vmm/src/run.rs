@@ -43,6 +43,8 @@ pub struct RunConfig {
     pub arena_mib: Option<u64>,
     /// Wait for a promotion instead of booting.
     pub standby: bool,
+    /// The generation that it boots as.
+    pub generation: Generation,
     /// How checkpoints are captured.
     pub capture: Strategy,
 }
@@ -105,7 +107,8 @@ pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32>
     };
     // The arena holds no more than a dirty log: a bit a page.
     let arena_mib = Some(shape.memory_mib / (8 * 4096) + 1);
-    run_as(RunConfig { machine, layout, arena_mib, standby: true, capture: Strategy::Auto }, Way::StandIn)
+    let generation = Generation::ZERO;
+    run_as(RunConfig { machine, layout, arena_mib, standby: true, generation, capture: Strategy::Auto }, Way::StandIn)
 }
 
 fn run_as(config: RunConfig, way: Way) -> Result<i32> {
@@ -131,7 +134,7 @@ fn run_as(config: RunConfig, way: Way) -> Result<i32> {
     let mut cleanup = Cleanup { files: vec![layout.vmm_pid(), layout.vmm_socket()], keep: false };
     write_pid(&layout.vmm_pid())?;
     if !config.standby {
-        machine.promote(Generation(1), &PromoteFrom::ColdBoot, Gate::Open)?;
+        machine.promote(config.generation, &PromoteFrom::ColdBoot, Gate::Open)?;
     }
     control::serve(layout.vmm_socket(), machine.clone(), Arc::new(Mutex::new(arena)))?;
     eprintln!(

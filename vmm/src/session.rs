@@ -1,5 +1,6 @@
 //! A replication session: the dirty log, early copies, the cut, the commit. Bound to one control connection; when that ends, the
-//! session is dropped, and dropping puts the machine back: gate held, log off, an open cut aborted and the guest running.
+//! session is dropped, and dropping puts the machine back: gate held, log off, an open cut aborted and the guest running. (A session that
+//! was to migrate an unprotected machine puts the gate back as it was: open.)
 //!
 //! ```text
 //!  attach ─► log off ── DirtyLogStart ──► logging ◄── Harvest (bitmap → arena)   ◄── Precopy (cold pages → arena, the guest runs)
@@ -74,6 +75,8 @@ pub struct Session {
     scratch: Scratch,
     /// This session slowed the guest down.
     throttled: bool,
+    /// Nobody protects the machine: without a hand-over its gate is open again afterwards.
+    unprotected: bool,
     /// A cut whose pieces are being handed out.
     open: Option<Open>,
     /// Epoch and VM time of a finished last cut that waits for its commit.
@@ -83,6 +86,15 @@ pub struct Session {
 impl Session {
     /// Attach to `machine`; refused while another session lives or when there is nothing to replicate.
     pub fn attach(machine: Arc<Machine>, arena: SharedArena) -> Result<(Self, Attached)> {
+        Self::begin(machine, arena, false)
+    }
+
+    /// Attach to bring a machine to another node that runs and that nobody protects; its end without a hand-over changes nothing.
+    pub fn attach_to_migrate(machine: Arc<Machine>, arena: SharedArena) -> Result<(Self, Attached)> {
+        Self::begin(machine, arena, true)
+    }
+
+    fn begin(machine: Arc<Machine>, arena: SharedArena, migrate: bool) -> Result<(Self, Attached)> {
         let gather = Gather::new()?;
         machine.calibrate();
         let mut life = machine.life();
@@ -94,6 +106,17 @@ impl Session {
             VmmState::Standby => bail!("this is a standby; there is nothing to replicate before it is promoted"),
             VmmState::HandedOver => bail!("the machine was handed over to another node"),
             VmmState::Fenced => bail!("the machine is fenced; a newer generation of it runs elsewhere"),
+        }
+        if migrate {
+            ensure!(
+                life.state == VmmState::Running,
+                "only a machine that runs can be migrated; this one is {:?}",
+                life.state
+            );
+            ensure!(
+                machine.core.hardware().gate() == Gate::Open,
+                "the machine's outputs wait for a standby: it is protected, and moves by being promoted elsewhere"
+            );
         }
         // Epochs count on over all sessions of a generation; the standby compares them.
         life.session = true;
@@ -120,6 +143,7 @@ impl Session {
             wants_lock: false,
             scratch: Scratch::default(),
             throttled: false,
+            unprotected: migrate,
             open: None,
             last: None,
             machine,
@@ -311,9 +335,11 @@ impl Drop for Session {
         self.abort();
         let machine = &self.machine;
         {
+            let life = machine.life();
+            let runs_on = matches!(life.state, VmmState::Running | VmmState::Paused | VmmState::ShutDown);
             let mut hardware = machine.core.hardware();
             hardware.unseal();
-            hardware.set_gate(Gate::Hold);
+            hardware.set_gate(if self.unprotected && runs_on { Gate::Open } else { Gate::Hold });
         }
         if self.throttled {
             // Whoever slowed the guest down is not there to let it run again.

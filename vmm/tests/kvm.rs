@@ -782,6 +782,61 @@ fn the_end_of_a_replicators_connection_lets_the_machine_run_on_with_its_outputs_
 }
 
 #[test]
+fn a_migration_that_fails_leaves_an_unprotected_machine_running_with_its_gate_open() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 2, 16 << 20).boot(0xf, Gate::Open);
+    let socket = rig.dir.path().join("vmm.sock");
+    understudy_vmm::control::serve(socket.clone(), rig.machine.clone(), rig.arena.clone()).unwrap();
+    let status = || -> VmmStatus { call_once(&socket, &VmmRequest::Status, Duration::from_secs(5)).unwrap() };
+    let attach = || {
+        let mut sender = ControlClient::connect(&socket, Duration::from_secs(5)).unwrap();
+        let attached: Result<Attached, _> = sender.call(&VmmRequest::AttachToMigrate);
+        (sender, attached)
+    };
+    for epoch in 1..=3 {
+        let (mut sender, attached) = attach();
+        attached.unwrap();
+        let () = sender.call(&VmmRequest::DirtyLogStart).unwrap();
+        assert_eq!(status().gate, Gate::Open, "copying holds nothing back");
+        let epoch = Epoch(epoch);
+        let _: Captured = sender.call(&VmmRequest::Cut { epoch, arm: true, last: true, again: false }).unwrap();
+        rig.stands_still();
+        assert_eq!(status().gate, Gate::Hold, "from the last cut on outputs wait");
+        drop(sender);
+        wait("the session ends", || !status().replicated);
+        assert_eq!((status().gate, status().state), (Gate::Open, VmmState::Running));
+        rig.counts_on(0);
+        rig.counts_on(1);
+    }
+    // One that is handed over neither runs nor speaks.
+    let (mut sender, attached) = attach();
+    attached.unwrap();
+    let () = sender.call(&VmmRequest::DirtyLogStart).unwrap();
+    let epoch = Epoch(4);
+    let _: Captured = sender.call(&VmmRequest::Cut { epoch, arm: true, last: true, again: false }).unwrap();
+    let () = sender.call(&VmmRequest::Committed { epoch }).unwrap();
+    drop(sender);
+    wait("the session ends", || !status().replicated);
+    assert_eq!((status().gate, status().state), (Gate::Hold, VmmState::HandedOver));
+    rig.stands_still();
+    assert!(attach().1.is_err());
+}
+
+#[test]
+fn a_machine_whose_outputs_wait_is_not_migrated() {
+    if !kvm_is_there() {
+        return;
+    }
+    let rig = rig(COUNT, 1, 16 << 20).boot(0xf, Gate::Hold);
+    let why = Session::attach_to_migrate(rig.machine.clone(), rig.arena.clone()).err().unwrap().to_string();
+    assert!(why.contains("protected"), "{why}");
+    drop(rig.attach());
+    rig.counts_on(0);
+}
+
+#[test]
 fn a_fenced_machine_never_runs_again() {
     if !kvm_is_there() {
         return;

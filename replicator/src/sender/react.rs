@@ -34,7 +34,7 @@ impl Sender {
             Event::VmmLost(why) => self.forget_vmm(now, format!("the VMM's session ended: {why}")),
             Event::VmmRefused(why) => self.vmm_refused(now, why),
             Event::VmmDone => self.vmm_done(now),
-            Event::Harvested { pages } => self.harvested(pages),
+            Event::Harvested { pages } => self.harvested(pages, now),
             Event::DirtySent { done: true } => self.round_sent(),
             Event::DirtySent { done: false } => {}
             Event::Copied { done } => {
@@ -42,6 +42,7 @@ impl Sender {
                     *first = false;
                     if done {
                         self.peer = Peer::Rounds { round: 0, previous: u64::MAX, sending: None };
+                        self.migration_sent();
                     }
                 }
             }
@@ -83,6 +84,7 @@ impl Sender {
         match std::mem::replace(&mut self.asked, Asked::Nothing) {
             Asked::Nothing | Asked::Throttle => {}
             Asked::LogStart => {
+                self.migration_harvests(now);
                 self.log_on = true;
                 if let Peer::Welcomed { log_ready, .. } = &mut self.peer {
                     *log_ready = true;
@@ -104,6 +106,10 @@ impl Sender {
     }
 
     pub(super) fn committed_told(&mut self, epoch: Epoch, now: Instant) {
+        if self.hand_over == HandOver::Recorded {
+            self.committed = epoch;
+            return self.migrated(now);
+        }
         self.facts.epochs += epoch.0.saturating_sub(self.committed.0).min(self.config.pipeline.max(1) as u64);
         self.committed = epoch;
         let mut kept = self.base.take().map_or_else(Vec::new, |base| base.kept);
@@ -142,16 +148,24 @@ impl Sender {
         self.cycle = Cycle::Early(captured);
     }
 
-    pub(super) fn harvested(&mut self, pages: u64) {
+    pub(super) fn harvested(&mut self, pages: u64, now: Instant) {
+        self.migration_harvests(now);
         match &mut self.peer {
             Peer::Welcomed { log_ready, .. } => *log_ready = true,
-            Peer::Rounds { sending, .. } => *sending = Some(pages),
+            Peer::Rounds { sending, .. } => {
+                *sending = Some(pages);
+                self.migration_round(pages, now);
+            }
             _ => {}
         }
     }
 
     pub(super) fn round_sent(&mut self) {
         let Peer::Rounds { round, previous, sending: Some(pages) } = self.peer else { return };
+        if self.migrates() {
+            self.peer = Peer::Rounds { round: round + 1, previous: pages, sending: None };
+            return self.migration_sent();
+        }
         // When a round does not shrink to three quarters of the last, more rounds would only warm the network.
         let hopeless = round >= 1 && pages > previous / 4 * 3;
         self.peer = if pages <= FEW_PAGES || round + 1 >= MAX_ROUNDS || hopeless {
@@ -252,7 +266,11 @@ impl Sender {
                 }
             }
             (Message::Refused(why) | Message::Failed(why), _) => self.lose_peer(now, why),
-            (Message::SyncReady, Peer::Begun) => self.peer = Peer::Copying { first: true },
+            (Message::SyncReady, Peer::Begun) => {
+                self.peer = Peer::Copying { first: true };
+                self.migration_copies(now);
+            }
+            (Message::Pong, Peer::Rounds { .. }) => self.arrived(epoch, now),
             (Message::Ack, Peer::Streaming) if self.in_flight.iter().any(|sent| sent.epoch == epoch) => {
                 let cut = self.in_flight.iter().find(|sent| sent.epoch == epoch).map_or(now, |sent| sent.cut);
                 self.in_flight.retain(|sent| sent.epoch > epoch);
@@ -263,7 +281,12 @@ impl Sender {
                 self.promotable = true;
                 self.veto_retry = now;
             }
-            (Message::HandedOverAck, Peer::Streaming) => self.handed_over(),
+            (Message::HandedOverAck, Peer::Streaming) if !self.migrates() => self.handed_over(),
+            (Message::HandedOverAck, Peer::Streaming)
+                if epoch == self.epoch && matches!(self.hand_over, HandOver::Telling { .. }) =>
+            {
+                self.hand_over = HandOver::Recorded;
+            }
             _ => {}
         }
     }
@@ -279,7 +302,7 @@ impl Sender {
         self.forget_epochs();
         let holds = welcome.epoch;
         let fits = |base: &Base| holds == base.committed || base.kept.contains(&holds);
-        let resumable = ours && !self.gate_open && welcome.session == self.session;
+        let resumable = ours && !self.gate_open && welcome.session == self.session && !self.migrates();
         if let Some(base) = self.base.as_ref().filter(|base| resumable && fits(base)) {
             self.acked = (holds != base.committed).then_some(holds);
             let deadline = now + self.config.peer_timeout;
@@ -302,6 +325,9 @@ impl Sender {
     pub(super) fn vmm_refused(&mut self, now: Instant, why: String) {
         let pause = Duration::from_secs(1);
         if self.vmm.is_none() {
+            if self.migrates() {
+                return self.end_migration(Err(format!("the machine here cannot be migrated: {why}")));
+            }
             self.vmm_retry = now + RETRY_MIN;
             self.note(format!("the VMM cannot be replicated yet: {why}"));
             return;
@@ -310,6 +336,9 @@ impl Sender {
             // The guest runs as fast as it did; nothing else depends on it.
             self.asked = Asked::Nothing;
             return self.note(format!("the VMM refused to be throttled: {why}"));
+        }
+        if self.migrates() {
+            return self.end_migration(Err(format!("the VMM refused a request: {why}")));
         }
         if self.hand_over == HandOver::Cut {
             self.fail_hand_over(format!("the VMM refused the last checkpoint: {why}"));
@@ -353,6 +382,9 @@ impl Sender {
         }
         self.cycle = Cycle::Idle;
         self.detach = None;
+        if self.migrates() {
+            return self.end_migration(Err(self.facts.note.clone()));
+        }
         if matches!(self.hand_over, HandOver::Wanted | HandOver::Cut) {
             self.fail_hand_over("the VMM's session ended during the hand-over".into());
         }
@@ -360,6 +392,15 @@ impl Sender {
 
     pub(super) fn lose_peer(&mut self, now: Instant, why: String) {
         if self.peer == Peer::Away {
+            return;
+        }
+        if self.migrates() {
+            if !matches!(self.hand_over, HandOver::Recorded | HandOver::Done) {
+                return self.end_migration(Err(why));
+            }
+            // Nothing depends on the target any more.
+            self.disconnect = true;
+            self.peer = Peer::Away;
             return;
         }
         let was_protected = self.protected();
@@ -394,7 +435,7 @@ impl Sender {
                 self.detach = Some("the hand-over failed; the machine runs on here".into());
             }
             HandOver::Wanted => self.fail_hand_over(format!("the standby was lost: {why}")),
-            HandOver::No | HandOver::Done => {}
+            HandOver::No | HandOver::Recorded | HandOver::Done => {}
         }
         self.cycle = Cycle::Idle;
         self.peer = Peer::Away;
@@ -429,7 +470,10 @@ impl Sender {
     }
 
     pub(super) fn want_hand_over(&mut self) {
-        if self.hand_over == HandOver::Done {
+        if self.migrates() {
+            // It is under way by itself, and answers when it ends.
+            self.answer = self.migration_end();
+        } else if self.hand_over == HandOver::Done {
             self.answer = Some(Ok(HandedOver { epoch: self.committed }));
         } else if self.hand_over != HandOver::No {
             // Under way already: whoever asks again hears the same answer.
@@ -455,6 +499,15 @@ impl Sender {
     }
 
     pub(super) fn found_stale(&mut self, generation: Generation, now: Instant) {
+        if self.migrates() {
+            // Nothing here depends on what another node has seen once: the machine runs on.
+            let ours = self.generation();
+            let why = format!(
+                "the target knows generation {generation} of the machine, and what runs here is generation {ours}: stop the machine and \
+                 start it again before it is migrated there"
+            );
+            return self.end_migration(Err(why));
+        }
         if matches!(self.hand_over, HandOver::Telling { .. } | HandOver::Done) {
             // As planned: the machine runs over there. Losing the peer completes the hand-over.
             return self.lose_peer(now, format!("generation {generation} has taken the machine over"));

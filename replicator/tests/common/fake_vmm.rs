@@ -58,6 +58,15 @@ pub struct Machine {
     captured: Option<(Epoch, bool)>,
     random: u64,
     pub hang: bool,
+    /// The session is to migrate it: without a hand-over its gate is open again afterwards.
+    migrates: bool,
+    /// Bursts that the guest wrote: how one sees that it runs.
+    pub bursts: u64,
+    /// Share of its time for which it runs, and the lowest that it ever was.
+    share: u8,
+    pub slowest: u8,
+    /// Refuses to be told of a commit.
+    pub refuses_commits: bool,
 }
 
 pub struct FakeVmm {
@@ -82,6 +91,8 @@ impl FakeVmm {
             state: Some(state),
             generation: Generation(generation),
             random: 0x9E37_79B9_7F4A_7C15 ^ generation,
+            share: 100,
+            slowest: 100,
             ..Machine::default()
         };
         let _ = fs::remove_file(layout.vmm_socket());
@@ -157,7 +168,8 @@ impl FakeVmm {
 
     /// The guest writes a burst: noise, repeated bytes and zero pages.
     fn run(&self, machine: &mut Machine) {
-        for _ in 0..self.load.burst {
+        machine.bursts += 1;
+        for _ in 0..self.load.burst * u64::from(machine.share) / 100 {
             machine.random ^= machine.random << 13;
             machine.random ^= machine.random >> 7;
             machine.random ^= machine.random << 17;
@@ -205,10 +217,12 @@ impl FakeVmm {
         if session {
             let mut machine = self.machine();
             machine.attached = false;
-            machine.gate_open = false;
             machine.log = None;
             machine.rest.clear();
-            if machine.state == Some(VmmState::Running) {
+            machine.share = 100;
+            let runs = machine.state == Some(VmmState::Running);
+            machine.gate_open = runs && std::mem::take(&mut machine.migrates);
+            if runs {
                 machine.stopped = false;
             }
         }
@@ -239,17 +253,21 @@ impl FakeVmm {
                 };
                 json(&|| serde_json::to_value(&status).unwrap())
             }
-            VmmRequest::Attach => {
+            VmmRequest::Attach | VmmRequest::AttachToMigrate => {
                 if machine.attached {
                     return Err("a replication session is attached already".into());
                 }
                 if machine.state != Some(VmmState::Running) {
                     return Err("the machine does not run here".into());
                 }
+                machine.migrates = *request == VmmRequest::AttachToMigrate;
+                if machine.migrates && !machine.gate_open {
+                    return Err("the machine is protected".into());
+                }
                 *session = true;
                 machine.attached = true;
                 machine.attaches += 1;
-                machine.gate_open = false;
+                machine.gate_open = machine.migrates;
                 let attached = Attached {
                     generation: machine.generation,
                     ram_bytes: self.load.ram_pages * PAGE as u64,
@@ -309,6 +327,12 @@ impl FakeVmm {
                 let captured = self.piece(machine);
                 json(&|| serde_json::to_value(captured).unwrap())
             }
+            VmmRequest::Throttle { percent } => {
+                machine.share = *percent;
+                machine.slowest = machine.slowest.min(*percent);
+                Ok(serde_json::Value::Null)
+            }
+            VmmRequest::Committed { .. } if machine.refuses_commits => Err("it will not hear of it".into()),
             VmmRequest::Committed { epoch } => {
                 assert!(machine.captured.is_some_and(|c| c.0 >= *epoch), "an epoch was committed before it was cut");
                 assert!(*epoch > machine.last_committed);

@@ -15,6 +15,8 @@ struct Wire {
     silent: AtomicBool,
     /// After so many more bytes towards the target, the connection breaks (`u64::MAX` = never).
     fuse: AtomicU64,
+    /// Each piece (of 64 KiB at most) towards the target takes so many ms.
+    slow: AtomicU64,
     streams: Mutex<Vec<TcpStream>>,
 }
 
@@ -74,6 +76,11 @@ impl Relay {
         self.wire.fuse.store(bytes, Ordering::SeqCst);
     }
 
+    /// Carry at most 64 KiB in so many ms towards the standby.
+    pub fn slow_down(&self, ms: u64) {
+        self.wire.slow.store(ms, Ordering::SeqCst);
+    }
+
     pub fn heal(&self) {
         self.wire.fuse.store(u64::MAX, Ordering::SeqCst);
         self.wire.silent.store(false, Ordering::SeqCst);
@@ -89,6 +96,7 @@ fn pump(wire: &Wire, mut from: TcpStream, mut to: TcpStream, forward: bool) {
         }
         let mut last = false;
         if forward {
+            thread::sleep(Duration::from_millis(wire.slow.load(Ordering::SeqCst)));
             let fuse = wire.fuse.load(Ordering::SeqCst);
             if fuse < u64::MAX {
                 last = fuse <= n as u64;

@@ -93,7 +93,8 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         ram_file: layout.ram(),
     };
     let capture = understudy_protocol::control::Strategy::Auto;
-    run(RunConfig { machine, layout, arena_mib: None, standby: args.standby, capture })
+    let generation = Generation(1);
+    run(RunConfig { machine, layout, arena_mib: None, standby: args.standby, generation, capture })
 }
 
 /// The smallest kernel by the Linux boot protocol: it halts.
