@@ -137,6 +137,53 @@ impl Cib {
         all.iter().find(is).and_then(|e| e.attribute("id")).map(str::to_owned)
     }
 
+    /// Id and parameters of the plain primitive of type `ocf:understudy:vmm` that is `machine`, if it may be migrated. The error is a
+    /// sentence.
+    pub fn migratable(&self, machine: &str) -> std::result::Result<(String, Vec<(String, String)>), String> {
+        let id = self.vmm_of(machine).ok_or_else(|| {
+            format!("the cluster's configuration has no primitive of type ocf:understudy:vmm for machine {machine}")
+        })?;
+        if let Some(clone) = self.clone_of(&id) {
+            return Err(format!("{id} is in the clone {clone}: a protected machine moves by being promoted elsewhere"));
+        }
+        let resources = self.0.at(&["configuration", "resources"]);
+        let all: Vec<&Element> = resources.iter().flat_map(|r| r.descendants()).collect();
+        let by_id = |tag: &str, id: &str| all.iter().copied().find(|e| e.name == tag && e.attribute("id") == Some(id));
+        let primitive = by_id("primitive", &id).ok_or_else(|| format!("{id} is not in the configuration any more"))?;
+        let template = primitive.attribute("template").and_then(|template| by_id("template", template));
+        let (mut parameters, mut allowed): (Vec<(String, String)>, bool) = (Vec::new(), false);
+        // What the primitive says itself counts more than its template.
+        for element in template.into_iter().chain([primitive]) {
+            for set in element.all("instance_attributes").chain(element.all("meta_attributes")) {
+                let conditional = set.all("rule").next().is_some();
+                if conditional
+                    || set.attribute("id-ref").is_some()
+                    || set.all("nvpair").any(|p| p.attribute("value").is_none())
+                {
+                    return Err(format!(
+                        "{id} has parameters by rule or by reference, with which a migration cannot deal"
+                    ));
+                }
+            }
+            for pair in element.at(&["instance_attributes", "nvpair"]) {
+                if let (Some(name), Some(value)) = (pair.attribute("name"), pair.attribute("value")) {
+                    parameters.retain(|(other, _)| other != name);
+                    parameters.push((name.to_owned(), value.to_owned()));
+                }
+            }
+            for pair in element.at(&["meta_attributes", "nvpair"]) {
+                if pair.attribute("name") == Some("allow-migrate") {
+                    let value = pair.attribute("value").unwrap_or_default().to_ascii_lowercase();
+                    allowed = ["true", "yes", "on", "y", "1"].contains(&value.as_str());
+                }
+            }
+        }
+        if !allowed {
+            return Err(format!("{id} is not to be migrated: its meta attribute allow-migrate is not true"));
+        }
+        Ok((id, parameters))
+    }
+
     /// The veto that stands for `machine`, if it is one of ours.
     pub fn veto(&self, machine: &str) -> Option<Veto> {
         let id = veto_id(machine);
@@ -229,6 +276,37 @@ pub(crate) mod tests {
         assert_eq!(cib.clone_of("vm-m1").as_deref(), Some("vm-m1-clone"));
         assert_eq!(cib.clone_of("vm-m2"), None);
         assert_eq!(cib.vmm_of("m1").as_deref(), Some("vm-m1"));
+    }
+
+    #[test]
+    fn only_a_plain_primitive_that_allows_it_can_be_migrated() {
+        let cib = |inside: &str, clone: bool| {
+            let primitive = format!(
+                "<primitive id='vm-m1' class='ocf' provider='understudy' type='vmm' template='t'>\
+                 <instance_attributes id='a'><nvpair id='b' name='name' value='m1'/><nvpair id='c' name='memory' value='64'/>\
+                 </instance_attributes>{inside}</primitive>"
+            );
+            let primitive = if clone { format!("<clone id='c1'>{primitive}</clone>") } else { primitive };
+            Cib::parse(&format!(
+                "<cib><configuration><resources><template id='t'><instance_attributes id='ti'>\
+                 <nvpair id='x' name='memory' value='32'/><nvpair id='y' name='vcpus' value='2'/></instance_attributes></template>\
+                 {primitive}</resources></configuration></cib>"
+            ))
+            .unwrap()
+        };
+        let allow = "<meta_attributes id='m'><nvpair id='n' name='allow-migrate' value='True'/></meta_attributes>";
+        let (id, parameters) = cib(allow, false).migratable("m1").unwrap();
+        let pair = |k: &str, v: &str| (k.to_owned(), v.to_owned());
+        assert_eq!(
+            (id.as_str(), parameters),
+            ("vm-m1", vec![pair("vcpus", "2"), pair("name", "m1"), pair("memory", "64")])
+        );
+        let refused = |inside: &str, clone, machine: &str| cib(inside, clone).migratable(machine).unwrap_err();
+        assert!(refused("", false, "m1").contains("allow-migrate"));
+        assert!(refused(allow, true, "m1").contains("protected"));
+        assert!(refused(allow, false, "m2").contains("no primitive"));
+        let ruled = format!("{allow}<instance_attributes id='r'><rule id='q'/></instance_attributes>");
+        assert!(refused(&ruled, false, "m1").contains("by rule"));
     }
 
     #[test]

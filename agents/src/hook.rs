@@ -14,6 +14,7 @@ use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 
 use crate::cluster::{Cluster, ClusterError};
+use crate::incoming::{self, Roots};
 use crate::machine_runs;
 use crate::pacemaker::Pacemaker;
 use crate::rules::Fitness;
@@ -24,6 +25,9 @@ use crate::veto::{self, Subject, VetoError};
 /// A hook ends within this time, whatever the cluster does; the replicator gives it ten seconds. A membership that is being
 /// formed anew takes most of it: until that is done nothing can be stored.
 const LIMIT: Duration = Duration::from_secs(9);
+
+/// For a VMM that is started; the caller gives it thirty seconds.
+const PREPARE_LIMIT: Duration = Duration::from_secs(28);
 
 /// Options of all hooks.
 #[derive(Debug, Args)]
@@ -61,6 +65,27 @@ enum Call {
         /// Even if another node imposed it (for a person who knows that that node is gone for good)
         #[arg(long)]
         force: bool,
+    },
+    /// Have the VMM of a machine that is migrated to this node stand by
+    PrepareMigration {
+        /// The machine
+        #[arg(long)]
+        machine: String,
+        /// Node that sends it
+        #[arg(long)]
+        from: String,
+        /// Parent of the shared-memory directories
+        #[arg(long, default_value = DEFAULT_SHM_ROOT)]
+        shm_root: String,
+    },
+    /// Undo that, unless the machine runs
+    ForgetMigration {
+        /// The machine
+        #[arg(long)]
+        machine: String,
+        /// Parent of the shared-memory directories
+        #[arg(long, default_value = DEFAULT_SHM_ROOT)]
+        shm_root: String,
     },
     /// Tell the cluster how good this node's replica is
     ReplicaState {
@@ -105,6 +130,15 @@ impl Standing {
 pub fn run(hook: &Hook, environment: &Environment) -> ExitCode {
     crate::daemon::raise_priority();
     let cluster = Pacemaker::new(environment).on_node(hook.node.clone());
+    if let Some(done) = carry_out_locally(hook, &cluster, environment) {
+        return match done {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(why) => {
+                eprintln!("{why}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     match carry_out(hook, &cluster, Deadline::after(LIMIT)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -112,6 +146,20 @@ pub fn run(hook: &Hook, environment: &Environment) -> ExitCode {
             ExitCode::from(if matches!(error, VetoError::Superseded { .. }) { 2 } else { 1 })
         }
     }
+}
+
+/// What concerns only this node's VMM.
+fn carry_out_locally(hook: &Hook, cluster: &dyn Cluster, environment: &Environment) -> Option<Result<(), String>> {
+    let roots = |shm| Roots { run: &hook.run_root, shm };
+    Some(match &hook.call {
+        Call::PrepareMigration { machine, shm_root, .. } => {
+            incoming::prepare(cluster, environment, machine, roots(shm_root), PREPARE_LIMIT)
+        }
+        Call::ForgetMigration { machine, shm_root } => {
+            incoming::forget(cluster, environment, machine, roots(shm_root), LIMIT)
+        }
+        Call::Veto { .. } | Call::ClearVeto { .. } | Call::ReplicaState { .. } => return None,
+    })
 }
 
 fn carry_out(hook: &Hook, cluster: &dyn Cluster, deadline: Deadline) -> Result<(), VetoError> {
@@ -129,6 +177,8 @@ fn carry_out(hook: &Hook, cluster: &dyn Cluster, deadline: Deadline) -> Result<(
             let (runs_as, _lock) = exclusively(hook, machine, deadline)?;
             veto::lift(cluster, &Subject { machine, resource, runs_as }, false, deadline)
         }
+        // (Done above.)
+        Call::PrepareMigration { .. } | Call::ForgetMigration { .. } => Ok(()),
         Call::ReplicaState { machine, state } => {
             if !valid_machine_name(machine) {
                 return Err(VetoError::NoClone(machine.clone()));

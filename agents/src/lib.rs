@@ -1,7 +1,7 @@
 //! Every Understudy resource agent in one executable, and the hook by which the replicator reaches the cluster.
 //!
 //! ```text
-//!  Pacemaker ─► resource.d/understudy/{vmm,replicator,serial} ─► understudy-ocf (argv[0] says which agent)
+//!  Pacemaker ─► resource.d/understudy/{vmm,replicator,serial,migrations} ─► understudy-ocf (argv[0] says which agent)
 //!                                                                  │ control sockets        │ crm_attribute, cibadmin
 //!                                     understudy-vmm ◄─────────────┤                        ▼
 //!                                     understudy-replicator ◄──────┤                    the cluster
@@ -12,8 +12,8 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`vmm`], [`replicator`], [`serial`] | the agents |
-//! | [`hook`], [`veto`] | what the replicator asks of the cluster |
+//! | [`vmm`], [`replicator`], [`serial`], [`migrations`] | the agents |
+//! | [`hook`], [`veto`], [`incoming`] | what the replicator asks of the cluster and of this node |
 //! | [`rules`] | scores, generations, what a machine runs from, how it leaves: functions of values |
 //! | [`cluster`], [`pacemaker`] | the cluster as a trait, and through Pacemaker's tools |
 //! | [`service`], [`process`], [`daemon`] | processes that outlive the agent: started, asked, ended for certain |
@@ -23,7 +23,9 @@ pub mod binaries;
 pub mod cluster;
 pub mod daemon;
 pub mod hook;
+pub mod incoming;
 pub mod install;
+pub mod migrations;
 pub mod pacemaker;
 pub mod paths;
 pub mod process;
@@ -41,7 +43,7 @@ use ocf::Agent;
 use understudy_protocol::control::VmmState;
 
 /// Types of all agents.
-pub const AGENTS: [&str; 3] = ["vmm", "replicator", "serial"];
+pub const AGENTS: [&str; 4] = ["vmm", "replicator", "serial", "migrations"];
 
 /// The agent of this type.
 pub fn agent(name: &str) -> Option<Box<dyn Agent>> {
@@ -49,6 +51,7 @@ pub fn agent(name: &str) -> Option<Box<dyn Agent>> {
         "vmm" => Some(Box::new(vmm::Vmm)),
         "replicator" => Some(Box::new(replicator::Replicator)),
         "serial" => Some(Box::new(serial::Serial)),
+        "migrations" => Some(Box::new(migrations::Migrations)),
         _ => None,
     }
 }

@@ -24,6 +24,8 @@ enum Command {
     Replicator(Call),
     /// An action of ocf:understudy:serial
     Serial(Call),
+    /// An action of ocf:understudy:migrations
+    Migrations(Call),
     /// Make the links by which the cluster finds the agents
     Install {
         /// Parent of resource.d
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
         Command::Vmm(call) => act("vmm", &call.action),
         Command::Replicator(call) => act("replicator", &call.action),
         Command::Serial(call) => act("serial", &call.action),
+        Command::Migrations(call) => act("migrations", &call.action),
         Command::Hook(hook) => hook::run(&hook, &Environment::from_process()),
         Command::Install { ocf_root, executable } => report(make_links(&ocf_root, executable)),
         Command::Metadata { agent, dir, .. } => match (agent, dir) {

@@ -106,7 +106,7 @@ pub static HOOK: Param<String> = Param::text("hook").short("Hook").long(
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Replicator;
 
-fn peers(value: &str) -> Result<(), String> {
+pub(crate) fn peers(value: &str) -> Result<(), String> {
     let wrong = |entry: &str| format!("has \"{entry}\", which is not NODE=HOST:PORT");
     if value.split_whitespace().next().is_none() {
         return Err("names no node".into());

@@ -1,4 +1,4 @@
-//! What the three agents have in common: a process that is started, asked and ended.
+//! What the agents have in common: a process that is started, asked and ended.
 
 use std::fs;
 use std::path::{Path, PathBuf};

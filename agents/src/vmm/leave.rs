@@ -7,7 +7,8 @@ use ocf::notify::Members;
 use understudy_protocol::control::{ControlError, HandedOver, ReplicatorRequest, VmmRequest, VmmState, VmmStatus};
 
 use super::machine::Machine;
-use super::parameters::SHUTDOWN_MODE;
+use super::migrate;
+use super::parameters::{Run, SHUTDOWN_MODE};
 use crate::cluster::{ended_attribute, veto_id};
 use crate::machine_runs as runs;
 use crate::rules::{self, Leaving, SCORE_COLD};
@@ -39,7 +40,7 @@ pub fn demote(machine: &Machine<'_>) -> ocf::Result {
     machine.end()?;
     machine.unmark_promoted();
     machine.set_score(Some(SCORE_COLD));
-    machine.launch(true)
+    machine.launch(Run::Standby)
 }
 
 fn leave(machine: &Machine<'_>, status: &VmmStatus) {
@@ -161,6 +162,9 @@ pub fn stop(machine: &Machine<'_>) -> ocf::Result {
         }
     }
     machine.end()?;
+    if !machine.promotable {
+        migrate::discard_image(machine);
+    }
     machine.unmark_promoted();
     machine.set_score(None);
     context.log.info(format!("{} is not on this node", machine.name));

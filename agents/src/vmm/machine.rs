@@ -9,13 +9,13 @@ use understudy_protocol::control::{ControlError, ReplicatorRequest, ReplicatorSt
 use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::Layout;
 
-use super::parameters::{self, MODE};
+use super::parameters::{self, MODE, Run};
 use crate::binaries;
 use crate::cluster::Cluster;
 use crate::paths;
 use crate::process::{Identity, remove, write_durably};
 use crate::score_lock;
-use crate::service::{Observed, Service, ask};
+use crate::service::{Observed, Service, ask, make_private_dir};
 
 /// The VMM's executable.
 pub const PROGRAM: &str = "understudy-vmm";
@@ -81,9 +81,9 @@ impl<'a> Machine<'a> {
     }
 
     /// Start a VMM, as standby or running at once.
-    pub fn launch(&self, standby: bool) -> ocf::Result {
+    pub fn launch(&self, run: Run) -> ocf::Result {
         let program = binaries::locate(&self.context.environment, PROGRAM)?;
-        let arguments = parameters::command_line(&self.context.parameters, standby)?;
+        let arguments = parameters::command_line(&self.context.parameters, run)?;
         self.service.launch(self.context, &program, &arguments, |patience| self.status(patience).map(drop))
     }
 
@@ -97,6 +97,16 @@ impl<'a> Machine<'a> {
     /// Whether a pid file says that the VMM should be running.
     pub fn recorded(&self) -> bool {
         self.service.identity.recorded()
+    }
+
+    /// Process id of the VMM, if it lives.
+    pub fn pid(&self) -> Option<i32> {
+        self.service.identity.find().map(|process| process.pid())
+    }
+
+    /// Process id in the pid file, whether that process lives or not.
+    pub fn recorded_pid(&self) -> Option<i32> {
+        fs::read_to_string(self.layout.vmm_pid()).ok()?.trim().parse().ok()
     }
 
     /// End the VMM and remove what only it used: after this the node holds nothing of the machine's memory.
@@ -144,6 +154,8 @@ impl<'a> Machine<'a> {
     /// Note it.
     pub fn note_generation(&self, generation: Generation) -> ocf::Result {
         let path = self.generation_file();
+        make_private_dir(self.layout.run_dir())
+            .map_err(|e| Failure::generic(format!("cannot create {}: {e}", self.layout.run_dir().display())))?;
         write_durably(&path, &format!("{generation}\n"))
             .map_err(|e| Failure::generic(format!("cannot write {}: {e}", path.display())))
     }

@@ -1,12 +1,14 @@
 //! `ocf:understudy:vmm`: one virtual machine.
 //!
 //! As a promotable clone: *start* prepares a standby, *promote* runs the machine ([`promote`]), *demote* hands it over or shuts
-//! it down ([`leave`]), *stop* leaves nothing. As a plain primitive: *start* runs it, *stop* shuts it down.
+//! it down ([`leave`]), *stop* leaves nothing. As a plain primitive: *start* runs it, *stop* shuts it down, *migrate_to* and
+//! *migrate_from* bring it to another node while it runs ([`migrate`]).
 //!
 //! The healthy `monitor` is one question on a unix socket: no other program, no other daemon.
 
 mod leave;
-mod machine;
+pub(crate) mod machine;
+mod migrate;
 pub mod parameters;
 mod promote;
 
@@ -26,7 +28,7 @@ use crate::process::{remove, write_durably};
 use crate::rules::Fitness;
 use crate::service::Observed;
 use machine::{Machine, PROGRAM};
-use parameters::{INITRD, KERNEL, REPORT_DEGRADED, SHUTDOWN_MODE, UNPROTECTED_AFTER};
+use parameters::{INITRD, KERNEL, REPORT_DEGRADED, Run, SHUTDOWN_MODE, UNPROTECTED_AFTER};
 
 const LONG: &str = "\
 A virtual machine that survives the death of its host: as a promotable clone, the promoted instance runs the machine and every \
@@ -39,7 +41,10 @@ round: a fault of the replicator must not stop the machine.
 
 The timeouts of demote and stop are the time that the guest has to shut down: ten seconds of them are kept for the agent.
 
-As a plain primitive the machine is started, monitored and shut down without a standby.";
+As a plain primitive the machine is started, monitored and shut down without a standby. With the meta attribute allow-migrate=true, the \
+parameter migration_peers and a clone of ocf:understudy:migrations it is moved while it runs. Give its operation migrate_to the \
+property on-fail=block: a migration that fails leaves the machine running where it is, and Pacemaker would otherwise stop it on both \
+nodes. (Never on-fail=ignore: it could run on both.) The timeout of migrate_to bounds the migration.";
 
 /// The agent.
 #[derive(Debug, Default, Clone, Copy)]
@@ -61,6 +66,15 @@ impl Vmm {
     }
 }
 
+impl Vmm {
+    /// The same for those that only a plain primitive has.
+    fn on_primitive(context: &Context, action: impl FnOnce(&Machine<'_>) -> ocf::Result) -> ocf::Result {
+        Self::on(context, |machine| {
+            if machine.promotable { Err(Failure::unimplemented(context.action.name())) } else { action(machine) }
+        })
+    }
+}
+
 impl Agent for Vmm {
     fn description(&self) -> Description {
         Description {
@@ -78,6 +92,8 @@ impl Agent for Vmm {
                 ActionSpec::new(Action::Promote, "60s"),
                 ActionSpec::new(Action::Demote, "90s"),
                 ActionSpec::new(Action::Notify, "10s"),
+                ActionSpec::new(Action::MigrateTo, "600s"),
+                ActionSpec::new(Action::MigrateFrom, "60s"),
                 ActionSpec::new(Action::ReloadAgent, "10s"),
             ],
         }
@@ -125,7 +141,14 @@ impl Agent for Vmm {
                 Observed::Gone => {}
             }
             machine.unmark_promoted();
-            machine.launch(machine.promotable)?;
+            let run = if machine.promotable {
+                Run::Standby
+            } else {
+                // Only migrate_from goes on from what was received here.
+                migrate::discard_image(machine);
+                Run::Boot(promote::number(machine)?)
+            };
+            machine.launch(run)?;
             let replicator = machine.replicator(Duration::from_secs(1));
             machine.set_score(Fitness::new(false, replicator.as_ref()).score());
             Ok(())
@@ -162,6 +185,14 @@ impl Agent for Vmm {
 
     fn demote(&self, context: &Context) -> ocf::Result {
         Self::on_promotable(context, leave::demote)
+    }
+
+    fn migrate_to(&self, context: &Context) -> ocf::Result {
+        Self::on_primitive(context, migrate::migrate_to)
+    }
+
+    fn migrate_from(&self, context: &Context) -> ocf::Result {
+        Self::on_primitive(context, migrate::migrate_from)
     }
 
     fn notify(&self, _context: &Context) -> ocf::Result {
@@ -218,7 +249,9 @@ fn judge(machine: &Machine<'_>, status: &VmmStatus) -> ocf::Result<Status> {
                 ),
             ))
         }
-        (VmmState::Standby | VmmState::HandedOver | VmmState::Fenced, false) => {
+        // It waits for a migration, or has left in one.
+        (VmmState::Standby | VmmState::HandedOver, false) => Ok(Status::NotRunning),
+        (VmmState::Fenced, false) => {
             Err(Failure::generic(format!("the VMM of {name} is {:?}: it does not run the machine", status.state)))
         }
     }

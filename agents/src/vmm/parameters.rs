@@ -2,6 +2,8 @@
 
 use ocf::parameter::{Declaration, Param, Parameters};
 use std::time::Duration;
+use understudy_protocol::ids::Generation;
+use understudy_protocol::key::DEFAULT_KEY_FILE;
 
 use crate::paths::{NAME, RUN_ROOT, SHM_ROOT, absolute};
 
@@ -81,6 +83,38 @@ pub static UNPROTECTED_AFTER: Param<Duration> =
         "With report_degraded: how long the running machine may have been without a complete standby before that is reported.",
     );
 
+/// Where machines are received.
+pub static MIGRATION_PEERS: Param<String> =
+    Param::text("migration_peers").check(crate::replicator::peers).reloadable().short("Where nodes receive migrations").long(
+        "For a plain primitive with allow-migrate=true: one NODE=HOST:PORT for each node, separated by blanks, the same as the parameter \
+         peers of ocf:understudy:migrations.",
+    );
+/// Key.
+pub static MIGRATION_KEY: Param<String> = Param::text("migration_key")
+    .default(DEFAULT_KEY_FILE)
+    .check(absolute)
+    .reloadable()
+    .short("Key file for migrations")
+    .long("File with the key that the nodes know each other by; the same as the parameter key of ocf:understudy:migrations.");
+/// How long the last copy may take.
+pub static MIGRATION_PAUSE_MS: Param<u64> = Param::integer("migration_pause_ms", 1, 60_000)
+    .default("500")
+    .reloadable()
+    .short("Longest last copy (ms)")
+    .long(
+        "How long the last copy of a migration may stop the machine; what it takes the cluster to let it run on the other node comes on \
+         top. A machine that writes its memory faster than it can be sent is slowed down, and stays where it is if that does not help.",
+    );
+
+/// How a VMM is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Run {
+    /// Build the machine and wait.
+    Standby,
+    /// Boot it at once, under this generation.
+    Boot(Generation),
+}
+
 /// All, in the order in which people should read them.
 pub fn declarations() -> Vec<&'static Declaration> {
     vec![
@@ -99,13 +133,16 @@ pub fn declarations() -> Vec<&'static Declaration> {
         SHUTDOWN_MODE.declaration(),
         REPORT_DEGRADED.declaration(),
         UNPROTECTED_AFTER.declaration(),
+        MIGRATION_PEERS.declaration(),
+        MIGRATION_KEY.declaration(),
+        MIGRATION_PAUSE_MS.declaration(),
         RUN_ROOT.declaration(),
         SHM_ROOT.declaration(),
     ]
 }
 
 /// Arguments of `understudy-vmm` for a standby or a machine that runs at once.
-pub fn command_line(p: &Parameters, standby: bool) -> ocf::Result<Vec<String>> {
+pub fn command_line(p: &Parameters, run: Run) -> ocf::Result<Vec<String>> {
     let mut line: Vec<String> = vec!["run".into()];
     let mut option = |name: &str, value: Option<String>| {
         if let Some(value) = value {
@@ -126,8 +163,9 @@ pub fn command_line(p: &Parameters, standby: bool) -> ocf::Result<Vec<String>> {
     option("arena", p.find(&ARENA)?.map(|mib| mib.to_string()));
     option("run-root", Some(p.get(&RUN_ROOT)?));
     option("shm-root", Some(p.get(&SHM_ROOT)?));
-    if standby {
-        line.push("--standby".into());
+    match run {
+        Run::Standby => line.push("--standby".into()),
+        Run::Boot(generation) => line.extend(["--generation".into(), generation.to_string()]),
     }
     Ok(line)
 }

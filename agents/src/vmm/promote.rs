@@ -27,7 +27,7 @@ use crate::veto::{self, Subject, VetoError};
 /// How long promote looks for the proof that lets outputs go before the replicator's turn.
 const VETO_PATIENCE: Duration = Duration::from_secs(15);
 /// The replicator's executable.
-const REPLICATOR: &str = "understudy-replicator";
+pub(super) const REPLICATOR: &str = "understudy-replicator";
 
 /// The whole action.
 pub fn promote(machine: &Machine<'_>) -> ocf::Result {
@@ -187,8 +187,17 @@ fn run(machine: &Machine<'_>, generation: Generation, from: PromoteFrom) -> ocf:
     Ok(())
 }
 
+/// The next generation of a plain primitive, stored before anything runs under it. (As a clone's, but no replicator counts along.)
+pub(super) fn number(machine: &Machine<'_>) -> ocf::Result<Generation> {
+    let cib = cluster_view(machine)?;
+    let stored = cib.as_ref().map(|c| c.generations(&generation_attribute(&machine.name))).unwrap_or_default();
+    let generation = rules::next_generation(stored.iter().map(|(_, g)| *g).chain([machine.noted_generation()]));
+    store(machine, cib.is_some(), generation)?;
+    Ok(generation)
+}
+
 /// The CIB. Where Pacemaker runs us there must be one; by hand or under `ocf-tester` there may be none.
-fn cluster_view(machine: &Machine<'_>) -> ocf::Result<Option<Cib>> {
+pub(super) fn cluster_view(machine: &Machine<'_>) -> ocf::Result<Option<Cib>> {
     match machine.cluster.cib(machine.context.deadline.within(Duration::from_secs(5))) {
         Ok(cib) => Ok(Some(cib)),
         Err(e) if machine.context.environment.under_pacemaker() => {
@@ -201,7 +210,8 @@ fn cluster_view(machine: &Machine<'_>) -> ocf::Result<Option<Cib>> {
     }
 }
 
-fn store(machine: &Machine<'_>, in_cluster: bool, generation: Generation) -> ocf::Result {
+/// Note it in the cluster, if there is one, and on this node.
+pub(super) fn store(machine: &Machine<'_>, in_cluster: bool, generation: Generation) -> ocf::Result {
     if in_cluster {
         // A wrong guess cannot do harm: the cluster refuses attributes of nodes that it does not know.
         let node =
@@ -250,12 +260,23 @@ fn take_over(machine: &Machine<'_>, generation: Generation) -> ocf::Result<Optio
             return Err(Failure::generic(format!("the replicator (process {}) can not be ended", process.pid())));
         }
     }
-    take_over_offline(machine, generation, deadline)
+    take_over_offline(machine, generation, Whose::Any, deadline)
 }
 
-fn take_over_offline(
+/// Which image may be taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// What a standby holds.
+    Any,
+    /// Only one that the machine's old node has handed over.
+    HandedOver,
+}
+
+/// The same while no replicator process runs.
+pub(super) fn take_over_offline(
     machine: &Machine<'_>,
     generation: Generation,
+    whose: Whose,
     deadline: Deadline,
 ) -> ocf::Result<Option<TakenImage>> {
     let environment = &machine.context.environment;
@@ -263,7 +284,7 @@ fn take_over_offline(
     let parameters = &machine.context.parameters;
     let (run_root, shm_root) = (parameters.get(&crate::paths::RUN_ROOT)?, parameters.get(&crate::paths::SHM_ROOT)?);
     let generation = generation.to_string();
-    let arguments = [
+    let mut arguments = vec![
         "take-over",
         "--offline",
         "--machine",
@@ -275,6 +296,9 @@ fn take_over_offline(
         "--shm-root",
         &shm_root,
     ];
+    if whose == Whose::HandedOver {
+        arguments.push("--handed-over");
+    }
     let failed =
         |why: String| Failure::generic(format!("the image of {} could not be made whole: {why}", machine.name));
     let output = command::run(environment, &program.to_string_lossy(), &arguments, deadline)

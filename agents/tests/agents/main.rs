@@ -6,6 +6,7 @@
 
 mod fakes;
 mod metadata;
+mod migration;
 mod node;
 mod replicator;
 mod serial;
@@ -25,6 +26,7 @@ fn main() {
         ("vmm", vmm::TESTS),
         ("replicator", replicator::TESTS),
         ("serial", serial::TESTS),
+        ("migration", migration::TESTS),
     ] {
         for (title, test) in tests {
             trials.push(Trial::test(format!("{module}: {title}"), || {

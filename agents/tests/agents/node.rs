@@ -48,6 +48,7 @@ impl Node {
             symlink(at("libexec/understudy-ocf"), at("libexec").join(name)).unwrap();
             symlink(std::env::current_exe().unwrap(), at("libexec").join(format!("understudy-{name}"))).unwrap();
         }
+        symlink(at("libexec/understudy-ocf"), at("libexec/migrations")).unwrap();
         for name in ["kernel", "key", "kvm"] {
             fs::write(at(name), "x").unwrap();
         }
@@ -125,6 +126,15 @@ impl Node {
         answer
     }
 
+    /// Call the hook, as the process that receives migrations does.
+    pub fn migration_hook(&self, call: &[&str]) -> (i32, String) {
+        let mut command = Command::new(self.path("libexec/understudy-ocf"));
+        command.args(["hook", "--node", "n1"]).args(call).args(["--machine", "m1", "--run-root"]).arg(self.path("run"));
+        command.arg("--shm-root").arg(self.path("shm")).env_clear().env("PATH", self.path("tools"));
+        let output = command.env("UNDERSTUDY_KVM_DEVICE", self.path("kvm")).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
     /// Call the hook, as the replicator does.
     pub fn hook(&self, arguments: &[&str]) -> i32 {
         let mut command = Command::new(self.path("libexec/understudy-ocf"));
@@ -192,7 +202,8 @@ pub fn gone(pid: Pid) -> bool {
 impl Drop for Node {
     fn drop(&mut self) {
         // Only processes whose pid files are in our own directory, and only if they are this very executable.
-        let Ok(files) = fs::read_dir(self.path("run/m1")) else { return };
+        let files =
+            ["run/m1", "run/.migrations"].into_iter().filter_map(|dir| fs::read_dir(self.path(dir)).ok()).flatten();
         for file in files.flatten().map(|f| f.path()).filter(|f| f.extension().is_some_and(|e| e == "pid")) {
             let Ok(pid) = fs::read_to_string(&file).unwrap_or_default().trim().parse::<i32>() else { continue };
             if fs::read_link(format!("/proc/{pid}/exe")).ok() == std::env::current_exe().ok() {

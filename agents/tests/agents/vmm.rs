@@ -95,6 +95,7 @@ fn primitive() {
     assert_eq!(node.act("start"), 0);
     assert_eq!(node.monitor().code, 0);
     assert_eq!((node.act("promote"), node.act("demote")), (3, 3));
+    assert_eq!((node.act("migrate_to"), node.act("migrate_from")), (2, 0), "no target; it runs here already");
     assert_eq!(node.act("stop"), 0);
     assert!(node.vmm_told().starts_with("{\"cmd\":\"power-button\"}"), "{}", node.vmm_told());
     assert_eq!(node.monitor().code, 7);

@@ -14,7 +14,7 @@ use anyhow::Result;
 use clap::Parser;
 use understudy_tests::lab::Lab;
 use understudy_tests::lab::stall::StallWatch;
-use understudy_tests::lab_tests::{agents, bad_days, tools};
+use understudy_tests::lab_tests::{agents, bad_days, migration, tools};
 use understudy_tests::scenario::World;
 
 #[derive(Parser)]
@@ -87,7 +87,7 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
         return;
     }
     let Some(world) = started else { return };
-    for (name, test) in tools::TESTS.iter().chain(agents::TESTS) {
+    for (name, test) in tools::TESTS.iter().chain(agents::TESTS).chain(migration::TESTS) {
         if tally.wants(name) {
             tally.run(name, || test(&world));
         }

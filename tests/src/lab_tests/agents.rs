@@ -12,11 +12,12 @@ pub const TESTS: &[Test] = &[
     ("ocf-tester passes ocf:understudy:vmm as a promotable", ocf_tester_vmm_promotable),
     ("ocf-tester passes ocf:understudy:replicator", ocf_tester_replicator),
     ("ocf-tester passes ocf:understudy:serial", ocf_tester_serial),
+    ("ocf-tester passes ocf:understudy:migrations", ocf_tester_migrations),
     ("crm_resource --force-* drives the serial agent through its life", force),
     ("a probe on a node that merely does not run the machine says so and nothing worse", idle_probe),
 ];
 
-const NAMES: [&str; 3] = ["vmm", "replicator", "serial"];
+const NAMES: [&str; 4] = ["vmm", "replicator", "serial", "migrations"];
 const DIR: &str = "/usr/lib/ocf/resource.d/understudy";
 
 fn metadata(world: &World) -> Result<()> {
@@ -89,6 +90,10 @@ fn ocf_tester_serial(world: &World) -> Result<()> {
     let mut parameters = SERIAL.to_vec();
     parameters.push("key=/etc/understudy/key");
     ocf_tester(world, "serial", &parameters)
+}
+
+fn ocf_tester_migrations(world: &World) -> Result<()> {
+    ocf_tester(world, "migrations", &["peers=n1=127.0.0.1:7904", "key=/etc/understudy/key"])
 }
 
 fn force(world: &World) -> Result<()> {

@@ -2,6 +2,7 @@
 
 pub mod agents;
 pub mod bad_days;
+pub mod migration;
 pub mod tools;
 
 use anyhow::Result;

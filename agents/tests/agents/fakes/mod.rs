@@ -131,6 +131,10 @@ fn vmm() -> i32 {
 }
 
 fn replicator() -> i32 {
+    let word = std::env::args().nth(1).unwrap_or_default();
+    if word == "serve-migrations" {
+        return migrations();
+    }
     let layout = layout();
     let taken = || {
         behaviour("image").map_or(
@@ -142,6 +146,10 @@ fn replicator() -> i32 {
         note(&layout.run_dir().join("replicator.requests"), &std::env::args().skip(1).collect::<Vec<_>>().join(" "));
         println!("{}", taken());
         return 0;
+    }
+    if word == "discard" || word == "migrate" {
+        note(&layout.run_dir().join("replicator.requests"), &std::env::args().skip(1).collect::<Vec<_>>().join(" "));
+        return if word == "migrate" { migrate() } else { 0 };
     }
     let name = option("--machine").unwrap();
     let mut role = "receiver";
@@ -169,6 +177,54 @@ fn replicator() -> i32 {
                 None => Answer::Ok(json!({ "epoch": 77 })),
             },
             Some("take-over") => Answer::Ok(taken()),
+            Some("quit") => Answer::Exit,
+            _ => Answer::No("what?".into()),
+        },
+    )
+}
+
+/// What becomes of a migration is said by `migration`: `done`, `done, and then it fails`, `hangs` (until its standard input closes), or
+/// why it fails.
+fn migrate() -> i32 {
+    let hand_over = || {
+        let run_root = PathBuf::from(option("--run-root").unwrap());
+        fs::write(run_root.parent().unwrap().join("behaviour/vmm-state"), "handed-over").unwrap();
+    };
+    let fails = |why: &str| {
+        println!("{}", json!({ "phase": "failed", "why": why }));
+        1
+    };
+    println!("{}", json!({ "phase": "connecting" }));
+    match behaviour("migration").unwrap_or_default().trim() {
+        "done" => {
+            hand_over();
+            println!("{}", json!({ "phase": "done", "epoch": 1, "rounds": 2, "stood_still_ms": 3 }));
+            0
+        }
+        "done, and then it fails" => {
+            hand_over();
+            fails("it was killed")
+        }
+        "hangs" => {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            fails("it was cancelled")
+        }
+        why => fails(why),
+    }
+}
+
+/// Receives migrations.
+fn migrations() -> i32 {
+    let run_root = option("--run-root").unwrap();
+    let layout = Layout::new(&run_root, option("--shm-root").unwrap(), ".migrations");
+    let (node, listen) = (option("--node"), option("--listen"));
+    serve(
+        &layout.replicator_socket(),
+        layout.run_dir().join("replicator.requests"),
+        move |request| match request["cmd"].as_str() {
+            Some("status") => {
+                Answer::Ok(json!({ "node": node, "listen": listen, "incoming": [], "handed_over": 0, "note": "" }))
+            }
             Some("quit") => Answer::Exit,
             _ => Answer::No("what?".into()),
         },
