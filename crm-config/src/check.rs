@@ -325,6 +325,20 @@ fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
         }
     }
     let candidates: Vec<_> = policy.candidates(machine).collect();
+    if let Some(migrate) = machine.migrate.as_ref().filter(|migrate| *migrate.get_ref()) {
+        if machine.protection == Protection::Protected {
+            c.error(migrate, "a protected machine moves by a hand-over: migrate is for protection = \"none\"");
+        }
+        for node in policy.nodes.iter().filter(|n| n.replication_address().is_none()) {
+            let node = node.name.get_ref();
+            c.error(
+                migrate,
+                format!(
+                    "node {node} has neither a storage nor a management address on which it could receive migrations"
+                ),
+            );
+        }
+    }
     if machine.protection == Protection::Protected {
         if candidates.len() < 2 {
             let what = format!(

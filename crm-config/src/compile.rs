@@ -34,6 +34,19 @@ const NOT_PRIMARY_SCORE: i32 = -1;
 const HOME_SCORE: i32 = 10;
 
 impl Policy {
+    /// Whether any machine is moved while it runs: then every node receives.
+    fn migrates(&self) -> bool {
+        self.machines.iter().any(Machine::migrates)
+    }
+
+    /// Where every node receives migrations: one list for the listener and for all machines.
+    fn migration_peers(&self) -> String {
+        let of = |n: &Node| {
+            Some(format!("{}={}", n.name.get_ref(), endpoint(n.replication_address()?, self.cluster.migration_port)))
+        };
+        self.nodes.iter().filter_map(of).collect::<Vec<_>>().join(" ")
+    }
+
     /// The nodes that may hold `machine`, in the policy's order.
     pub fn candidates<'a>(&'a self, machine: &'a Machine) -> impl Iterator<Item = &'a Node> {
         self.nodes.iter().filter(move |node| machine.may_be_on(node.name.get_ref()))
@@ -41,6 +54,11 @@ impl Policy {
 }
 
 impl Machine {
+    /// Whether it is moved while it runs.
+    pub fn migrates(&self) -> bool {
+        self.protection == Protection::None && self.migrate.as_ref().is_some_and(|migrate| *migrate.get_ref())
+    }
+
     fn may_be_on(&self, node: &str) -> bool {
         match (&self.primary, &self.standby) {
             (Some(primary), Some(standby)) => {
@@ -139,6 +157,9 @@ pub fn compile(policy: &Policy) -> Configuration {
         configuration.resources.push(board_connection(board));
     }
     let ports = Ports::assign(policy);
+    if policy.migrates() {
+        listener(&mut configuration, policy);
+    }
     for (index, machine) in policy.machines.iter().enumerate() {
         serial_lines(&mut configuration, policy, machine, index, &ports);
         match machine.protection {
@@ -253,6 +274,31 @@ fn serial_lines(configuration: &mut Configuration, policy: &Policy, machine: &Ma
             never_probe: true,
         });
     }
+}
+
+/// The process that receives migrations, on every host that is not a board. (No order with machines: without it they run as well.)
+fn listener(configuration: &mut Configuration, policy: &Policy) {
+    let id = "understudy-migrations";
+    let clone = format!("{id}-clone");
+    configuration.resources.push(Resource::Clone {
+        id: clone.clone(),
+        meta: vec![pair("interleave", "true")],
+        primitive: Primitive {
+            id: id.into(),
+            agent: understudy("migrations"),
+            parameters: vec![pair("peers", policy.migration_peers()), pair("key", policy.cluster.key.get_ref())],
+            meta: Vec::new(),
+            operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
+        },
+    });
+    configuration.constraints.push(Constraint::Location {
+        id: format!("understudy-location-{clone}"),
+        resource: clone,
+        role: None,
+        score: Score::MinusInfinity,
+        tests: vec![Test::is_remote()],
+        never_probe: true,
+    });
 }
 
 /// `HOST:PORT`, with brackets where an IPv6 address needs them.
@@ -414,12 +460,23 @@ fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machi
 
 fn unprotected(configuration: &mut Configuration, policy: &Policy, machine: &Machine, index: usize, ports: &Ports) {
     let vm = machine.vm_id();
+    let mut parameters = vmm_parameters(policy, machine, index, ports);
+    let mut meta = vec![pair("migration-threshold", 3), pair("failure-timeout", machine.failure_timeout)];
+    let mut operations = vec![once("start", 60), once("stop", 90), monitor(machine.monitor.primary.0, 20, None)];
+    if machine.migrates() {
+        parameters.push(pair("migration_peers", policy.migration_peers()));
+        parameters.push(pair("migration_key", policy.cluster.key.get_ref()));
+        meta.push(pair("allow-migrate", "true"));
+        // A migration that failed leaves the machine running where it is; Pacemaker's default would stop it on both nodes.
+        operations.push(Operation { on_fail: Some("block"), ..once("migrate_to", 600) });
+        operations.push(once("migrate_from", 60));
+    }
     configuration.resources.push(Resource::Primitive(Primitive {
         id: vm.clone(),
         agent: understudy("vmm"),
-        parameters: vmm_parameters(policy, machine, index, ports),
-        meta: vec![pair("migration-threshold", 3), pair("failure-timeout", machine.failure_timeout)],
-        operations: vec![once("start", 60), once("stop", 90), monitor(machine.monitor.primary.0, 20, None)],
+        parameters,
+        meta,
+        operations,
     }));
     configuration.constraints.push(placement(machine, policy, &vm));
     configuration.constraints.extend(preference(machine, &vm, None, HOME_SCORE, Test::is_node));

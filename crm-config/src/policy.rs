@@ -56,6 +56,8 @@ pub struct Cluster {
     pub replication_port: u16,
     /// First TCP port of serial lines; each line without a `port` of its own takes the next.
     pub serial_port: u16,
+    /// TCP port on which every node receives live migrations.
+    pub migration_port: u16,
 }
 
 impl Default for Cluster {
@@ -67,6 +69,7 @@ impl Default for Cluster {
             key: toml::Spanned::new(0..0, DEFAULT_KEY_FILE.into()),
             replication_port: 7790,
             serial_port: 7800,
+            migration_port: 7780,
         }
     }
 }
@@ -187,6 +190,8 @@ pub struct Machine {
     /// What happens when its host dies.
     #[serde(default)]
     pub protection: Protection,
+    /// Without protection: it is moved while it runs.
+    pub migrate: Option<Spanned<bool>>,
     /// Node that should run it when there is a choice.
     pub primary: Option<Spanned<String>>,
     /// Node or nodes that may take over. Without it, every other node may.

@@ -240,6 +240,28 @@ fn an_unprotected_machine_is_one_primitive_without_a_replicator() {
 }
 
 #[test]
+fn a_machine_that_migrates_has_a_listener_on_every_node_and_a_failed_migration_leaves_it_where_it_is() {
+    let text = SMALL.replace("name = \"m1\"", "name = \"m1\"\nprotection = \"none\"\nmigrate = true");
+    let c = compiled(&text);
+    let vm = resource(&c, "vm-m1").primitive();
+    let listener = resource(&c, "understudy-migrations-clone").primitive();
+    let peers = "n1=10.0.0.1:7780 n2=10.0.0.2:7780";
+    assert_eq!(value(&listener.parameters, "peers"), Some(peers));
+    assert_eq!(value(&vm.parameters, "migration_peers"), Some(peers));
+    assert_eq!(value(&vm.parameters, "migration_key"), value(&listener.parameters, "key"));
+    assert_eq!(value(&vm.meta, "allow-migrate"), Some("true"));
+    let to = vm.operations.iter().find(|o| o.name == "migrate_to").unwrap();
+    assert_eq!(to.on_fail, Some("block"));
+    assert!(crm::text(&c).contains("on-fail=block"));
+    // Without it nothing of that is there.
+    let c = compiled(&text.replace("migrate = true", "migrate = false"));
+    assert!(c.resources.iter().all(|r| !r.id().contains("migrations")));
+    assert_eq!(value(&resource(&c, "vm-m1").primitive().meta, "allow-migrate"), None);
+    let protected = text.replace("protection = \"none\"\n", "");
+    refused(&protected, line_of(&protected, "migrate"), "moves by a hand-over");
+}
+
+#[test]
 fn ports_that_are_given_stay_and_the_others_keep_out_of_their_way() {
     let text = format!(
         "{SMALL}[[machines]]\nname = \"m2\"\nkernel = \"/k\"\nport = 7790\n[[machines]]\nname = \"m3\"\nkernel = \"/k\"\n"

@@ -27,9 +27,7 @@ use understudy_replicator::hook::{Arm, MigrationHook};
 use understudy_replicator::incoming::{self, Incoming};
 use understudy_replicator::link::Encryption;
 use understudy_replicator::migrate::{self, Migrate};
-use understudy_replicator::process::{
-    Config, Replicator, discard_offline, take_over_handed_over, take_over_offline,
-};
+use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_handed_over, take_over_offline};
 use understudy_replicator::report::{Sample, metrics, text, top};
 use understudy_replicator::sender::{MigrationPolicy, SlowLink, SlowPolicy};
 

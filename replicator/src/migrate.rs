@@ -22,6 +22,7 @@ use understudy_protocol::layout::Layout;
 use crate::codec::{EncodingConfig, PAGE};
 use crate::driver::{DriverConfig, SenderHandle, SenderView};
 use crate::hook::{Arm, Hook};
+use crate::link::Encryption;
 use crate::process::{StartError, lock_machine};
 use crate::sender::{MigrationPolicy, Phase, SenderConfig};
 
@@ -176,6 +177,7 @@ fn send(config: Migrate, stop: &AtomicBool, tell: &mut impl FnMut(&Report)) -> R
         },
         peers: vec![config.to],
         key: config.key,
+        encryption: Encryption::On,
         layout: config.layout.clone(),
         encoding: config.encoding,
         hook: Hook::new(Arm::Nothing, &config.machine),
