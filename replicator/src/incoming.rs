@@ -99,7 +99,7 @@ struct Arriving {
 }
 
 impl Incoming {
-    /// Lock, discard what a process before this one left half received, listen.
+    /// Lock, listen, and discard what a process before this one left half received.
     pub fn start(config: Config) -> Result<Self, StartError> {
         let layout = Layout::new(&config.run_root, &config.shm_root, MIGRATIONS);
         let lock = lock_machine(&layout)?;
@@ -122,7 +122,8 @@ impl Incoming {
             connections: Arc::default(),
             control_connections: Arc::default(),
         });
-        shared.sweep();
+        let for_sweep = shared.clone();
+        thread::spawn(move || for_sweep.sweep());
         let for_peers = shared.clone();
         thread::spawn(move || for_peers.accept(&listener));
         let for_control = shared.clone();

@@ -290,6 +290,8 @@ impl Place {
 
 const SHORT: Duration = Duration::from_secs(10);
 const LONG: Duration = Duration::from_secs(70);
+/// The process that received a machine may still wait for a sender whose last word was lost.
+const RECEIVED: Duration = Duration::from_secs(25);
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -333,7 +335,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::TakeOver { place, generation, offline, handed_over } => {
             let generation = Generation(generation);
             let taken: TakenOver = if handed_over {
-                take_over_handed_over(&place.layout()?, &place.machine, generation, SHORT)
+                take_over_handed_over(&place.layout()?, &place.machine, generation, RECEIVED)
                     .map_err(anyhow::Error::msg)?
             } else if offline {
                 take_over_offline(&place.layout()?, &place.machine, generation).map_err(anyhow::Error::msg)?

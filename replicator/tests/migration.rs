@@ -236,6 +236,19 @@ fn a_migration_that_is_killed_after_the_last_cut_leaves_the_machine_running() {
 }
 
 #[test]
+fn a_link_that_falls_silent_after_the_last_cut_lets_the_machine_run_on() {
+    let place = Place::new(calm());
+    place.pair.link.slow_down(40);
+    let migration = place.migrate(&[]);
+    wait_until("the last cut is made", || place.source.machine().last_cut.0 > 0);
+    place.pair.link.go_silent();
+    let why = migration.fails();
+    assert!(why.contains("the machine runs on here"), "{why}");
+    place.pair.link.heal();
+    place.stayed();
+}
+
+#[test]
 fn whoever_started_a_migration_and_ends_takes_it_along() {
     let place = Place::new(calm());
     place.pair.link.slow_down(20);

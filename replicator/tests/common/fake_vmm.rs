@@ -169,7 +169,11 @@ impl FakeVmm {
     /// The guest writes a burst: noise, repeated bytes and zero pages.
     fn run(&self, machine: &mut Machine) {
         machine.bursts += 1;
-        for _ in 0..self.load.burst * u64::from(machine.share) / 100 {
+        self.write(machine, self.load.burst * u64::from(machine.share) / 100);
+    }
+
+    fn write(&self, machine: &mut Machine, pages: u64) {
+        for _ in 0..pages {
             machine.random ^= machine.random << 13;
             machine.random ^= machine.random >> 7;
             machine.random ^= machine.random << 17;
@@ -288,6 +292,10 @@ impl FakeVmm {
                 Ok(serde_json::Value::Null)
             }
             VmmRequest::Harvest => {
+                if machine.migrates {
+                    // However slow this host is: something was written since the last time.
+                    self.write(machine, self.load.burst);
+                }
                 let log = std::mem::take(machine.log.as_mut().ok_or("the dirty log is off")?);
                 let mut bitmap = vec![0u8; self.load.ram_pages.div_ceil(8) as usize];
                 for page in &log {

@@ -93,7 +93,7 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         ram_file: layout.ram(),
     };
     let capture = understudy_protocol::control::Strategy::Auto;
-    let generation = Generation(1);
+    let generation = understudy_protocol::ids::Generation(1);
     run(RunConfig { machine, layout, arena_mib: None, standby: args.standby, generation, capture })
 }
 
