@@ -22,16 +22,14 @@ pub fn scratch() -> tempfile::TempDir {
     if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap()
 }
 
-/// Wait until `condition` holds; a loaded build host is slow.
-pub fn wait(for_what: &str, condition: impl FnMut() -> bool) {
-    wait_at_most(Duration::from_secs(60), for_what, condition);
-}
+/// Longest wait for anything; a loaded build host is slow.
+const PATIENCE: Duration = Duration::from_secs(60);
 
-/// As [`wait`], with a bound of the caller's.
-pub fn wait_at_most(patience: Duration, for_what: &str, mut condition: impl FnMut() -> bool) {
+/// Wait until `condition` holds.
+pub fn wait(for_what: &str, mut condition: impl FnMut() -> bool) {
     let since = Instant::now();
     while !condition() {
-        assert!(since.elapsed() < patience, "gave up waiting until {for_what}");
+        assert!(since.elapsed() < PATIENCE, "gave up waiting until {for_what}");
         if since.elapsed() < Duration::from_millis(1) {
             std::thread::yield_now();
         } else {
