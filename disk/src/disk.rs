@@ -99,6 +99,14 @@ struct Table {
     problem: Option<String>,
 }
 
+/// Why a disk does nothing any more.
+enum Halt {
+    /// A newer generation owns it.
+    Superseded { node: String, theirs: understudy_protocol::ids::Generation },
+    /// What the owner record says on storage is not known.
+    Unknown(String),
+}
+
 /// See the [module](self). Share it in an [`Arc`].
 pub struct Disk {
     pub(crate) base: Arc<dyn Block>,
@@ -115,8 +123,13 @@ pub struct Disk {
     waiting: AtomicU64,
     /// Bytes ever merged.
     merged_bytes: AtomicU64,
-    /// A newer generation was seen: nothing is done any more.
-    superseded: OnceLock<(String, understudy_protocol::ids::Generation)>,
+    /// Nothing is done any more, and why.
+    halted: OnceLock<Halt>,
+    /// Names of slices made so far, and how many of them are durable.
+    names_made: AtomicU64,
+    names_durable: Mutex<u64>,
+    /// A flush of what was written directly failed: no later one proves anything.
+    unflushed: OnceLock<String>,
     discarded: Vec<String>,
 }
 
@@ -218,7 +231,10 @@ impl Disk {
             base_lock: Mutex::new(found.base_lock),
             waiting: AtomicU64::new(waiting),
             merged_bytes: AtomicU64::new(0),
-            superseded: OnceLock::new(),
+            halted: OnceLock::new(),
+            names_made: AtomicU64::new(0),
+            names_durable: Mutex::new(0),
+            unflushed: OnceLock::new(),
             discarded: found.discarded,
         })
     }
@@ -229,14 +245,15 @@ impl Disk {
 
     /// Nothing more once a newer generation was seen.
     fn alive(&self) -> Result<()> {
-        match self.superseded.get() {
+        match self.halted.get() {
             None => Ok(()),
-            Some((node, theirs)) => Err(Error::Superseded {
+            Some(Halt::Superseded { node, theirs }) => Err(Error::Superseded {
                 disk: self.base.name().to_owned(),
                 node: node.clone(),
                 theirs: *theirs,
                 ours: self.me.generation,
             }),
+            Some(Halt::Unknown(why)) => Err(Error::Refused(why.clone())),
         }
     }
 
@@ -254,7 +271,8 @@ impl Disk {
             return Ok(owner);
         }
         if owner.generation != self.me.generation || owner.machine != self.me.machine || owner.node != self.me.node {
-            let _ = self.superseded.set((owner.node.clone(), owner.generation));
+            let (node, theirs) = (owner.node.clone(), owner.generation);
+            let _ = self.halted.set(Halt::Superseded { node, theirs });
             self.room.notify_all();
             self.alive()?;
         }
@@ -284,6 +302,7 @@ impl Disk {
         });
         let file = made.doing(|| format!("making the slice {name} in {}", self.dir.name()))?;
         let slice = Arc::new(Slice::new(id, name, file));
+        self.names_made.fetch_add(1, Ordering::AcqRel);
         table.next += 1;
         table.slices.insert(id.serial, slice.clone());
         table.open = Some(slice.clone());
@@ -327,16 +346,20 @@ impl Disk {
             at += now;
             left -= now;
         }
-        self.solo_bound()
+        self.solo_bound();
+        Ok(())
     }
 
-    /// A solo slice that is large enough is committed, so that it can be merged.
-    fn solo_bound(&self) -> Result<()> {
+    /// A solo slice that is large enough is committed, so that it can be merged. If that fails the write that made it so large is done all the
+    /// same; the next one, or the guest's flush, tries again.
+    fn solo_bound(&self) {
         if self.waiting.load(Ordering::Relaxed) < self.limits.solo || *read(&self.mode) != Mode::Solo {
-            return Ok(());
+            return;
         }
         let large = self.table().open.as_ref().is_some_and(|s| s.bytes() >= self.limits.solo);
-        if large { self.commit_solo() } else { Ok(()) }
+        if large && let Err(e) = self.commit_solo() {
+            self.table().problem = Some(e.to_string());
+        }
     }
 
     /// Begin protection: writes go to the slice of `epoch` from now on. What the base has by then is durable first, so that the first checkpoint
@@ -348,7 +371,7 @@ impl Disk {
         self.check_owner()?;
         if *read(&self.mode) == Mode::Direct {
             // Most of it, while writes go on.
-            self.base.flush()?;
+            self.flush_direct()?;
         }
         let mut mode = write(&self.mode);
         match *mode {
@@ -361,7 +384,7 @@ impl Disk {
                 self.mark_upto(None)?;
             }
             Mode::Direct => {
-                self.base.flush()?;
+                self.flush_direct()?;
                 let newest = self.owner_update(|owner| {
                     owner.direct = false;
                     // What was written directly is a state of its own.
@@ -397,9 +420,21 @@ impl Disk {
     /// Read-modify-write of the owner record, if it is still ours. Returns its [`Ownership::newest`].
     fn owner_update(&self, change: impl FnOnce(&mut Ownership)) -> Result<Tag> {
         let claim = owner::claim(&*self.dir)?;
-        let mut owner = self.check_owner()?;
+        let before = self.check_owner()?;
+        let mut owner = before.clone();
         change(&mut owner);
-        owner.store(&*self.dir, &claim)?;
+        if let Err(e) = owner.store(&*self.dir, &claim) {
+            // It may have changed all the same, if only its last flush failed. This process goes on from the old one, so that must be what
+            // stands there. (Most often it does: a file system that is full refuses before anything is renamed.)
+            let unchanged = Ownership::load(&*self.dir).is_ok_and(|now| now.as_ref() == Some(&before));
+            if !unchanged && let Err(again) = before.store(&*self.dir, &claim) {
+                let _ = self.halted.set(Halt::Unknown(format!(
+                    "{e}; and putting the old one back: {again}. What was written since the last commit cannot be kept apart any more; \
+                     the machine must be started again"
+                )));
+            }
+            return Err(e);
+        }
         Ok(owner.newest)
     }
 
@@ -459,12 +494,17 @@ impl Disk {
     }
 
     fn seal_upto(&self, epoch: Option<Epoch>) -> Result<()> {
-        let slices = self.closed_upto(epoch, |s| !s.is_committed() && !s.is_sealed());
-        for slice in &slices {
-            slice.seal()?;
+        for slice in self.closed_upto(epoch, |s| !s.is_committed() && !s.is_sealed()) {
+            // It may take a new file.
+            self.names_made.fetch_add(1, Ordering::AcqRel);
+            slice.seal(&*self.dir)?;
         }
-        if !slices.is_empty() {
+        // Also when there was nothing to seal: it may have failed here the last time.
+        let mut durable = self.names_durable.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = self.names_made.load(Ordering::Acquire);
+        if *durable < made {
             self.dir.sync().doing(|| format!("flushing the directory {}", self.dir.name()))?;
+            *durable = made;
         }
         Ok(())
     }
@@ -507,6 +547,16 @@ impl Disk {
         self.check_owner()?;
         self.seal_upto(None)?;
         self.mark_upto(None)
+    }
+
+    /// Flush what was written to the base directly.
+    fn flush_direct(&self) -> Result<()> {
+        if let Some(why) = self.unflushed.get() {
+            return Err(Error::Refused(format!(
+                "{why}: what was written before may be lost, and no later flush can tell; boot the machine again"
+            )));
+        }
+        self.base.flush().inspect_err(|e| drop(self.unflushed.set(e.to_string())))
     }
 
     /// Whether this process may write to the base; gets the right if it is free.
@@ -565,7 +615,7 @@ impl Disk {
         let mut content = Index::default();
         for slice in &batch {
             let doing = || format!("reading the slice {} in {}", slice.name, self.dir.name());
-            let scan = crate::record::scan(&*slice.file, slice.id).doing(doing)?;
+            let scan = crate::record::scan(&*slice.file(), slice.id).doing(doing)?;
             if scan.digest.finish() != slice.tag().digest || scan.end != slice.bytes() {
                 let what = match scan.standing {
                     crate::record::Standing::Open { ends } => ends,
@@ -697,7 +747,7 @@ impl Disk {
         loop {
             match self.merge()? {
                 Merged::Slices { .. } => {}
-                Merged::Nothing => return self.base.flush(),
+                Merged::Nothing => return self.flush_direct(),
                 Merged::Waiting(why) => return Err(Error::Owned(why)),
             }
         }
@@ -712,7 +762,7 @@ impl Disk {
             let room = self.waiting.load(Ordering::Relaxed) < self.limits.backlog
                 && read(&self.index).len() < self.limits.extents;
             let left = until.saturating_duration_since(Instant::now());
-            if room || left.is_zero() || self.superseded.get().is_some() {
+            if room || left.is_zero() || self.halted.get().is_some() {
                 return room;
             }
             table = self.room.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -787,7 +837,7 @@ fn read_slice(slice: &Slice, at: u64, to: &mut [u8], dir: &str) -> Result<()> {
     }
     let doing = || format!("reading {} bytes at {at} of the slice {} in {dir}", to.len(), slice.name);
     let doing = doing();
-    match slice.file.read_at(at, to) {
+    match slice.file().read_at(at, to) {
         Ok(n) if n == to.len() => Ok(()),
         Ok(_) => Err(Error::Corrupt { what: format!("{doing}: the file is shorter than what was written to it") }),
         Err(e) => Err(Error::io(doing, e)),
@@ -855,7 +905,8 @@ impl Block for Disk {
                 at += part.len() as u64;
             }
         }
-        self.solo_bound()
+        self.solo_bound();
+        Ok(())
     }
 
     fn read(&self, at: u64, to: &mut dyn Scatter) -> Result<()> {
@@ -873,7 +924,7 @@ impl Block for Disk {
         self.alive()?;
         let mode = *read(&self.mode);
         match mode {
-            Mode::Direct => self.base.flush(),
+            Mode::Direct => self.flush_direct(),
             Mode::Solo => self.commit_solo(),
             // See the module: it is durable with its epoch, and nobody outside learns of it before.
             Mode::Protected { .. } => Ok(()),

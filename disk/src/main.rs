@@ -41,7 +41,7 @@ struct Disk {
     /// How it is laid out: raw or qcow2. Never guessed, as a guest could make its raw disk look like something else
     #[arg(long, default_value = "raw")]
     format: Format,
-    /// Where its slices are [default: DISK.row]
+    /// Where its slices are [default: DISK.row]. Those of a block device need a directory on a file system that every node sees: say which
     #[arg(long)]
     slices: Option<PathBuf>,
 }

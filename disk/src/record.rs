@@ -10,7 +10,7 @@
 //!
 //! **Torn or corrupt?** A log that ends in something else than a seal was being written when its writer died: a *torn* tail, which nobody was told
 //! is durable. But a bad record in the middle of a log that was committed must not look like that. So the end is looked at first: a commit mark
-//! is the last thing in a file. And the commit mark is written only behind a seal that is durable, when the epoch was committed
+//! is the last thing in a file, and the seal stands before it. And the commit mark is written only behind a seal that is durable, when the epoch was committed
 //! everywhere else: *anything* behind a good seal, though it be torn, therefore says that the epoch is committed.
 //!
 //! All numbers are little endian:
@@ -283,18 +283,16 @@ impl Reader<'_> {
     }
 }
 
-/// The mark at the very end of a file, if it is one of this slice.
-fn mark_at_end(file: &dyn LogFile, len: u64, slice: SliceId) -> io::Result<Option<Kind>> {
-    let mut bytes = [0; RECORD];
-    let Some(at) = len.checked_sub(RECORD as u64) else { return Ok(None) };
-    if file.read_at(at, &mut bytes)? != RECORD {
-        return Ok(None);
-    }
-    Ok(Record::decode(&bytes)
-        .ok()
-        .filter(|r| r.slice == slice)
-        .map(|r| r.kind)
-        .filter(|k| matches!(k, Kind::Seal | Kind::Commit)))
+/// Whether a file ends as only a committed slice does: with a commit mark, or with a seal and something of a mark's length behind it. Either may
+/// be damaged, as long as it is not both.
+fn ends_committed(file: &dyn LogFile, len: u64, slice: SliceId) -> io::Result<bool> {
+    let mark = |from_end: u64, kind: Kind| {
+        let Some(at) = len.checked_sub(from_end) else { return Ok(false) };
+        let mut bytes = [0; RECORD];
+        let whole = file.read_at(at, &mut bytes)? == RECORD;
+        Ok::<_, io::Error>(whole && Record::decode(&bytes).is_ok_and(|r| r.slice == slice && r.kind == kind))
+    };
+    Ok(mark(RECORD as u64, Kind::Commit)? || mark(2 * RECORD as u64, Kind::Seal)?)
 }
 
 /// Read a slice, verifying every byte of it. Takes memory for the records only, not for their data.
@@ -303,16 +301,14 @@ fn mark_at_end(file: &dyn LogFile, len: u64, slice: SliceId) -> io::Result<Optio
 /// The file cannot be read. Anything that is *in* it is no error here but a [`Standing`].
 pub fn scan(file: &dyn LogFile, slice: SliceId) -> io::Result<Scan> {
     let len = file.size()?;
-    let last = mark_at_end(file, len, slice)?;
+    let committed = ends_committed(file, len, slice)?;
     let mut reader = Reader { file, at: 0, buffer: Vec::new(), used: 0 };
     let mut scan = Scan { records: Vec::new(), standing: Standing::Sealed, digest: Digest::default(), end: 0 };
     // What is wrong at `scan.end`: of no consequence in a log that was never finished.
     let bad = |scan: &mut Scan, why: &str| {
-        scan.standing = match last {
-            Some(Kind::Commit) => Standing::Corrupt { what: format!("what stands at byte {} {why}", scan.end) },
-            // A seal may reach the disk before what it seals; nobody was told that it is there until both were.
-            _ => Standing::Open { ends: format!("what stands at byte {} {why}", scan.end) },
-        };
+        let what = format!("what stands at byte {} {why}", scan.end);
+        // Without a commit mark: a seal may reach the disk before what it seals; nobody was told that it is there until both were.
+        scan.standing = if committed { Standing::Corrupt { what } } else { Standing::Open { ends: what } };
     };
     loop {
         let head: [u8; RECORD] = match reader.take(RECORD)? {

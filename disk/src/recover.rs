@@ -19,7 +19,7 @@ use crate::block::{Block, Format};
 use crate::error::{Doing, Error, Result};
 use crate::owner::{self, BASE_LOCK, Identity, Ownership};
 use crate::record::{Scan, SliceId, Standing, Tag, scan};
-use crate::slice::{Slice, SliceName};
+use crate::slice::{RESCUE, Slice, SliceName};
 use crate::store::{Directory, Lock};
 
 /// What the opener knows of the machine's memory.
@@ -55,7 +55,12 @@ fn survey(dir: &dyn Directory, owner: &Ownership) -> Result<(Vec<Found>, Vec<Str
     let mut live = Vec::new();
     let mut strays = Vec::new();
     for file_name in dir.list().doing(|| format!("listing the slices in {}", dir.name()))? {
-        let Some(name) = SliceName::parse(&file_name) else { continue };
+        let Some(name) = SliceName::parse(&file_name) else {
+            if file_name.strip_suffix(RESCUE).is_some_and(|name| SliceName::parse(name).is_some()) {
+                strays.push(file_name);
+            }
+            continue;
+        };
         let accepted = owner.accepted.contains(&file_name);
         let counts = accepted || name.owner == owner.generation;
         if !counts || name.serial <= owner.newest.serial {

@@ -121,6 +121,8 @@ struct Sim {
     seed: u64,
     random: Random,
     world: Arc<World>,
+    /// Flushes fail now and then: whatever needs one may be refused.
+    flaky: bool,
     generation: u64,
     processes: u32,
     active: Option<Node>,
@@ -156,11 +158,13 @@ impl Sim {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let full = if random.one_in(3) { 30 } else { 0 };
-        let world = World::new(random.fork(), SECTORS, full);
+        let flaky = if random.one_in(4) { 40 } else { 0 };
+        let world = World::new(random.fork(), SECTORS, full, flaky);
         Sim {
             seed,
             random,
             world,
+            flaky: flaky > 0,
             generation: 0,
             processes: 0,
             active: None,
@@ -181,6 +185,11 @@ impl Sim {
 
     fn note(&mut self, what: impl Into<String>) {
         self.trace.push(what.into());
+    }
+
+    /// An error that comes of a flush that failed.
+    fn forgiven(&self, e: &Error) -> bool {
+        self.flaky && matches!(e, Error::Io { .. } | Error::Refused(_))
     }
 
     fn count(&mut self, what: &'static str) {
@@ -216,7 +225,7 @@ impl Sim {
     /// Open with the next generation until it works, through crashes in between.
     fn start(&mut self, mut memory: Memory, allowed: Allowed) -> Result<(), End> {
         for attempt in 0.. {
-            assert!(attempt < 20, "opening never works");
+            assert!(attempt < 40, "opening never works");
             self.generation += 1;
             self.processes += 1;
             let process = self.processes;
@@ -261,6 +270,11 @@ impl Sim {
                     }
                 }
                 Err(Error::Full { .. }) => self.count("full"),
+                Err(e) if self.forgiven(&e) => {
+                    self.count("flush failed");
+                    // The next process cannot know of this one's flush. (Said in decision 0013.)
+                    self.world.evict();
+                }
                 Err(e) => panic!("opening with {memory:?}: {e}"),
             }
         }
@@ -313,6 +327,7 @@ impl Sim {
             Err(Error::Backlog { .. }) => self.count("backlog"),
             Err(Error::Full { .. }) => self.count("full"),
             Err(_) if self.dead() => {}
+            Err(e) if self.forgiven(&e) => self.count("flush failed"),
             Err(e) => panic!("writing: {e}"),
         }
     }
@@ -394,7 +409,10 @@ impl Sim {
                 if self.random.one_in(4) {
                     return self.freeze_in_merge();
                 }
-                disk.merge().map(|merged| {
+                self.world.merging(true);
+                let merged = disk.merge();
+                self.world.merging(false);
+                merged.map(|merged| {
                     if matches!(merged, Merged::Slices { .. }) {
                         self.count("merge");
                     }
@@ -426,6 +444,14 @@ impl Sim {
             Err(_) if self.world.is_dead(process) => {}
             Err(Error::Corrupt { .. }) if self.counts.contains_key("flip") => return Err(End::Named),
             Err(Error::Full { .. }) => self.count("full"),
+            Err(e) if self.forgiven(&e) => {
+                self.count("flush failed");
+                self.note(e.to_string());
+                // A machine whose disk does not work any more is stopped.
+                if self.random.one_in(3) {
+                    self.world.cut_node(process);
+                }
+            }
             Err(e) => panic!("event {step}: {e}"),
         }
         if self.world.is_dead(process) || self.random.one_in(60) {
@@ -469,8 +495,10 @@ impl Sim {
         self.world.plan(process, after, Stop::Freeze);
         let result = Arc::new(Mutex::new(None));
         let out = result.clone();
+        self.world.merging(true);
         let call = self.world.run(process, move || *out.lock().unwrap() = Some(disk.merge()));
         self.world.unplan(process);
+        self.world.merging(false);
         if call.is_some() {
             self.note("frozen in a merge");
             self.count("frozen");
@@ -481,6 +509,14 @@ impl Sim {
         }
         match result.lock().unwrap().take() {
             Some(Err(Error::Corrupt { .. })) if self.counts.contains_key("flip") => Err(End::Named),
+            Some(Err(Error::Full { .. })) => {
+                self.count("full");
+                Ok(())
+            }
+            Some(Err(e)) if self.forgiven(&e) => {
+                self.count("flush failed");
+                Ok(())
+            }
             Some(Err(e)) => panic!("merging: {e}"),
             _ => Ok(()),
         }
@@ -699,6 +735,7 @@ fn after_any_crash_the_disk_is_exactly_a_committed_epoch() {
             "full",
             "backlog",
             "flip",
+            "flush failed",
             "died in takeover",
         ] {
             assert!(counts.get(what).is_some_and(|n| *n > 10), "{what} hardly ever happened: {counts:?}");

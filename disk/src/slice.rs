@@ -5,14 +5,17 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::block::SECTOR;
 use crate::error::{Doing, Error, Result};
-use crate::record::{Digest, Kind, RECORD, Record, Scan, SliceId, Tag};
-use crate::store::LogFile;
+use crate::record::{Digest, Kind, RECORD, Record, Scan, SliceId, Tag, scan};
+use crate::store::{Directory, LogFile};
+
+/// Behind a slice's name: its copy after a failure, until it takes the slice's place.
+pub(crate) const RESCUE: &str = ".new";
 
 /// What a slice's file is called: which slice it is, and under which generation it counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +60,7 @@ impl std::fmt::Display for SliceName {
 pub(crate) struct Slice {
     pub id: SliceId,
     pub name: SliceName,
-    pub file: Arc<dyn LogFile>,
+    file: RwLock<Arc<dyn LogFile>>,
     log: Mutex<Log>,
     committed: AtomicBool,
     /// Why it may not be read any more.
@@ -81,12 +84,14 @@ pub(crate) struct Appending<'a> {
 
 impl Slice {
     pub fn new(id: SliceId, name: SliceName, file: Arc<dyn LogFile>) -> Self {
+        let file = RwLock::new(file);
         Slice { id, name, file, log: Mutex::default(), committed: AtomicBool::new(false), failed: OnceLock::new() }
     }
 
     /// One that was found, complete and accepted.
     pub fn found(id: SliceId, name: SliceName, file: Arc<dyn LogFile>, scan: &Scan) -> Self {
         let log = Log { end: scan.end, digest: scan.digest.clone(), sealed: true, broken: None };
+        let file = RwLock::new(file);
         Slice { id, name, file, log: Mutex::new(log), committed: AtomicBool::new(true), failed: OnceLock::new() }
     }
 
@@ -125,26 +130,69 @@ impl Slice {
         Appending { slice: self, log: self.log() }
     }
 
+    /// Its file.
+    pub fn file(&self) -> Arc<dyn LogFile> {
+        self.file.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Close it: all that is in it is durable, and says that it is all.
-    pub fn seal(&self) -> Result<()> {
+    pub fn seal(&self, dir: &dyn Directory) -> Result<()> {
         let mut log = self.log();
         if log.sealed {
             return Ok(());
         }
-        if let Some(why) = &log.broken {
-            return Err(Error::Refused(why.clone()));
-        }
-        let seal = self.mark(Kind::Seal, &log.digest).encode();
-        let doing = || format!("sealing the slice {}", self.name);
-        let done = self.file.write_at(log.end, &seal).and_then(|()| self.file.sync());
-        if let Err(e) = done {
-            if !is_full(&e) {
-                // After a flush that failed nothing says what is on the disk; a second one would succeed and prove nothing.
-                log.broken = Some(format!("{}: {e}; its epoch cannot be committed any more", doing()));
+        if log.broken.is_some() {
+            self.rescue(&mut log, dir)?;
+        } else {
+            let seal = self.mark(Kind::Seal, &log.digest).encode();
+            let doing = || format!("sealing the slice {}", self.name);
+            let file = self.file();
+            if let Err(e) = file.write_at(log.end, &seal).and_then(|()| file.sync()) {
+                if !is_full(&e) {
+                    // After a flush that failed nothing says what is on the disk; a second one would succeed and prove nothing.
+                    log.broken = Some(format!("{}: {e}", doing()));
+                }
+                return Err(Error::io(doing(), e));
             }
-            return Err(Error::io(doing(), e));
         }
         log.sealed = true;
+        Ok(())
+    }
+
+    /// A flush failed, or what a write left could not be cut off. What the kernel still has of the slice goes to a new file, if it is all of it.
+    fn rescue(&self, log: &mut Log, dir: &dyn Directory) -> Result<()> {
+        let (name, old) = (format!("{}{RESCUE}", self.name), self.file());
+        let doing = || {
+            let why = log.broken.as_deref().unwrap_or_default();
+            format!("copying the slice {} after a failure ({why})", self.name)
+        };
+        match dir.remove(&name) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io(doing(), e)),
+            _ => {}
+        }
+        let new = dir.create(&name).doing(doing)?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < log.end {
+            let part = &mut buffer[..(log.end - at).min(1 << 20) as usize];
+            if old.read_at(at, part).doing(doing)? != part.len() {
+                break;
+            }
+            new.write_at(at, part).doing(doing)?;
+            at += part.len() as u64;
+        }
+        let copied = scan(&*new, self.id).doing(doing)?;
+        if copied.end != log.end || copied.digest.finish() != log.digest.finish() {
+            return Err(Error::Refused(format!(
+                "{}: its content is lost, so its epoch cannot be committed; let the standby take over",
+                doing()
+            )));
+        }
+        let seal = self.mark(Kind::Seal, &log.digest).encode();
+        new.write_at(log.end, &seal).and_then(|()| new.sync()).doing(doing)?;
+        dir.rename(&name, &self.name.to_string()).doing(doing)?;
+        *self.file.write().unwrap_or_else(PoisonError::into_inner) = new;
+        log.broken = None;
         Ok(())
     }
 
@@ -158,7 +206,7 @@ impl Slice {
             return Err(Error::Refused(format!("the slice {} is to be committed and was not sealed", self.name)));
         }
         let mark = self.mark(Kind::Commit, &log.digest).encode();
-        self.file
+        self.file()
             .write_at(log.end + RECORD as u64, &mark)
             .and_then(|()| self.sync_commit())
             .doing(|| format!("committing the slice {}", self.name))?;
@@ -168,12 +216,12 @@ impl Slice {
 
     #[cfg(not(test))]
     fn sync_commit(&self) -> io::Result<()> {
-        self.file.sync()
+        self.file().sync()
     }
 
     #[cfg(test)]
     fn sync_commit(&self) -> io::Result<()> {
-        if crate::sim::sabotaged(crate::sim::Sabotage::CommitWithoutFlush) { Ok(()) } else { self.file.sync() }
+        if crate::sim::sabotaged(crate::sim::Sabotage::CommitWithoutFlush) { Ok(()) } else { self.file().sync() }
     }
 
     fn mark(&self, kind: Kind, digest: &Digest) -> Record {
@@ -196,7 +244,7 @@ impl Appending<'_> {
         let record = Record { kind, slice: self.slice.id, sector, sectors, number, crc };
         let head = record.encode();
         bytes[..RECORD].copy_from_slice(&head);
-        let (at, file) = (self.log.end, &self.slice.file);
+        let (at, file) = (self.log.end, self.slice.file());
         if let Err(e) = file.write_at(at, bytes) {
             let doing = format!("writing {} bytes to the slice {}", u64::from(sectors) * SECTOR, self.slice.name);
             // What was written of it must not be behind the seal later.

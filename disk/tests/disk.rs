@@ -319,20 +319,6 @@ fn many_threads_write_while_epochs_are_cut_and_merged() {
 }
 
 #[test]
-fn the_index_takes_what_it_says_for_a_gibibyte() {
-    // Scattered 4 KiB writes, the worst that guests do much of: 262144 extents.
-    let mut index = understudy_disk::index::Index::default();
-    for i in 0..(1u64 << 30) / 4096 {
-        let sector = (i * 7919) % (1 << 20) * 16;
-        let source = understudy_disk::index::Source::Slice { serial: 1, data: i * 4160 };
-        index.insert(understudy_disk::index::Piece { sector, sectors: 8, source });
-    }
-    assert_eq!(index.len(), 262_144);
-    println!("{} bytes of index for 1 GiB of 4 KiB writes", index.bytes());
-    assert!(index.bytes() < 12 * MIB);
-}
-
-#[test]
 fn qcow2_reads_through_its_backing_file_and_says_when_it_is_missing() {
     let dir = tempfile::tempdir().unwrap();
     let (below, above) = (dir.path().join("below.raw"), dir.path().join("above.qcow2"));

@@ -3,11 +3,15 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use understudy_disk::block::open;
 use understudy_disk::{Block, Disk, Format, Identity, Limits, LocalDirectory, Memory, Options};
 use understudy_protocol::ids::{Epoch, Generation};
+
+/// A process that is being started has copies of this one's files, and so its locks, until it runs its own program. So no test starts one while
+/// the other lets go of a disk.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn tool(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_understudy-disk")).args(args).output().unwrap()
@@ -42,6 +46,7 @@ fn attach(disk: &Path, generation: u64) -> Disk {
 
 #[test]
 fn a_disk_is_made_looked_at_merged_copied_and_released() {
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.raw");
     let name = path.to_str().unwrap();
@@ -109,6 +114,7 @@ fn a_disk_is_made_looked_at_merged_copied_and_released() {
 
 #[test]
 fn sizes_and_formats_that_make_no_sense_are_refused() {
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     for size in ["0", "100", "5X", "G", "99999999T", "-1", ""] {
         let out = tool(&["create", "never", &format!("--size={size}")]);
         assert_eq!(out.status.code(), Some(2), "{size:?}");

@@ -34,6 +34,8 @@ struct Pending {
 #[derive(Default, Clone)]
 struct Content {
     durable: Vec<u8>,
+    /// A flush of these failed: they can be read, and no later flush makes them durable.
+    doomed: Vec<Pending>,
     pending: Vec<Pending>,
     current: Vec<u8>,
 }
@@ -51,8 +53,27 @@ impl Content {
         self.pending.push(Pending { by, at, bytes: bytes.to_vec() });
     }
     fn sync(&mut self) {
-        self.durable.clone_from(&self.current);
-        self.pending.clear();
+        for p in self.pending.drain(..) {
+            put(&mut self.durable, p.at, &p.bytes);
+            // Written again: that one counts.
+            self.doomed.retain(|d| d.at + d.bytes.len() <= p.at || p.at + p.bytes.len() <= d.at);
+        }
+        // The length is durable whatever became of the data.
+        if self.durable.len() < self.current.len() {
+            self.durable.resize(self.current.len(), 0);
+        }
+    }
+    /// The flush fails, and the kernel forgets that there was something to write.
+    fn sync_fails(&mut self) {
+        for p in self.pending.drain(..) {
+            let (mut at, end) = (p.at, p.at + p.bytes.len());
+            while at < end {
+                let stop = (at / SECTOR as usize + 1).saturating_mul(SECTOR as usize).min(end);
+                self.doomed.retain(|d| d.at + d.bytes.len() <= at || stop <= d.at);
+                self.doomed.push(Pending { by: p.by, at, bytes: p.bytes[at - p.at..stop - p.at].to_vec() });
+                at = stop;
+            }
+        }
     }
     /// What a power cut leaves of one process's writes (or all): any subset of sectors.
     fn cut(&mut self, whose: Option<Process>, random: &mut Random) {
@@ -82,8 +103,10 @@ impl Content {
                 at = stop;
             }
         }
+        // Whatever failed is gone with the cache, if it is this cache.
+        self.doomed.retain(|p| whose.is_some_and(|w| w != p.by));
         self.current.clone_from(&self.durable);
-        for p in &survivors {
+        for p in self.doomed.iter().chain(&survivors) {
             put(&mut self.current, p.at, &p.bytes);
         }
         self.pending = survivors;
@@ -128,6 +151,12 @@ struct State {
     plans: BTreeMap<Process, (u64, Stop)>,
     /// One in so many writes to a slice finds the file system full.
     full: u64,
+    /// Files of which a bit turned over. Two in one file may hide that it was committed.
+    flipped: BTreeSet<u64>,
+    /// One in so many flushes fails.
+    flaky: u64,
+    /// So does one in so many writes to the base, while this is set.
+    merging: bool,
 }
 
 pub struct World {
@@ -137,12 +166,12 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(random: Random, sectors: u64, full: u64) -> Arc<Self> {
+    pub fn new(random: Random, sectors: u64, full: u64, flaky: u64) -> Arc<Self> {
         let zero = vec![0; (sectors * SECTOR) as usize];
         Arc::new(World {
             state: Mutex::new(State {
                 random,
-                base: Content { durable: zero.clone(), pending: Vec::new(), current: zero },
+                base: Content { durable: zero.clone(), current: zero, ..Content::default() },
                 files: BTreeMap::new(),
                 durable_names: BTreeMap::new(),
                 names: BTreeMap::new(),
@@ -153,6 +182,9 @@ impl World {
                 frozen: BTreeSet::new(),
                 plans: BTreeMap::new(),
                 full,
+                flipped: BTreeSet::new(),
+                flaky,
+                merging: false,
             }),
             thaw: Condvar::new(),
             operations: Default::default(),
@@ -166,6 +198,21 @@ impl World {
     /// This process stops after so many more operations.
     pub fn plan(&self, process: Process, after: u64, stop: Stop) {
         self.state().plans.insert(process, (after, stop));
+    }
+
+    /// What a failed flush left unwritten goes out of the cache: it reads as what is on the storage.
+    pub fn evict(&self) {
+        let base = &mut self.state().base;
+        base.doomed.clear();
+        base.current.clone_from(&base.durable);
+        for p in &base.pending {
+            put(&mut base.current, p.at, &p.bytes);
+        }
+    }
+
+    /// From now on (or not any more) the base may be found full.
+    pub fn merging(&self, merging: bool) {
+        self.state().merging = merging;
     }
 
     pub fn unplan(&self, process: Process) {
@@ -223,7 +270,7 @@ impl World {
         let names: Vec<_> = state.names.iter().filter(|(name, _)| which(name)).map(|(n, f)| (n.clone(), *f)).collect();
         let (name, file) = state.random.pick(&names)?.clone();
         let content = state.files.get_mut(&file)?;
-        if content.current.is_empty() {
+        if content.current.is_empty() || !state.flipped.insert(file) {
             return None;
         }
         let at = state.random.below(content.current.len() as u64) as usize;
@@ -362,7 +409,13 @@ impl LogFile for Open {
         if short { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
     }
     fn sync(&self) -> io::Result<()> {
-        self.world.step(self.process)?.files.get_mut(&self.file).unwrap().sync();
+        let state = &mut *self.world.step(self.process)?;
+        let file = state.files.get_mut(&self.file).unwrap();
+        if state.flaky > 0 && state.random.below(state.flaky) == 0 {
+            file.sync_fails();
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        file.sync();
         Ok(())
     }
     fn size(&self) -> io::Result<u64> {
@@ -375,10 +428,12 @@ impl LogFile for Open {
         let len = len as usize;
         content.current.truncate(len);
         content.durable.truncate(len);
-        content.pending.retain_mut(|p| {
-            p.bytes.truncate(len.saturating_sub(p.at));
-            !p.bytes.is_empty()
-        });
+        for list in [&mut content.pending, &mut content.doomed] {
+            list.retain_mut(|p| {
+                p.bytes.truncate(len.saturating_sub(p.at));
+                !p.bytes.is_empty()
+            });
+        }
         Ok(())
     }
 }
@@ -432,6 +487,9 @@ impl Directory for Dir {
         if sabotaged(Sabotage::DirectoryNotFlushed) {
             return Ok(());
         }
+        if state.flaky > 0 && state.random.below(state.flaky) == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         state.durable_names.clone_from(&state.names);
         state.namings.clear();
         Ok(())
@@ -463,14 +521,20 @@ impl Block for Base {
     }
     fn write_at(&self, at: u64, from: &[u8]) -> Result<()> {
         let state = &mut *self.world.step(self.process).doing(|| "writing the base".into())?;
-        state.base.write(self.process, at as usize, from);
-        Ok(())
+        let full = state.merging && state.full > 0 && state.random.below(state.full) == 0;
+        let n = if full { from.len() / 2 / 512 * 512 } else { from.len() };
+        state.base.write(self.process, at as usize, &from[..n]);
+        if full { Err(Error::Full { doing: "writing the base".into() }) } else { Ok(()) }
     }
     fn write_zeroes(&self, at: u64, len: u64, _: bool) -> Result<()> {
         self.write_at(at, &vec![0; len as usize])
     }
     fn flush(&self) -> Result<()> {
         let state = &mut *self.world.step(self.process).doing(|| "flushing the base".into())?;
+        if state.flaky > 0 && state.random.below(state.flaky) == 0 {
+            state.base.sync_fails();
+            return Err(io::Error::from_raw_os_error(libc::EIO)).doing(|| "flushing the base".into());
+        }
         state.base.sync();
         Ok(())
     }
