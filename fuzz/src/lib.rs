@@ -78,6 +78,13 @@ pub const TARGETS: &[Target] = &[
     Target { name: "cib", about: "what cibadmin prints", run: targets::cluster::cib },
     Target { name: "policy", about: "policy files", run: targets::cluster::policy },
     Target { name: "environment", about: "an agent's environment", run: targets::cluster::environment },
+    Target { name: "slice", about: "a disk's slice after a crash", run: targets::disk::slice },
+    Target { name: "owner", about: "the record of whose disk it is, and names of slices", run: targets::disk::owner },
+    Target {
+        name: "takeover",
+        about: "a directory of slices that anything may have happened to",
+        run: targets::disk::takeover,
+    },
     Target { name: "journal", about: "a board's journal after a crash", run: targets::cluster::journal },
 ];
 

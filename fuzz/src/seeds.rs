@@ -1,6 +1,7 @@
 //! First inputs, made by our own encoders: `UNDERSTUDY_FUZZ_SEEDS=1 cargo test -p understudy-fuzz` writes them to the corpus.
 //! They are kept as files so that an input means the same when an encoder changes.
 
+use understudy_disk::{Format, Identity, Ownership};
 use understudy_protocol::board::{Attach, Message as Board};
 use understudy_protocol::control::{PromoteFrom, ReplicatorRequest, VmmRequest, encode_line};
 use understudy_protocol::frame::{self, Header};
@@ -14,7 +15,7 @@ use understudy_vmm::devices::Payload;
 use understudy_vmm::devices::rtc::Rtc;
 use understudy_vmm::devices::uart16550::Uart16550;
 
-use crate::targets::machine;
+use crate::targets::{disk, machine};
 
 /// Target, name of the file, content.
 pub type Seed = (&'static str, &'static str, Vec<u8>);
@@ -25,6 +26,7 @@ pub fn seeds() -> Vec<Seed> {
     seeds.extend(replication());
     seeds.extend(machines());
     seeds.extend(cluster());
+    seeds.extend(disks());
     seeds
 }
 
@@ -172,6 +174,22 @@ fn machines() -> Vec<Seed> {
             "uart-loopback",
             vec![5, 4, 2, 0x1f, 5, 0, 2, b'a', 5, 0, 0, 1, 6, 0, 2, 10, 6, 1, 0, 1, 9, 4, 2, 1, 0, 0, 1, 200],
         ),
+    ]
+}
+
+fn disks() -> Vec<Seed> {
+    let me = Identity { machine: "m".into(), node: "n1".into(), generation: Generation(3) };
+    let owner = Ownership::fresh(7, &me, "/vm/m.raw", Format::Raw, 1 << 20);
+    // Three slices of two requests each, the first two committed, then a takeover with the last one's tag.
+    let one = [0xc2, 2, 1, 1, 7, 0, 9, 3];
+    let sealed = [0x82, 2, 1, 1, 8, 2, 4, 0, 5];
+    let three = [&[3 << 3][..], &[1, 1], &one, &[1, 2], &one, &[1, 3], &sealed, &[1]].concat();
+    vec![
+        ("slice", "committed", disk::sample()),
+        ("slice", "made", one.to_vec()),
+        ("owner", "record", owner.encode()),
+        ("owner", "name", b"000000000000002b-7-1f-8.slice".to_vec()),
+        ("takeover", "three-slices", three),
     ]
 }
 

@@ -1,6 +1,7 @@
 //! The functions behind [`crate::TARGETS`].
 
 pub mod cluster;
+pub mod disk;
 pub mod machine;
 pub mod protocol;
 pub mod replication;
