@@ -17,6 +17,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{BufReader, ErrorKind, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -300,6 +301,10 @@ impl Shared {
                 "{machine} has a VMM here that runs it, or ran it (generation {generation}); stop that first"
             ));
         }
+        // On a node that never ran a machine it is not there yet.
+        let shm = &self.config.shm_root;
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(shm);
+        made.map_err(|e| format!("cannot create {}: {e}", shm.display()))?;
         check_room(&format!("machine {machine}"), &self.config.shm_root, hello.ram_bytes)?;
         self.prepare(machine, &hello.node, first.0.generation, writer)?;
         let opened = Standby::open(machine, &self.config.node, &layout, self.config.stage_limit);

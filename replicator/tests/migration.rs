@@ -383,6 +383,21 @@ fn a_protected_machine_is_not_migrated_and_a_migration_is_no_checkpoint() {
 }
 
 #[test]
+fn a_node_that_never_had_a_machine_receives_one() {
+    let place = Place::new(calm());
+    let shm = place.pair.n2.layout.shm_dir().to_owned();
+    let (root, aside) = (shm.parent().unwrap(), place.pair.n2.dir.join("aside"));
+    fs::rename(root, &aside).unwrap();
+    // The hook would make the directory of the machine; this one's VMM has its files open already.
+    let hook = place.pair.n2.dir.join("hook");
+    let script = fs::read_to_string(&hook).unwrap();
+    let back = format!("if [ $1 = prepare-migration ]; then mv {}/m {}/; fi\n", aside.display(), root.display());
+    fs::write(&hook, format!("{script}{back}")).unwrap();
+    assert!(place.migrate(&[]).end().0);
+    place.arrived();
+}
+
+#[test]
 fn a_target_on_which_the_machine_runs_refuses_it() {
     let mut place = Place::new(calm());
     place.target.take().unwrap().kill();
