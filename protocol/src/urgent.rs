@@ -1,17 +1,30 @@
 //! Threads that must not wait for a processor: those that stop a guest for a cut, and those on the way from an output to its release.
 //!
 //! On a host whose processors are all busy with vCPUs a thread that wakes up waits for the end of somebody's slice, some milliseconds;
-//! a pause or an output then waits as long at every hop. A thread that asks for slices of 0.1 ms preempts at once (Linux 6.12:
-//! `sched_runtime` of sched_setattr(2) for SCHED_OTHER; older kernels ignore it), and a higher weight keeps it there.
+//! a pause or an output then waits as long at every hop. Kernels that preempt lazily (`CONFIG_PREEMPT_LAZY`, Linux 6.13) let every
+//! SCHED_OTHER thread wait for the next tick, however short its slice; only real-time threads preempt at once. So these threads are
+//! SCHED_FIFO, of the lowest priority: corosync stays above them. What they do then is short; for what takes long they step back
+//! ([`heavy`]). Without the privilege (CAP_SYS_NICE) nothing changes. Threads and processes that they start begin as ordinary ones.
 #![allow(unsafe_code)]
 
-/// Nice value of such a thread.
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// sched(7): not shared out, first come first served.
+const SCHED_OTHER: u32 = 0;
+const SCHED_FIFO: u32 = 1;
+/// Children are ordinary again.
+const RESET_ON_FORK: u64 = 1;
+/// The lowest of 1 to 99.
+const PRIORITY: u32 = 1;
+/// Nice value of a brisk thread, and of an urgent one where real-time threads are not allowed.
 const NICE: i32 = -15;
-/// Its slice, ns; the shortest that Linux grants.
+/// Its slice, ns; the shortest that Linux grants (6.12; older kernels ignore it).
 const SLICE_NS: u64 = 100_000;
 
 /// `struct sched_attr` of sched_setattr(2), first version.
 #[repr(C)]
+#[derive(Default)]
 struct SchedAttr {
     size: u32,
     policy: u32,
@@ -23,33 +36,97 @@ struct SchedAttr {
     period: u64,
 }
 
-/// Make the calling thread one; threads that it starts from now on are too. Without the privilege (CAP_SYS_NICE) nothing changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Level {
+    Ordinary,
+    Brisk,
+    Urgent,
+}
+
+thread_local! {
+    static LEVEL: Cell<Level> = const { Cell::new(Level::Ordinary) };
+}
+/// The host does not allow it; it need not be asked again.
+static REFUSED: AtomicBool = AtomicBool::new(false);
+
+/// The calling thread preempts whatever is not real-time. For threads that wait most of the time and do little at once.
 pub fn this_thread() {
-    let attr = SchedAttr {
-        size: size_of::<SchedAttr>() as u32,
-        policy: 0,
-        flags: 0,
-        nice: NICE,
-        priority: 0,
-        runtime: SLICE_NS,
-        deadline: 0,
-        period: 0,
-    };
+    set(Level::Urgent);
+}
+
+/// The calling thread gets more of the processor than others and need not wait long for it. For work that somebody waits for.
+pub fn brisk() {
+    set(Level::Brisk);
+}
+
+/// Do something; if it `takes_long`, not as an urgent thread.
+pub fn heavy<T>(takes_long: bool, work: impl FnOnce() -> T) -> T {
+    let before = LEVEL.get();
+    if !takes_long || before != Level::Urgent {
+        return work();
+    }
+    set(Level::Brisk);
+    let result = work();
+    set(before);
+    result
+}
+
+fn set(level: Level) {
+    if LEVEL.get() == level {
+        return;
+    }
+    LEVEL.set(level);
+    if level == Level::Urgent && !REFUSED.load(Ordering::Relaxed) {
+        let fifo = SchedAttr { policy: SCHED_FIFO, flags: RESET_ON_FORK, priority: PRIORITY, ..Default::default() };
+        if apply(fifo) {
+            return;
+        }
+        REFUSED.store(true, Ordering::Relaxed);
+    }
+    // Refused without the privilege: the thread stays as it is.
+    apply(SchedAttr { policy: SCHED_OTHER, flags: RESET_ON_FORK, nice: NICE, runtime: SLICE_NS, ..Default::default() });
+}
+
+fn apply(attr: SchedAttr) -> bool {
+    let attr = SchedAttr { size: size_of::<SchedAttr>() as u32, ..attr };
     // SAFETY: the kernel reads `size` bytes of a structure that lives until the call returns; 0 is the calling thread.
-    unsafe { nix::libc::syscall(nix::libc::SYS_sched_setattr, 0, &raw const attr, 0) };
+    unsafe { nix::libc::syscall(nix::libc::SYS_sched_setattr, 0, &raw const attr, 0) == 0 }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    /// Policy and nice value of the calling thread: fields 41 and 19 of its `stat`.
+    fn standing() -> (u32, i32) {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
+        (fields[38].parse().unwrap(), fields[16].parse().unwrap())
+    }
+
     #[test]
-    fn a_thread_that_may_becomes_urgent_and_one_that_may_not_goes_on() {
+    fn a_thread_that_may_becomes_urgent_steps_back_for_long_work_and_starts_ordinary_threads() {
         std::thread::spawn(|| {
-            super::this_thread();
-            // Field 19 of stat is the nice value.
-            let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
-            let nice = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().nth(16).unwrap().to_owned();
-            let nice: i32 = nice.parse().unwrap();
-            assert!(nice == super::NICE || nice >= 0, "{nice}");
+            let ordinary = standing();
+            this_thread();
+            let urgent = standing();
+            heavy(true, || {
+                let (policy, nice) = standing();
+                assert_eq!(policy, SCHED_OTHER);
+                assert!(nice == NICE || nice >= 0, "{nice}");
+            });
+            assert_eq!(standing(), urgent);
+            heavy(false, || assert_eq!(standing(), urgent));
+            if urgent.0 == SCHED_FIFO {
+                std::thread::spawn(move || assert_eq!(standing(), (SCHED_OTHER, 0))).join().unwrap();
+                let child = std::process::Command::new("cat").arg("/proc/self/stat").output().unwrap();
+                let stat = String::from_utf8(child.stdout).unwrap();
+                let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
+                assert_eq!((fields[38], fields[16]), ("0", "0"), "a program that it starts is an ordinary one");
+            } else {
+                // Without the privilege, or a little of it.
+                assert!(urgent.1 == NICE || urgent == ordinary, "{urgent:?}");
+            }
         })
         .join()
         .unwrap();

@@ -180,7 +180,6 @@ impl SenderHandle {
             config,
         };
         let thread = thread::spawn(move || {
-            // Its helpers inherit it.
             urgent::this_thread();
             driver.run();
         });
@@ -299,6 +298,8 @@ struct Kept {
 const SOON: Duration = Duration::from_micros(500);
 /// and at least this often.
 const SHOW_EVERY: Duration = Duration::from_millis(20);
+/// Encoding and sending so many pages takes less than a millisecond.
+const SHORT_PIECE: u64 = 512;
 /// The same sentence is not logged again within this time.
 const LOG_AGAIN: Duration = Duration::from_secs(30);
 
@@ -316,14 +317,14 @@ impl Driver {
                 self.take(input);
             }
             let action = self.core.next(Instant::now());
+            // While one thing follows the other at once nobody needs to see each.
+            if self.published.elapsed() > SHOW_EVERY {
+                self.publish();
+            }
             if let Action::Wait(until) = action {
                 self.watch_memory();
                 match self.inputs.recv_timeout(until.saturating_duration_since(Instant::now()).min(SOON)) {
                     Ok(input) => {
-                        // While one thing follows the other at once nobody needs to see each.
-                        if self.published.elapsed() > SHOW_EVERY {
-                            self.publish();
-                        }
                         self.take(input);
                         continue;
                     }
@@ -391,8 +392,10 @@ impl Driver {
             }
             Action::GateOpen => Some(self.done(&VmmRequest::GateOpen)),
             Action::Harvest { send } => Some(self.harvest(send)),
-            Action::SendDirty => Some(self.send_dirty().unwrap_or_else(Trouble::event)),
-            Action::CopySlice { first } => Some(self.copy_slice(first).unwrap_or_else(Trouble::event)),
+            Action::SendDirty => Some(urgent::heavy(true, || self.send_dirty().unwrap_or_else(Trouble::event))),
+            Action::CopySlice { first } => {
+                Some(urgent::heavy(true, || self.copy_slice(first).unwrap_or_else(Trouble::event)))
+            }
             Action::Precopy(epoch) => {
                 self.begin_epoch(epoch, false);
                 Some(match self.call::<Captured>(&VmmRequest::Precopy { epoch }) {
@@ -412,10 +415,10 @@ impl Driver {
             }
             Action::CutContinue => Some(self.captured(&VmmRequest::CutContinue)),
             Action::SendPiece(captured) => {
-                self.send_piece(captured);
+                urgent::heavy(captured.pages > SHORT_PIECE, || self.send_piece(captured));
                 None
             }
-            Action::Resend { after } => Some(match self.resend(after) {
+            Action::Resend { after } => Some(match urgent::heavy(true, || self.resend(after)) {
                 Ok(()) => Event::Resent,
                 Err(trouble) => trouble.event(),
             }),
@@ -537,6 +540,7 @@ impl Driver {
         self.output_twin = client.stream().try_clone().ok();
         let post = self.post.clone();
         thread::spawn(move || {
+            urgent::this_thread();
             let mut seen = 0;
             loop {
                 let request = VmmRequest::AwaitOutput { seen, timeout_ms: VMM_TIMEOUT.as_millis() as u64 };

@@ -27,6 +27,7 @@ use understudy_protocol::ids::Generation;
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
 use understudy_protocol::secure::SecureReader;
+use understudy_protocol::urgent;
 
 use crate::codec::EncodingConfig;
 use crate::driver::{DriverConfig, SenderHandle};
@@ -46,6 +47,8 @@ pub(crate) const MAX_CONNECTIONS: usize = 32;
 pub(crate) const CONTROL_IDLE: Duration = Duration::from_secs(300);
 /// A hand-over that takes longer is reported as failed (the sender itself gives up earlier, bounded by its timeouts).
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Decoding a frame of so many bytes takes less than a millisecond.
+const SHORT_FRAME: usize = 256 << 10;
 /// The sender looks at its requests between two actions; one that takes longer hangs.
 const VERIFY_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -174,11 +177,7 @@ impl Replicator {
         shared.standby().set_reporter(reporter);
 
         let for_peers = shared.clone();
-        thread::spawn(move || {
-            // What it receives is what outputs wait for.
-            understudy_protocol::urgent::this_thread();
-            for_peers.accept_peers(&listener);
-        });
+        thread::spawn(move || for_peers.accept_peers(&listener));
         let for_control = shared.clone();
         thread::spawn(move || for_control.accept_control(&control));
         let for_watch = shared.clone();
@@ -254,6 +253,8 @@ impl Shared {
                     let Some(place) = Place::take(&self.peer_connections) else { continue };
                     let shared = self.clone();
                     thread::spawn(move || {
+                        // What it receives is what outputs wait for.
+                        urgent::this_thread();
                         shared.serve_peer(stream);
                         drop(place);
                     });
@@ -292,7 +293,9 @@ impl Shared {
                     self.answer_as_sender(conn, header.generation);
                     return "this node is a sender".into();
                 }
-                Ok(Some(header)) => self.standby().frame(conn, &header, &payload),
+                Ok(Some(header)) => {
+                    urgent::heavy(payload.len() > SHORT_FRAME, || self.standby().frame(conn, &header, &payload));
+                }
             }
             if self.stopping() {
                 return "the replicator stops".into();

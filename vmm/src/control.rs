@@ -42,8 +42,6 @@ pub fn serve(socket: PathBuf, machine: Arc<Machine>, arena: SharedArena) -> Resu
                 let (machine, arena, open) = (machine.clone(), arena.clone(), open.clone());
                 let spawned =
                     std::thread::Builder::new().name("client".into()).stack_size(512 * 1024).spawn(move || {
-                        // It may come to stop the guest, or be waited for by whoever lets outputs go.
-                        understudy_protocol::urgent::this_thread();
                         Connection { machine, arena, session: None }.serve(stream);
                         open.fetch_sub(1, Ordering::Relaxed);
                     });
@@ -113,6 +111,16 @@ impl Connection {
 
     fn answer(&mut self, request: VmmRequest) -> Result<Vec<u8>> {
         let machine = &self.machine;
+        if matches!(
+            request,
+            VmmRequest::Attach
+                | VmmRequest::AttachToMigrate
+                | VmmRequest::AwaitOutput { .. }
+                | VmmRequest::Promote { .. }
+        ) {
+            // It comes to stop the guest, or is waited for by whoever lets outputs go; a takeover is waited for by everybody.
+            understudy_protocol::urgent::this_thread();
+        }
         Ok(match request {
             VmmRequest::Status => ok(machine.status()),
             VmmRequest::Pause => ok(machine.pause()?),

@@ -140,6 +140,8 @@ impl Core {
             .name("timer".into())
             .stack_size(256 * 1024)
             .spawn(move || {
+                // A byte on the line, a timer's interrupt: the guest waits for it, and so may an output.
+                understudy_protocol::urgent::this_thread();
                 while let Some(core) = weak.upgrade() {
                     core.timer_round();
                 }

@@ -73,7 +73,11 @@ impl Pump {
         let thread = std::thread::Builder::new()
             .name(name)
             .stack_size(256 * 1024)
-            .spawn(move || worker.main())
+            .spawn(move || {
+                // An output that was let go leaves here.
+                understudy_protocol::urgent::this_thread();
+                worker.main();
+            })
             .context("cannot start a serial port's thread")?;
         // Whatever was written before the pump existed.
         let _ = inbox.send(PumpMsg::Work);

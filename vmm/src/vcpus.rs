@@ -246,6 +246,8 @@ impl Vcpus {
         let shared = self.shared.clone();
         let kicks: Vec<_> = self.handles.iter().map(|h| h.kick.clone()).collect();
         let started = std::thread::Builder::new().name("throttle".into()).stack_size(64 * 1024).spawn(move || {
+            // Late, it would let the guest run for more than its share.
+            understudy_protocol::urgent::this_thread();
             loop {
                 let share = u32::from(shared.share.load(Ordering::SeqCst));
                 if share == 100 {

@@ -10,6 +10,7 @@ use understudy_protocol::frame;
 use understudy_protocol::ids::Epoch;
 use understudy_protocol::key::Key;
 use understudy_protocol::secure::{SecureReader, SecureStream};
+use understudy_protocol::urgent;
 
 use super::{Driver, Input, Trouble, lock};
 use crate::codec::PAGE;
@@ -120,7 +121,10 @@ impl Driver {
         writer.set_timeout(Some(self.config.sender.peer_timeout))?;
         *lock(&self.peer_twin) = Some(twin);
         let post = self.post.clone();
-        thread::spawn(move || read_peer(connection, reader, &post));
+        thread::spawn(move || {
+            urgent::this_thread();
+            read_peer(connection, reader, &post);
+        });
         self.writer = Some(writer);
         Ok(())
     }

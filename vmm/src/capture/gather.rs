@@ -26,7 +26,10 @@ impl Gather {
     pub fn new() -> Result<Self> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
         let pool = (threads > 1)
-            .then(|| rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("gather{i}")).build())
+            .then(|| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("gather{i}"));
+                pool.start_handler(|_| understudy_protocol::urgent::brisk()).build()
+            })
             .transpose()
             .context("cannot start the threads that copy pages")?;
         Ok(Self { pool, threads })
