@@ -4,11 +4,18 @@
 //! a pause or an output then waits as long at every hop. Kernels that preempt lazily (`CONFIG_PREEMPT_LAZY`, Linux 6.13) let every
 //! SCHED_OTHER thread wait for the next tick, however short its slice; only real-time threads preempt at once. So these threads are
 //! SCHED_FIFO, of the lowest priority: corosync stays above them. What they do then is short; for what takes long they step back
-//! ([`heavy`]). Without the privilege (CAP_SYS_NICE) nothing changes. Threads and processes that they start begin as ordinary ones.
+//! ([`heavy`]), and whoever took more than a quarter of the time is not urgent for a while ([`pace`]): the guest comes first. Threads and
+//! processes that a real-time thread starts begin as ordinary ones.
+//!
+//! On a host with one processor, and without the privilege (CAP_SYS_NICE), they only get more weight and short slices.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
 
 /// sched(7): not shared out, first come first served.
 const SCHED_OTHER: u32 = 0;
@@ -43,11 +50,20 @@ enum Level {
     Urgent,
 }
 
+/// [`pace`] looks back so far.
+const WINDOW: Duration = Duration::from_millis(50);
+/// An urgent thread uses at most one part in so many of it.
+const SHARE: u32 = 4;
+
 thread_local! {
     static LEVEL: Cell<Level> = const { Cell::new(Level::Ordinary) };
+    /// Beginning of the window, and the thread's processor time then.
+    static SINCE: Cell<Option<(Instant, Duration)>> = const { Cell::new(None) };
 }
-/// The host does not allow it; it need not be asked again.
-static REFUSED: AtomicBool = AtomicBool::new(false);
+/// The host does not allow real-time threads; it need not be asked again. Where there is one processor they are not tried: whatever
+/// they wait for would never run.
+static REFUSED: LazyLock<AtomicBool> =
+    LazyLock::new(|| AtomicBool::new(std::thread::available_parallelism().is_ok_and(|n| n.get() == 1)));
 
 /// The calling thread preempts whatever is not real-time. For threads that wait most of the time and do little at once.
 pub fn this_thread() {
@@ -69,6 +85,27 @@ pub fn heavy<T>(takes_long: bool, work: impl FnOnce() -> T) -> T {
     let result = work();
     set(before);
     result
+}
+
+/// To be called now and then by an urgent thread whose work may become much: it is urgent while it takes little of the time.
+pub fn pace() {
+    if LEVEL.get() == Level::Ordinary || REFUSED.load(Ordering::Relaxed) {
+        return;
+    }
+    let now = Instant::now();
+    let Some((since, before)) = SINCE.get() else {
+        return SINCE.set(Some((now, processor_time())));
+    };
+    let window = now.duration_since(since);
+    if window >= WINDOW {
+        let used = processor_time();
+        SINCE.set(Some((now, used)));
+        set(if used.saturating_sub(before) * SHARE > window { Level::Brisk } else { Level::Urgent });
+    }
+}
+
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 fn set(level: Level) {
@@ -102,6 +139,30 @@ mod tests {
         let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
         (fields[38].parse().unwrap(), fields[16].parse().unwrap())
+    }
+
+    #[test]
+    fn a_thread_that_takes_too_much_is_not_urgent_until_it_takes_little() {
+        std::thread::spawn(|| {
+            this_thread();
+            if standing().0 != SCHED_FIFO {
+                eprintln!("SKIPPED: no real-time threads here, so nothing was proven");
+                return;
+            }
+            pace();
+            let begin = Instant::now();
+            while standing().0 == SCHED_FIFO {
+                pace();
+                assert!(begin.elapsed() < Duration::from_secs(20), "it worked all the time and is still urgent");
+            }
+            while standing().0 != SCHED_FIFO {
+                std::thread::park_timeout(WINDOW * 2);
+                pace();
+                assert!(begin.elapsed() < Duration::from_secs(40), "it slept all the time and is not urgent again");
+            }
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

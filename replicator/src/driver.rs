@@ -316,6 +316,7 @@ impl Driver {
             while let Ok(input) = self.inputs.try_recv() {
                 self.take(input);
             }
+            urgent::pace();
             let action = self.core.next(Instant::now());
             // While one thing follows the other at once nobody needs to see each.
             if self.published.elapsed() > SHOW_EVERY {

@@ -286,6 +286,7 @@ impl Shared {
     fn read_peer(&self, conn: Conn, mut reader: SecureReader) -> String {
         let mut payload = Vec::new();
         loop {
+            urgent::pace();
             match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {
                 Ok(None) => return "it closed the connection".into(),
                 Err(e) => return e.to_string(),

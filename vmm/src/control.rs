@@ -100,6 +100,7 @@ impl Connection {
                 Err(e) => (encode_line(&Reply::<()>::Error(format!("this is not a request: {e}"))), false),
             };
             let written = writer.write_all(&reply);
+            understudy_protocol::urgent::pace();
             if quit {
                 self.machine.core.tell(Event::Quit);
             }
