@@ -100,8 +100,13 @@ pub fn pace() {
     if window >= WINDOW {
         let used = processor_time();
         SINCE.set(Some((now, used)));
-        set(if used.saturating_sub(before) * SHARE > window { Level::Brisk } else { Level::Urgent });
+        set(after(used.saturating_sub(before), window));
     }
+}
+
+/// What a thread that used so much of a window is next.
+fn after(used: Duration, window: Duration) -> Level {
+    if used * SHARE > window { Level::Brisk } else { Level::Urgent }
 }
 
 fn processor_time() -> Duration {
@@ -139,6 +144,13 @@ mod tests {
         let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
         (fields[38].parse().unwrap(), fields[16].parse().unwrap())
+    }
+
+    #[test]
+    fn a_quarter_of_the_time_is_what_an_urgent_thread_may_use() {
+        assert_eq!(after(WINDOW / 4, WINDOW), Level::Urgent);
+        assert_eq!(after(WINDOW / 4 + Duration::from_micros(1), WINDOW), Level::Brisk);
+        assert_eq!(after(Duration::from_millis(200), Duration::from_secs(1)), Level::Urgent);
     }
 
     #[test]
