@@ -13,7 +13,7 @@ use crate::binaries;
 use crate::paths::{RUN_ROOT, SHM_ROOT, absolute};
 use crate::process::Identity;
 use crate::replicator::peers;
-use crate::service::{Observed, Service, ask};
+use crate::service::{Observed, Service, ask, check_key};
 
 const PROGRAM: &str = "understudy-replicator";
 
@@ -134,12 +134,7 @@ impl Agent for Migrations {
             return Ok(());
         }
         binaries::locate(&context.environment, PROGRAM)?;
-        let key = context.parameters.get(&KEY)?;
-        std::fs::File::open(&key).map(drop).map_err(|e| {
-            Failure::arguments(format!(
-                "parameter key: {key} cannot be read on this node: {e}; create it once and copy it to every node"
-            ))
-        })
+        check_key(&context.parameters.get(&KEY)?, "this node")
     }
 
     fn start(&self, context: &Context) -> ocf::Result {

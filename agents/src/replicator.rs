@@ -17,7 +17,7 @@ use crate::cluster::Cluster;
 use crate::pacemaker::Pacemaker;
 use crate::paths::{self, NAME, RUN_ROOT, SHM_ROOT, absolute};
 use crate::process::{Identity, remove, write_durably};
-use crate::service::{Observed, Service, ask};
+use crate::service::{Observed, Service, ask, check_key};
 
 const PROGRAM: &str = "understudy-replicator";
 /// Where the sender is follows from where the machine runs (colocation), so all instances are equally good.
@@ -299,12 +299,7 @@ impl Agent for Replicator {
             return Ok(());
         }
         binaries::locate(&context.environment, PROGRAM)?;
-        let key = context.parameters.get(&KEY)?;
-        std::fs::File::open(&key).map(drop).map_err(|e| {
-            Failure::arguments(format!(
-                "parameter key: {key} cannot be read on this node: {e}; create it once and copy it to every node"
-            ))
-        })
+        check_key(&context.parameters.get(&KEY)?, "this node")
     }
 
     fn start(&self, context: &Context) -> ocf::Result {

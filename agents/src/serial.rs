@@ -16,7 +16,7 @@ use understudy_protocol::layout::{DEFAULT_RUN_ROOT, Layout};
 use crate::binaries;
 use crate::paths::{absolute, machine_name};
 use crate::process::Identity;
-use crate::service::{Observed, Service, ask};
+use crate::service::{Observed, Service, ask, check_key};
 
 const PROGRAM: &str = "understudy-serial";
 
@@ -199,9 +199,7 @@ impl Agent for Serial {
             return Ok(());
         }
         binaries::locate(&context.environment, PROGRAM)?;
-        let key = context.parameters.get(&KEY)?;
-        std::fs::File::open(&key)
-            .map_err(|e| Failure::arguments(format!("parameter key: {key} cannot be read on this board: {e}")))?;
+        check_key(&context.parameters.get(&KEY)?, "this board")?;
         let listen = context.parameters.get(&LISTEN)?;
         listen
             .to_socket_addrs()

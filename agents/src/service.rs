@@ -34,6 +34,15 @@ pub enum Observed<S> {
     Gone,
 }
 
+/// The key file can be read `here`: "this node", "this board".
+pub fn check_key(file: &str, here: &str) -> ocf::Result {
+    fs::File::open(file).map(drop).map_err(|e| {
+        Failure::arguments(format!(
+            "parameter key: {file} cannot be read on {here}: {e}; create it once and copy it to every node and board"
+        ))
+    })
+}
+
 impl Service {
     /// Ask `status` until it answers, is gone, or the deadline passes. The healthy path is one round trip.
     pub fn observe<S>(&self, status: impl Fn(Duration) -> Result<S, ControlError>, deadline: Deadline) -> Observed<S> {
