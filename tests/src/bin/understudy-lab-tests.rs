@@ -37,6 +37,7 @@ struct Tally {
     only: String,
     passed: usize,
     failed: Vec<String>,
+    repeated: Vec<String>,
 }
 
 impl Tally {
@@ -65,11 +66,14 @@ impl Tally {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let mut tally = Tally { only: arguments.only.clone(), passed: 0, failed: Vec::new() };
+    let mut tally = Tally { only: arguments.only.clone(), passed: 0, failed: Vec::new(), repeated: Vec::new() };
     play(&arguments, &mut tally);
     let end = if arguments.keep { Lab::running().and_then(|lab| lab.keep()) } else { Lab::down() };
     if let Err(why) = end {
         eprintln!("understudy-lab-tests: {why:#}");
+    }
+    for name in &tally.repeated {
+        println!("repeated, since the whole machine stood still the first time: {name}");
     }
     for name in &tally.failed {
         println!("failed: {name}");
@@ -119,13 +123,18 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
             Ok(())
         };
         watch.take_longest();
+        let mut repeated = false;
         tally.run(name, || match attempt() {
             Err(why) if watch.take_longest() > STALL && bad_days::whole(&world, before).is_ok() => {
                 println!("note    {name}: this whole machine stood still in the middle of it; once more ({why:#})");
+                repeated = true;
                 attempt()
             }
             result => result,
         });
+        if repeated {
+            tally.repeated.push((*name).into());
+        }
         if !whole {
             println!("{}", world.describe());
             healthy = bad_days::whole(&world, before).is_ok();
