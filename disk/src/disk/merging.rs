@@ -1,0 +1,133 @@
+//! Merging: committed slices go into the base, oldest first, and away. [`crate::merger`] calls it in the background, a takeover and the end of a
+//! machine until nothing is left.
+
+use super::*;
+
+impl Disk {
+    /// Merge the oldest committed slices into the base, one batch: verified, written, flushed, recorded, removed, in this order. Repeating it after a
+    /// crash at any point gives the same base.
+    ///
+    /// One thread at a time. What is merged is read from the base afterwards.
+    ///
+    /// # Errors
+    /// A slice is damaged (then what is in it cannot be read any more either); the disk is not ours any more; what the storage says.
+    /// Nothing is lost by an error: the slices stay.
+    pub fn merge(&self) -> Result<Merged> {
+        let result = self.merge_batch();
+        self.table().problem = match &result {
+            Ok(Merged::Waiting(why)) => Some(why.clone()),
+            Ok(_) => None,
+            Err(e) => Some(e.to_string()),
+        };
+        result
+    }
+
+    fn merge_batch(&self) -> Result<Merged> {
+        self.alive()?;
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        for slice in self.table().slices.values() {
+            if !slice.is_committed() || (bytes > 0 && bytes + slice.bytes() > self.limits.batch) {
+                break;
+            }
+            bytes += slice.bytes();
+            batch.push(slice.clone());
+        }
+        let Some(last) = batch.last() else { return Ok(Merged::Nothing) };
+        let last = last.clone();
+        if !self.hold_base()? {
+            return Ok(Merged::Waiting(format!(
+                "{} cannot be merged yet: an earlier owner still holds {BASE_LOCK} in {}; it must end, or its node be fenced",
+                self.base.name(),
+                self.dir.name()
+            )));
+        }
+        self.check_owner()?;
+        // Newest wins within the batch: nothing is written twice.
+        let mut content = Index::default();
+        for slice in &batch {
+            let doing = || format!("reading the slice {} in {}", slice.name, self.dir.name());
+            let scan = crate::record::scan(&*slice.file(), slice.id).doing(doing)?;
+            if scan.digest.finish() != slice.tag().digest || scan.end != slice.bytes() {
+                let what = match scan.standing {
+                    crate::record::Standing::Open { ends } => ends,
+                    crate::record::Standing::Corrupt { what } => what,
+                    _ => "its content is not what was written".into(),
+                };
+                let what = format!("in {}/{}: {what}", self.dir.name(), slice.name);
+                slice.fail(what.clone());
+                return Err(Error::Corrupt { what });
+            }
+            for (record, data) in &scan.records {
+                content.insert(piece(slice.id.serial, record.kind, record.sector, record.sectors, *data));
+            }
+        }
+        self.write_base(&batch, &content)?;
+        self.flush_base()?;
+        let newest = last.tag();
+        self.owner_update(|owner| {
+            owner.newest = newest;
+            owner.size = self.base.size();
+        })?;
+        {
+            let mut table = self.table();
+            let mut index = write(&self.index);
+            for piece in content.pieces() {
+                index.merged(piece.sector, piece.sectors, newest.serial);
+            }
+            for slice in &batch {
+                table.slices.remove(&slice.id.serial);
+            }
+            table.merged = newest;
+        }
+        for slice in &batch {
+            match self.dir.remove(&slice.name.to_string()) {
+                // It is merged: the next opening removes it.
+                Err(_) | Ok(()) => {}
+            }
+        }
+        self.waiting.fetch_sub(bytes, Ordering::Relaxed);
+        self.merged_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.room.notify_all();
+        Ok(Merged::Slices { slices: batch.len(), bytes })
+    }
+
+    #[cfg(not(test))]
+    fn flush_base(&self) -> Result<()> {
+        self.base.flush()
+    }
+
+    #[cfg(test)]
+    fn flush_base(&self) -> Result<()> {
+        if crate::sim::sabotaged(crate::sim::Sabotage::RemoveBeforeFlush) { Ok(()) } else { self.base.flush() }
+    }
+
+    fn write_base(&self, batch: &[Arc<Slice>], content: &Index) -> Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        for piece in content.pieces() {
+            let (mut at, mut left) = (piece.sector * SECTOR, piece.sectors * SECTOR);
+            let end = at + left;
+            if end > self.base.size() {
+                let (path, was, is) = (self.base.name().to_owned(), end, self.base.size());
+                return Err(Error::Shrank { path, was, is });
+            }
+            match piece.source {
+                Source::Base => {}
+                Source::Zero { unmap, .. } => self.base.write_zeroes(at, left, unmap)?,
+                Source::Slice { serial, mut data } => {
+                    // The index was made from this batch.
+                    let Some(slice) = batch.iter().find(|s| s.id.serial == serial) else { continue };
+                    while left > 0 {
+                        let now = &mut buffer[..left.min(1 << 20) as usize];
+                        read_slice(slice, data, now, &self.dir.name())?;
+                        self.base.write_at(at, now)?;
+                        at += now.len() as u64;
+                        data += now.len() as u64;
+                        left -= now.len() as u64;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
