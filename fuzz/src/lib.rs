@@ -74,6 +74,11 @@ pub const TARGETS: &[Target] = &[
         about: "a guest that puts anything into rings and registers",
         run: targets::machine::virtio,
     },
+    Target {
+        name: "virtio-blk",
+        about: "a guest that asks anything of its disk, and machines that go on with what it asked",
+        run: targets::machine::virtio_blk,
+    },
     Target { name: "ports", about: "a guest that reads and writes any port", run: targets::machine::ports },
     Target { name: "cib", about: "what cibadmin prints", run: targets::cluster::cib },
     Target { name: "policy", about: "policy files", run: targets::cluster::policy },

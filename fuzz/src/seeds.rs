@@ -170,6 +170,14 @@ fn machines() -> Vec<Seed> {
         ("bzimage", "header", least_bzimage()),
         ("virtio", "send-and-receive", guest),
         (
+            "virtio-blk",
+            "write-read-takeover",
+            vec![
+                0, 3, 0, 1, 2, 0x90, 8, 0, 4, 3, 1, 0, 3, 0x91, 8, 0, 7, 4, 6, 0, 2, 6, 0, 2, 3, 0, 8, 0, 0x92, 1, 0,
+                3, 0, 4, 0, 0, 0, 0, 4, 6, 0, 0,
+            ],
+        ),
+        (
             "ports",
             "uart-loopback",
             vec![5, 4, 2, 0x1f, 5, 0, 2, b'a', 5, 0, 0, 1, 6, 0, 2, 10, 6, 1, 0, 1, 9, 4, 2, 1, 0, 0, 1, 200],

@@ -9,6 +9,7 @@ use understudy_vmm::devices::i8042::{I8042, Port92};
 use understudy_vmm::devices::pci::PciBus;
 use understudy_vmm::devices::rtc::Rtc;
 use understudy_vmm::devices::uart16550::Uart16550;
+use understudy_vmm::devices::virtio::block::{Block, Kind, OUT_MAX, Outcome};
 use understudy_vmm::devices::virtio::{Console, Rng, VirtioPci};
 use understudy_vmm::devices::{Ctx, GuestRam, Payload, Payloads, PioDevice, Snapshot, VmTime};
 use understudy_vmm::memory::Ram;
@@ -165,6 +166,97 @@ pub fn virtio(bytes: &[u8]) {
     let taken = Payloads::new(saved.clone()).and_then(|mut payloads| other.restore_payloads(&mut payloads));
     assert_eq!(taken, Ok(()), "what was saved is taken back");
     assert_eq!(other.save_payloads(), saved);
+}
+
+/// Sectors of the disk.
+const SECTORS: u64 = 64;
+
+/// A disk with two queues, alone on its bus.
+pub fn disk() -> PciBus {
+    let mut bus = PciBus::new();
+    // The slot is free and the window is large enough: this cannot fail.
+    bus.add(4, Box::new(VirtioPci::new(Block::new(2, false, "vda")))).expect("slot 4");
+    bus.assign_bars(BARS..BARS + 0x10_0000).expect("a window for the registers");
+    bus
+}
+
+/// A guest that puts anything into its disk's rings; whoever does what it asks answers late, wrongly or twice; and a takeover now and then.
+pub fn virtio_blk(bytes: &[u8]) {
+    let (mut bus, mut input) = (disk(), Input::new(bytes));
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).expect("a little RAM");
+    if let Some(disk) = bus.get_mut::<VirtioPci<Block>>(4) {
+        disk.set_sectors(SECTORS);
+    }
+    set_up(&mut bus, &ram, 0, input.byte().is_multiple_of(2));
+    let mut out = Vec::new();
+    while !input.is_empty() {
+        let ctx = Ctx { now: VmTime(0), ram: &ram };
+        match input.byte() % 8 {
+            0 => _ = bus.mmio_write(BARS + u64::from(input.byte()), input.piece(), &ctx),
+            1 => _ = bus.mmio_read(BARS + 0x2000 + input.odd_number() % 0x1000, &mut [0; 8], &ctx),
+            2 => _ = ram.write_slice(input.piece(), GuestAddress(u64::from(input.byte()) * 0x100)),
+            // A request: header, data, status; perhaps with other flags.
+            3 => {
+                let (queue, what, sector) = (u64::from(input.byte() % 2), input.byte(), input.odd_number());
+                let (at, len, flags) = (u64::from(input.byte()) * 0x100, input.byte(), input.byte());
+                let at_table = table(0, queue);
+                let _ = ram.write_obj(u64::from(what), GuestAddress(0x8000));
+                let _ = ram.write_obj(sector, GuestAddress(0x8008));
+                let writes = u16::from(what != 1) * 2;
+                let descriptors = [
+                    (0x8000, 16, 1, 1),
+                    (at, u32::from(len) * 64, 1 | writes ^ u16::from(flags & 2), 2),
+                    (0x8100, 1, 2 ^ u16::from(flags >> 6), 0),
+                ];
+                for (i, (addr, len, flags, next)) in (0u64..).zip(descriptors) {
+                    let _ = ram.write_obj::<u64>(addr, GuestAddress(at_table + 16 * i));
+                    let _ = ram.write_obj::<u32>(len, GuestAddress(at_table + 16 * i + 8));
+                    let _ = ram.write_obj::<u16>(flags, GuestAddress(at_table + 16 * i + 12));
+                    let _ = ram.write_obj::<u16>(next, GuestAddress(at_table + 16 * i + 14));
+                }
+                let ring = at_table + 0x400;
+                let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
+                let _ = ram.write_obj(0u16, GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
+                let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+                let _ = bus.mmio_write(BARS + 0x3000 + 4 * queue, &(queue as u16).to_le_bytes(), &ctx);
+            }
+            4 | 5 => {
+                let Some(disk) = bus.get_mut::<VirtioPci<Block>>(4) else { return };
+                out.extend(disk.take_requests(&ctx));
+                assert!(disk.out() <= OUT_MAX);
+                for request in &out {
+                    if let Kind::Read { at, len } = request.kind {
+                        assert!(at + len as u64 <= disk.device().sectors() * 512);
+                    }
+                }
+            }
+            6 => {
+                let (which, how) = (usize::from(input.byte()), input.byte());
+                let Some(disk) = bus.get_mut::<VirtioPci<Block>>(4) else { return };
+                if let Some(request) = out.get(which % out.len().max(1)) {
+                    let len = if let Kind::Read { len, .. } = request.kind { len } else { 0 };
+                    let outcome = match how % 4 {
+                        0 => Outcome::Failed,
+                        1 => Outcome::Done(vec![1; len + 1]),
+                        _ => Outcome::Done(vec![1; len]),
+                    };
+                    disk.complete(vec![(request.id, outcome)], &ctx);
+                    if how < 0x80 {
+                        out.swap_remove(which % out.len());
+                    }
+                }
+            }
+            _ => {
+                let saved = bus.save_payloads();
+                let mut other = disk();
+                let taken = Payloads::new(saved.clone()).and_then(|mut all| other.restore_payloads(&mut all));
+                assert_eq!(taken, Ok(()), "what was saved is taken back");
+                assert_eq!(other.save_payloads(), saved);
+                (bus, out) = (other, Vec::new());
+            }
+        }
+        bus.take_msi();
+    }
 }
 
 const SIZE: u16 = 8;

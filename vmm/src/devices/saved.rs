@@ -158,6 +158,11 @@ impl Payloads {
         }
     }
 
+    /// What has not been taken.
+    pub fn into_vec(self) -> Vec<Payload> {
+        self.0
+    }
+
     /// Everything has been restored: anything left is an error.
     pub fn finish(self) -> Result<(), RestoreError> {
         match self.0.into_iter().next() {

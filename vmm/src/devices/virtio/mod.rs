@@ -1,6 +1,6 @@
 //! Virtio devices (virtio 1.2), modern only.
 //!
-//! The transport ([`VirtioPci`]) and the device ([`VirtioDevice`]: [`Rng`], [`Console`]) know nothing of each other's
+//! The transport ([`VirtioPci`]) and the device ([`VirtioDevice`]: [`Rng`], [`Console`], [`Block`]) know nothing of each other's
 //! registers:
 //!
 //! ```text
@@ -15,6 +15,7 @@
 
 use super::{GuestRam, Snapshot};
 
+pub mod block;
 pub mod console;
 pub mod queue;
 pub mod rng;
@@ -24,6 +25,7 @@ mod testing;
 mod tests;
 pub mod transport;
 
+pub use block::Block;
 pub use console::Console;
 pub use queue::{Broken, Chain, VirtQueue};
 pub use rng::Rng;
@@ -51,8 +53,19 @@ pub trait VirtioDevice: Snapshot + Send + 'static {
     /// Largest size of each queue, a power of two.
     const QUEUE_SIZES: &'static [u16];
 
+    /// The size of each queue that this one has.
+    fn queue_sizes(&self) -> &[u16] {
+        Self::QUEUE_SIZES
+    }
+
     /// The device's own feature bits (the transport adds its own).
     fn features(&self) -> u64 {
+        0
+    }
+    /// The driver has agreed on these features.
+    fn agreed(&mut self, _features: u64) {}
+    /// Counts changes of the device's configuration, so that a driver does not read half of one.
+    fn config_generation(&self) -> u8 {
         0
     }
     /// Read the device's configuration.

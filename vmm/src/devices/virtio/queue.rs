@@ -22,7 +22,7 @@ pub struct Broken(pub &'static str);
 
 /// A run of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Segment {
+pub(super) struct Segment {
     addr: GuestAddress,
     len: usize,
 }
@@ -33,6 +33,12 @@ pub struct Chain {
     head: u16,
     readable: Vec<Segment>,
     writable: Vec<Segment>,
+}
+
+impl From<Segment> for (u64, usize) {
+    fn from(segment: Segment) -> Self {
+        (segment.addr.0, segment.len)
+    }
 }
 
 fn total(segments: &[Segment]) -> usize {
@@ -75,15 +81,55 @@ impl Chain {
         Ok(out.len() - start)
     }
 
+    /// The runs of memory that hold the readable bytes from `skip` on, at most `len` of them.
+    pub(super) fn readable_runs(&self, skip: usize, len: usize) -> impl Iterator<Item = Segment> {
+        window(&self.readable, skip, len)
+    }
+
     /// Write `data` to the start of the writable buffers; returns how much fitted.
     pub fn write(&self, ram: &GuestRam, data: &[u8]) -> Result<usize, Broken> {
+        self.write_at(ram, 0, data)
+    }
+
+    /// As [`Chain::write`], from byte `skip` of the writable buffers on.
+    pub fn write_at(&self, ram: &GuestRam, skip: usize, data: &[u8]) -> Result<usize, Broken> {
         let mut done = 0;
-        for segment in window(&self.writable, 0, data.len()) {
+        for segment in window(&self.writable, skip, data.len()) {
             ram.write_slice(&data[done..done + segment.len], segment.addr)
                 .map_err(|_| Broken("a buffer vanished from RAM"))?;
             done += segment.len;
         }
         Ok(done)
+    }
+}
+
+impl Chain {
+    /// For a saved state, of a device that has taken the chain and not completed it.
+    pub(super) fn save(&self) -> ChainV1 {
+        let Self { head, readable, writable } = self;
+        // A chain is shorter than 4 GiB.
+        let runs = |all: &[Segment]| all.iter().map(|s| (s.addr.0, s.len as u32)).collect();
+        ChainV1 { head: *head, readable: runs(readable), writable: runs(writable) }
+    }
+
+    /// Back from a saved state. Whether it lies in RAM is for [`Chain::check`] to say.
+    pub(super) fn restore(kind: &'static str, saved: ChainV1, limit: u16) -> Result<Self, RestoreError> {
+        let ChainV1 { head, readable, writable } = saved;
+        let bytes: u64 = readable.iter().chain(&writable).map(|(_, len)| u64::from(*len)).sum();
+        if head >= limit || readable.len() + writable.len() > usize::from(limit) || bytes > u64::from(u32::MAX) {
+            return Err(RestoreError::invalid(kind, "a chain is longer than its queue"));
+        }
+        let runs = |all: Vec<(u64, u32)>| -> Vec<Segment> {
+            all.into_iter().map(|(addr, len)| Segment { addr: GuestAddress(addr), len: len as usize }).collect()
+        };
+        Ok(Self { head, readable: runs(readable), writable: runs(writable) })
+    }
+
+    /// Whether all of it lies in RAM: one that was restored need not.
+    pub(super) fn check(&self, ram: &GuestRam) -> Result<(), Broken> {
+        let mut all = self.readable.iter().chain(&self.writable).filter(|s| s.len > 0);
+        let inside = all.all(|s| GuestMemoryBackend::check_range(ram, s.addr, s.len));
+        if inside { Ok(()) } else { Err(Broken("a buffer lies outside RAM")) }
     }
 }
 
@@ -125,6 +171,11 @@ impl VirtQueue {
     #[must_use]
     pub fn enabled(&self) -> bool {
         self.ring.is_some()
+    }
+
+    /// As the driver set it.
+    pub(super) fn size(&self) -> u16 {
+        self.setup.size
     }
 
     /// Back to what `new` made.
@@ -291,4 +342,15 @@ pub struct V1 {
     pub setup: Setup,
     /// Present once it is enabled.
     pub position: Option<Position>,
+}
+
+/// Saved state of a chain that a device has taken, version 1; part of the device's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChainV1 {
+    /// Its first descriptor.
+    pub head: u16,
+    /// Runs of memory that the device reads: address, bytes.
+    pub readable: Vec<(u64, u32)>,
+    /// Runs of memory that the device writes.
+    pub writable: Vec<(u64, u32)>,
 }

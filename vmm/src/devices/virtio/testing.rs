@@ -45,7 +45,7 @@ impl<D: VirtioDevice> Guest<D> {
     pub fn ready(device: D, features: u64) -> Self {
         let mut guest = Self::new(device);
         assert_eq!(guest.negotiate(features) & status::FEATURES_OK, status::FEATURES_OK);
-        for q in 0..D::QUEUE_SIZES.len() as u16 {
+        for q in 0..guest.device().device().queue_sizes().len() as u16 {
             guest.set_up_queue(q);
         }
         guest.write(0x14, &[0x0f]);
@@ -140,7 +140,7 @@ impl<D: VirtioDevice> Guest<D> {
 
     /// Switch MSI-X on with all vectors unmasked; vector `v` sends data `0x40 + v`.
     pub fn enable_msix(&mut self) {
-        for vector in 0..=D::QUEUE_SIZES.len() as u64 {
+        for vector in 0..=self.device().device().queue_sizes().len() as u64 {
             let entry = 0x4000 + 16 * vector;
             self.write(entry, &0xfee0_0000u64.to_le_bytes());
             self.write(entry + 8, &(0x40 + vector as u32).to_le_bytes());

@@ -5,6 +5,7 @@ use super::testing::{EVENT_IDX, Guest, RAM_SIZE, SIZE, SLOT, VERSION_1, ring};
 use super::transport::status;
 use super::{Console, Rng, console, rng};
 
+mod block;
 mod hostile;
 mod saved;
 

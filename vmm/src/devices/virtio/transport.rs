@@ -110,19 +110,20 @@ impl<D: VirtioDevice> VirtioPci<D> {
         config.add_memory_bar(usize::from(BAR), BAR_SIZE);
         config.use_inta();
         // Configuration and every queue have a vector each.
-        let vectors = D::QUEUE_SIZES.len() as u16 + 1;
+        let vectors = device.queue_sizes().len() as u16 + 1;
         let msix = Msix::new(&mut config, vectors, BAR, MSIX_TABLE as u32, MSIX_PENDING as u32);
         add_capability(&mut config, CFG_COMMON, COMMON, None);
         add_capability(&mut config, CFG_ISR, ISR, None);
         add_capability(&mut config, CFG_DEVICE, DEVICE, None);
         add_capability(&mut config, CFG_NOTIFY, NOTIFY, Some(NOTIFY_MULTIPLIER));
         let window = add_window(&mut config);
+        let queues = device.queue_sizes().iter().map(|size| VirtQueue::new(*size)).collect();
         Self {
             device,
             config,
             msix,
             window,
-            queues: D::QUEUE_SIZES.iter().map(|size| VirtQueue::new(*size)).collect(),
+            queues,
             device_feature_select: 0,
             driver_feature_select: 0,
             driver_features: 0,
@@ -185,6 +186,13 @@ impl<D: VirtioDevice> VirtioPci<D> {
         }
     }
 
+    /// The device's configuration is another one: tell the driver.
+    pub fn config_changed(&mut self) {
+        if self.running() {
+            self.interrupt(ISR_CONFIG, self.config_vector);
+        }
+    }
+
     fn offered_features(&self) -> u64 {
         self.device.features() | F_INDIRECT | F_EVENT_IDX | F_VERSION_1
     }
@@ -223,6 +231,9 @@ impl<D: VirtioDevice> VirtioPci<D> {
             added &= !status::DRIVER_OK;
         }
         self.status |= added;
+        if added & status::FEATURES_OK != 0 {
+            self.device.agreed(self.driver_features);
+        }
         if added & status::DRIVER_OK != 0 {
             self.process(ram);
         }
@@ -365,7 +376,11 @@ impl<D: VirtioDevice> PciFunction for VirtioPci<D> {
 
     fn restore_payloads(&mut self, payloads: &mut Payloads, name: &str) -> Result<(), RestoreError> {
         payloads.restore(self, name)?;
-        payloads.restore(&mut self.device, name)
+        payloads.restore(&mut self.device, name)?;
+        if self.status & status::FEATURES_OK != 0 {
+            self.device.agreed(self.driver_features);
+        }
+        Ok(())
     }
 
     fn as_any(&self) -> &dyn Any {

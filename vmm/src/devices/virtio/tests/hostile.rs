@@ -3,6 +3,7 @@
 use proptest::prelude::{Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestRunner};
 
+use super::super::block::{Kind, Outcome};
 use super::super::testing::{INDIRECT, NEXT, WRITE};
 use super::super::{CHAINS_PER_CALL, VirtioDevice, VirtioPci};
 use super::*;
@@ -215,5 +216,35 @@ fn a_hostile_guest_cannot_make_the_console_panic() {
             let room = console.input_room();
             assert_eq!(console.receive(&vec![n; usize::from(n)], ctx), room.min(usize::from(n)));
         }
+    });
+}
+
+#[test]
+fn a_hostile_guest_cannot_make_the_disk_panic() {
+    let make = || {
+        let mut disk = VirtioPci::new(super::super::Block::new(2, false, "vda"));
+        disk.set_sectors(64);
+        let mut device = super::super::Block::new(2, false, "vda");
+        device.restore(disk.device().save()).unwrap();
+        device
+    };
+    torment(make, |disk, n, ctx| {
+        let requests = disk.take_requests(ctx);
+        assert!(disk.out() <= super::super::block::OUT_MAX);
+        let outcomes = requests.into_iter().map(|request| match request.kind {
+            Kind::Read { at, len } => {
+                assert!(at + len as u64 <= 64 * 512);
+                (request.id, Outcome::Done(vec![n; len]))
+            }
+            Kind::Write { at, from, .. } => {
+                let len: usize = from.iter().map(|(_, len)| len).sum();
+                assert!(at + len as u64 <= 64 * 512);
+                assert!(from.iter().all(|(addr, len)| addr + *len as u64 <= RAM_SIZE as u64));
+                (request.id, Outcome::Failed)
+            }
+            _ => (request.id, Outcome::Done(Vec::new())),
+        });
+        // Some stay out.
+        disk.complete(outcomes.filter(|(id, _)| id % 3 != u64::from(n) % 4).collect(), ctx);
     });
 }

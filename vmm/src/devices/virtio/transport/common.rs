@@ -56,8 +56,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
         put(DRIVER_FEATURE, &half(self.driver_features, self.driver_feature_select).to_le_bytes());
         put(CONFIG_MSIX_VECTOR, &self.config_vector.to_le_bytes());
         put(NUM_QUEUES, &(self.queues.len() as u16).to_le_bytes());
-        // The configuration generation behind it stays 0: no device changes its configuration.
-        put(DEVICE_STATUS, &[self.status, 0]);
+        put(DEVICE_STATUS, &[self.status, self.device.config_generation()]);
         put(QUEUE_SELECT, &self.queue_select.to_le_bytes());
         // A queue that does not exist has size 0.
         if let Some(queue) = self.selected_queue() {
