@@ -668,13 +668,15 @@ impl Disk {
         };
         let holds_base = self.base_lock.lock().unwrap_or_else(PoisonError::into_inner).is_some();
         let table = self.table();
+        // Before the index is locked: see the order of locks.
+        let open_bytes = table.open.as_ref().map_or(0, |s| s.bytes());
         let index = read(&self.index);
         Status {
             name: self.base.name().to_owned(),
             mode,
             backlog_bytes: self.waiting.load(Ordering::Relaxed),
             backlog_slices: table.slices.len(),
-            open_bytes: table.open.as_ref().map_or(0, |s| s.bytes()),
+            open_bytes,
             index_extents: index.len(),
             index_bytes: index.bytes(),
             merged_bytes: self.merged_bytes.load(Ordering::Relaxed),

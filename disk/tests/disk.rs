@@ -319,6 +319,28 @@ fn many_threads_write_while_epochs_are_cut_and_merged() {
 }
 
 #[test]
+fn the_status_can_be_asked_for_while_the_disk_is_written() {
+    let place = Place::new(Format::Raw);
+    let disk = Arc::new(place.open(1, Memory::None).unwrap());
+    disk.protect(Epoch(1)).unwrap();
+    let (done, ended) = std::sync::mpsc::channel();
+    for _ in 0..2 {
+        let (disk, done) = (disk.clone(), done.clone());
+        thread::spawn(move || {
+            for round in 0..4000 {
+                fill(&*disk, round % 64 * 512, 512, round as u8);
+                disk.status();
+            }
+            done.send(()).unwrap();
+        });
+    }
+    for _ in 0..2 {
+        ended.recv_timeout(Duration::from_secs(60)).expect("neither waits for the other for ever");
+    }
+    assert!(disk.status().open_bytes >= 8000 * 512);
+}
+
+#[test]
 fn qcow2_reads_through_its_backing_file_and_says_when_it_is_missing() {
     let dir = tempfile::tempdir().unwrap();
     let (below, above) = (dir.path().join("below.raw"), dir.path().join("above.qcow2"));
