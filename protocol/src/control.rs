@@ -86,6 +86,12 @@ pub enum VmmRequest {
     },
     /// (session) The arena's content was taken; fill it again. Reply: [`Captured`].
     CutContinue,
+    /// (session) Make durable what the disks have of the checkpoint of `epoch`, before the standby is told the epoch's end: then a checkpoint
+    /// that is committed anywhere finds its disks. Only for machines with [`Attached::disks`]. Reply: `null`.
+    SealDisks {
+        /// The epoch, which was cut.
+        epoch: Epoch,
+    },
     /// (session) The standby holds the checkpoint of `epoch`, verified: open the gate for what it covers. Reply: `null`.
     Committed {
         /// The epoch that was committed.
@@ -132,6 +138,20 @@ pub struct MachineShape {
     pub serial_ports: u32,
     /// Whether there is a virtio console.
     pub console: bool,
+    /// Disks, in the order of their places on the bus.
+    #[serde(default)]
+    pub disks: Vec<DiskShape>,
+}
+
+/// A disk in [`MachineShape`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskShape {
+    /// Its name, which the guest sees as its id.
+    pub name: String,
+    /// Its queues.
+    pub queues: u16,
+    /// The guest can only read it.
+    pub read_only: bool,
 }
 
 /// A vCPU in the reply to [`VmmRequest::Positions`].
@@ -301,6 +321,31 @@ pub struct VmmStatus {
     /// How checkpoints are captured.
     #[serde(default)]
     pub capture: CaptureStatus,
+    /// The disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskStatus>,
+}
+
+/// One disk in [`VmmStatus`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Its name.
+    pub name: String,
+    /// Its base.
+    pub file: String,
+    /// `direct`: unprotected, writes go to the base. `solo`: to slices that count at the guest's flush. `protected`: to slices that count with their
+    /// checkpoint. `read-only`; `closed` on a standby.
+    pub mode: String,
+    /// Its size, 0 while it is closed.
+    pub size_bytes: u64,
+    /// Bytes in slices that are not merged into the base.
+    pub backlog_bytes: u64,
+    /// Requests that are under way.
+    pub in_flight: u64,
+    /// Of these, those that wait until there is room.
+    pub held: u64,
+    /// What is wrong with it.
+    pub problem: Option<String>,
 }
 
 /// One serial port in [`VmmStatus`].
@@ -331,6 +376,9 @@ pub struct Attached {
     pub ram_bytes: u64,
     /// Size of the arena file in bytes.
     pub arena_bytes: u64,
+    /// The machine has disks that can be written: [`VmmRequest::SealDisks`] before the end of every epoch.
+    #[serde(default)]
+    pub disks: bool,
 }
 
 /// Reply to [`VmmRequest::Harvest`].

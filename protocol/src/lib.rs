@@ -9,12 +9,14 @@
 //! | [`board`]   | vmm ↔ board service | those records: sessions of a line of bytes |
 //! | [`statistics`] | replicator → people and monitoring | a part of its status |
 //! | [`urgent`]  | nobody | threads of all of them that must not wait for a processor |
+//! | [`disk`]    | administrators → agents, vmm | how a machine's disks are written |
 //! | [`ids`]     | everybody | types that keep an epoch from being taken for a generation |
 //!
 //! Nothing here knows Pacemaker, KVM or a device: it is the one crate that both sides of every boundary depend on.
 
 pub mod board;
 pub mod control;
+pub mod disk;
 pub mod frame;
 pub mod ids;
 pub mod key;

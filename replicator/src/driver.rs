@@ -391,6 +391,7 @@ impl Driver {
                 self.kept.retain(|kept| kept.epoch > epoch);
                 Some(self.done(&VmmRequest::Committed { epoch }))
             }
+            Action::SealDisks(epoch) => Some(self.done(&VmmRequest::SealDisks { epoch })),
             Action::GateOpen => Some(self.done(&VmmRequest::GateOpen)),
             Action::Harvest { send } => Some(self.harvest(send)),
             Action::SendDirty => Some(urgent::heavy(true, || self.send_dirty().unwrap_or_else(Trouble::event))),

@@ -17,6 +17,7 @@
 //!   again before the gate opens, and lifted again before protection is claimed.
 //! * A first copy destroys what the standby holds. If that is a whole image of this machine's present, the copy waits until
 //!   the gate has been opened under a veto: until then the old image is what the cluster would fall back on.
+//! * The end of an epoch is sent only when the machine's disks are sealed for it, if it has disks: a checkpoint that is committed anywhere finds them.
 //! * Once a newer generation has shown itself the only action left is to end the machine here.
 //!
 //! The caller performs each action to its end, reports with the matching [`Event`], and feeds in whatever else
@@ -148,6 +149,7 @@ enum Asked {
     Nothing,
     LogStart,
     GateOpen,
+    SealDisks(Epoch),
     Committed(Epoch),
     Throttle,
     Quit,
@@ -262,6 +264,8 @@ pub struct Sender {
     rest: Rest,
     base: Option<Base>,
     epoch: Epoch,
+    /// The newest epoch for which the disks are sealed.
+    sealed: Epoch,
     committed: Epoch,
     next_cut: Instant,
     in_flight: VecDeque<InFlight>,
@@ -344,6 +348,7 @@ impl Sender {
             rest: Rest::Nothing,
             base: None,
             epoch: Epoch::ZERO,
+            sealed: Epoch::ZERO,
             committed: Epoch::ZERO,
             next_cut: now,
             in_flight: VecDeque::new(),
@@ -468,7 +473,7 @@ impl Sender {
         }
         match self.rest {
             Rest::Nothing => {}
-            Rest::Keep(captured) => return Action::SendPiece(captured),
+            Rest::Keep(captured) => return self.seal_or_send(captured),
             Rest::KeepMore | Rest::Drop => return Action::CutContinue,
         }
         if self.share_told != self.share {
@@ -574,7 +579,8 @@ impl Sender {
             self.hand_over = HandOver::Telling { deadline: None };
         }
         match self.cycle {
-            Cycle::Early(captured) | Cycle::Sending(captured) => return Action::SendPiece(captured),
+            Cycle::Early(captured) => return Action::SendPiece(captured),
+            Cycle::Sending(captured) => return self.seal_or_send(captured),
             Cycle::Continue => return Action::CutContinue,
             Cycle::Resend { after } => return Action::Resend { after },
             Cycle::Idle => {}
@@ -606,6 +612,16 @@ impl Sender {
             HandOver::Wanted | HandOver::Cut | HandOver::Recorded | HandOver::Done => Action::Wait(wake),
             HandOver::No => self.next_cut_or_wait(now, wake, oldest),
         }
+    }
+
+    /// A piece of a cut is in the arena: with the last the epoch ends.
+    fn seal_or_send(&mut self, captured: Captured) -> Action {
+        let disks = self.vmm.as_ref().is_some_and(|vmm| vmm.disks);
+        if captured.more || !disks || self.sealed == self.epoch {
+            return Action::SendPiece(captured);
+        }
+        self.asked = Asked::SealDisks(self.epoch);
+        Action::SealDisks(self.epoch)
     }
 
     fn next_cut_or_wait(&mut self, now: Instant, mut wake: Instant, oldest: Option<InFlight>) -> Action {

@@ -59,7 +59,8 @@ impl Scene {
         match self.sender.next(self.now) {
             Action::Wait(until) => self.now = until.min(self.now + Duration::from_millis(5)),
             Action::Attach => {
-                let attached = Attached { generation: Generation(1), ram_bytes: 1 << 20, arena_bytes: 1 << 20 };
+                let attached =
+                    Attached { generation: Generation(1), ram_bytes: 1 << 20, arena_bytes: 1 << 20, disks: false };
                 self.tell(Event::Attached { attached, last_cut: Epoch::ZERO, session: 7 });
             }
             Action::DirtyLogStart | Action::GateOpen | Action::Throttle(_) | Action::Committed(_) | Action::Quit => {

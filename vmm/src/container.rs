@@ -73,6 +73,13 @@ pub fn decode(bytes: &[u8]) -> Result<Payloads, ContainerError> {
     Ok(Payloads::new(payloads)?)
 }
 
+/// A saved machine with one more payload.
+pub fn append(bytes: &[u8], payload: Payload) -> Result<Vec<u8>, ContainerError> {
+    let mut payloads = decode(bytes)?.into_vec();
+    payloads.push(payload);
+    Ok(encode(&payloads))
+}
+
 /// A payload that is not a device's.
 pub fn payload<T: Serialize>(kind: &str, name: &str, version: u32, state: &T) -> anyhow::Result<Payload> {
     let bytes = postcard::to_allocvec(state).with_context(|| format!("cannot write the state of {kind} {name}"))?;

@@ -169,6 +169,7 @@ impl Connection {
                 ok(self.session()?.cut(CutRequest { epoch, arm, last, again })?)
             }
             VmmRequest::CutContinue => ok(self.session()?.cut_continue()?),
+            VmmRequest::SealDisks { epoch } => ok(self.session()?.seal_disks(epoch)?),
             VmmRequest::Committed { epoch } => ok(self.session()?.committed(epoch)?),
             VmmRequest::GateOpen => match &mut self.session {
                 Some(session) => ok(session.gate_open()?),

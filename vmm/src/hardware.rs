@@ -6,11 +6,13 @@
 //! What must hold: while [`Hardware::frozen`] is set, no device is touched (the machine is being captured, or stands still); so
 //! neither guest RAM nor any state that a checkpoint contains changes.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
-use understudy_protocol::control::Gate;
+use understudy_protocol::control::{DiskShape, Gate};
 use understudy_protocol::ids::Epoch;
 
 use crate::clock::Stopwatch;
@@ -26,6 +28,7 @@ use crate::devices::{
 use crate::gate::{self, Stream};
 use crate::memory::Ram;
 use crate::port::Port;
+use crate::storage::lane::Lane;
 
 /// Interrupt lines of the I/O APIC.
 const LINES: usize = 24;
@@ -73,12 +76,14 @@ pub struct Env<'a> {
 }
 
 /// What a machine consists of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HardwareConfig {
     /// Number of serial ports, 0 to 4.
     pub serial_ports: usize,
     /// Whether there is a virtio console.
     pub console: bool,
+    /// Its disks.
+    pub disks: Vec<DiskShape>,
 }
 
 /// The devices. See the module.
@@ -89,6 +94,8 @@ pub struct Hardware {
     pub serial: Vec<SerialPort>,
     /// The virtio console's port, if there is one.
     pub console: Option<Port>,
+    /// Behind the disk devices, in their order.
+    pub disks: Vec<Arc<Lane>>,
     /// What the guest asked for.
     pub asked: Option<Asked>,
     /// No device may be touched.
@@ -132,12 +139,13 @@ impl Hardware {
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let low = ram.low_end();
         let mut pci = PciBus::new();
-        crate::plug::plug(&mut pci, config.console)?;
+        crate::plug::plug(&mut pci, config.console, &config.disks)?;
         let serial = |i| SerialPort { uart: Uart16550::new(), port: Port::new(format!("com{}", i + 1)) };
         Ok(Self {
             stopwatch: Stopwatch::default(),
             serial: (0..config.serial_ports.min(COM_PORTS.len())).map(serial).collect(),
             console: config.console.then(|| Port::new("hvc0".into())),
+            disks: config.disks.iter().map(|disk| Arc::new(Lane::new(&disk.name))).collect(),
             asked: None,
             frozen: true,
             armed: None,
@@ -257,7 +265,7 @@ impl Hardware {
         for s in &mut self.serial {
             s.settle(ctx.now);
         }
-        crate::plug::settle(&mut self.pci, self.console.as_mut(), &ctx);
+        crate::plug::settle(&mut self.pci, self.console.as_mut(), &self.disks, &ctx);
         if self.gate == Gate::Hold && !self.uncovered && self.ports().any(|p| p.stream.uncovered()) {
             self.uncovered = true;
             self.bell.ring();
@@ -314,8 +322,16 @@ impl Hardware {
         self.port92 = Port92::new();
         self.pm = AcpiPm::new();
         self.pci.reset();
+        crate::plug::forget(&mut self.pci, &self.disks);
         self.asked = None;
         self.lines = [false; LINES];
+    }
+
+    /// The disks have these sizes, in sectors. Where a driver is at work it is told of a new one.
+    pub fn resize_disks(&mut self, sectors: &[u64]) {
+        for (disk, sectors) in (0u8..).zip(sectors) {
+            crate::plug::resize(&mut self.pci, disk, *sectors);
+        }
     }
 
     /// A direct kernel boot follows: what firmware would have set up.
@@ -333,6 +349,7 @@ impl Hardware {
             stopwatch: _,
             serial,
             console: _,
+            disks: _, // a request is in its device's state until it is done
             asked,
             frozen: _,
             armed: _,

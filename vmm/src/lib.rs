@@ -7,6 +7,7 @@
 //! | state | [`vcpu_state`], [`vm_state`], [`raw`], [`container`], [`save`] |
 //! | checkpoints | [`session`] (the cut), [`capture`] (how pages are copied) |
 //! | outputs | [`gate`] (pure), [`port`], [`pump`], [`backend`] |
+//! | disks | [`storage`] (behind the device [`devices::virtio::block`]) |
 //! | life | [`machine`], [`session`] (replication), [`control`] (socket), [`run`] (process) |
 //! | unsafe | [`sys`]; blocks in [`memory`], [`capture::gather`], [`capture::lock`] |
 //!
@@ -35,6 +36,7 @@ pub mod routing;
 pub mod run;
 pub mod save;
 pub mod session;
+pub mod storage;
 pub mod sys;
 pub mod vcpu_state;
 pub mod vcpus;

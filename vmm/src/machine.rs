@@ -24,6 +24,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, SerialStatus, VcpuPosition, VmmState, VmmStatus};
+use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::acpi::{self, Platform};
@@ -39,6 +40,7 @@ use crate::hardware::{Asked, Hardware, HardwareConfig};
 use crate::memory::Ram;
 use crate::pump::Pump;
 use crate::routing;
+use crate::storage::{self, Storage};
 use crate::vcpu_state::{self, Abilities};
 use crate::vcpus::Vcpus;
 use crate::vm_state;
@@ -91,6 +93,10 @@ pub struct MachineConfig {
     pub serial: Vec<BackendConfig>,
     /// What is behind the virtio console, if there is one.
     pub console: Option<BackendConfig>,
+    /// Its disks.
+    pub disks: Vec<DiskSpec>,
+    /// This node's name: the disks' owner records have it.
+    pub node: String,
     /// The RAM file.
     pub ram_file: PathBuf,
 }
@@ -152,6 +158,8 @@ pub struct Machine {
     life: Mutex<Life>,
     life_changed: Condvar,
     pumps: Mutex<Vec<Pump>>,
+    /// Its disks.
+    pub storage: Storage,
     kvm_backend: String,
     /// How checkpoints are captured.
     capture: Mutex<Record>,
@@ -210,6 +218,7 @@ impl Machine {
             let pumps = self.pumps.lock().unwrap_or_else(PoisonError::into_inner);
             pumps.iter().map(|p| p.status.lock().map(|s| s.clone()).unwrap_or_default()).collect()
         };
+        let disks = self.storage.status();
         let hardware = self.core.hardware();
         let serial = hardware
             .ports()
@@ -250,6 +259,7 @@ impl Machine {
                 capture.throttle_percent = self.vcpus.share();
                 capture
             },
+            disks,
         }
     }
 
@@ -260,6 +270,7 @@ impl Machine {
             vcpus: self.config.vcpus,
             serial_ports: self.config.serial.len() as u32,
             console: self.config.console.is_some(),
+            disks: storage::shapes(&self.config.disks, self.config.vcpus),
         }
     }
 

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use understudy_protocol::control::{
     ControlError, MachineShape, PromoteFrom, Strategy, VmmRequest, VmmState, VmmStatus, call_once,
 };
+use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 use understudy_vmm::backend::BackendConfig;
@@ -185,6 +186,13 @@ struct Run {
     /// Virtio console: file:PATH.
     #[arg(long, value_name = "BACKEND")]
     console: Option<BackendConfig>,
+    /// A disk, as often as there are disks: name=NAME,file=PATH,format=raw|qcow2[,slices=DIR][,queues=N][,readonly]. NAME is what status and guest call
+    /// it, DIR (default: PATH.row) is where writes wait until their checkpoint is committed; both must be the same files on every node.
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<DiskSpec>,
+    /// This node's name in the cluster: it stands in the records of whose the disks are [default: the host's name].
+    #[arg(long, value_name = "NAME")]
+    node: Option<String>,
     /// Build the machine and wait for a promotion.
     #[arg(long)]
     standby: bool,
@@ -217,7 +225,7 @@ fn dispatch(command: Command) -> Result<i32> {
     match command {
         Command::Run(run) => return start(*run),
         Command::StandIn { which, memory, vcpus, serial_ports, console } => {
-            let shape = MachineShape { memory_mib: memory, vcpus, serial_ports, console };
+            let shape = MachineShape { memory_mib: memory, vcpus, serial_ports, console, disks: Vec::new() };
             return run::stand_in(&which.machine, &shape, which.layout()?);
         }
         Command::Status { which, json } => {
@@ -293,6 +301,8 @@ fn start(run: Run) -> Result<i32> {
         boot: BootSource::Linux { kernel: run.kernel, initrd: run.initrd, cmdline: run.cmdline },
         serial,
         console: run.console,
+        disks: run.disk,
+        node: run.node.map_or_else(hostname, Ok)?,
         ram_file: layout.ram(),
     };
     run::run(RunConfig {
@@ -303,6 +313,11 @@ fn start(run: Run) -> Result<i32> {
         generation: Generation(run.generation),
         capture: run.capture,
     })
+}
+
+fn hostname() -> Result<String> {
+    let name = nix::unistd::gethostname().context("cannot tell the host's name; give --node")?;
+    name.into_string().map_err(|_| anyhow!("the host's name is not valid UTF-8; give --node"))
 }
 
 fn readable(s: &VmmStatus) -> String {
@@ -358,6 +373,21 @@ fn readable(s: &VmmStatus) -> String {
             "  {}: {} ({}), out {} (acknowledged {}, held {}), in {}",
             p.port, p.backend, p.link, p.tx_bytes, p.tx_acked, p.tx_held, p.rx_bytes
         );
+    }
+    for d in &s.disks {
+        let _ = writeln!(
+            out,
+            "  disk {}: {} ({} MiB), {}, {} requests under way, {} KiB to merge",
+            d.name,
+            d.file,
+            d.size_bytes >> 20,
+            d.mode,
+            d.in_flight,
+            d.backlog_bytes >> 10
+        );
+        if let Some(problem) = &d.problem {
+            let _ = writeln!(out, "    {problem}");
+        }
     }
     out
 }

@@ -92,7 +92,7 @@ pub fn run(config: RunConfig) -> Result<i32> {
     run_as(config, way)
 }
 
-/// A machine of the given shape that waits to run from an image, connected to nothing: whatever it puts out vanishes. It ends with the
+/// A machine of the given shape (and without disks) that waits to run from an image, connected to nothing: whatever it puts out vanishes. It ends with the
 /// first thing that its guest asks for, and when its standard input is closed, so that it does not outlive whoever started it.
 pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32> {
     let machine = MachineConfig {
@@ -103,6 +103,8 @@ pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32>
         boot: BootSource::Flat { code: Vec::new(), at: 0 },
         serial: vec![BackendConfig::None; shape.serial_ports as usize],
         console: shape.console.then_some(BackendConfig::None),
+        disks: Vec::new(),
+        node: String::new(),
         ram_file: layout.ram(),
     };
     // The arena holds no more than a dirty log: a bit a page.

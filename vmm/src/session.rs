@@ -16,10 +16,12 @@
 //! What must hold: a page once taken from the log stays in `pending` until it was handed out in a piece of a *finished* cut (or in a
 //! harvested bitmap), so that an aborted cut loses none. A page that is not protected again is copied while the guest stands still.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use crate::storage::{DRAIN_PATIENCE, Tags};
+use anyhow::{Context, Result, bail, ensure};
 use understudy_protocol::control::{Attached, Captured, Gate, Harvested, Strategy, VmmState};
 use understudy_protocol::ids::Epoch;
 
@@ -81,6 +83,8 @@ pub struct Session {
     open: Option<Open>,
     /// Epoch and VM time of a finished last cut that waits for its commit.
     last: Option<(Epoch, VmTime)>,
+    /// Which number the disks gave to the cut of which epoch; those that are not committed.
+    on_disk: VecDeque<(Epoch, Epoch)>,
 }
 
 impl Session {
@@ -109,6 +113,10 @@ impl Session {
         }
         if migrate {
             ensure!(
+                !machine.storage.any(),
+                "a machine with disks cannot be migrated live yet: protect it, and promote it on the other node"
+            );
+            ensure!(
                 life.state == VmmState::Running,
                 "only a machine that runs can be migrated; this one is {:?}",
                 life.state
@@ -125,6 +133,7 @@ impl Session {
             generation: machine.generation(),
             ram_bytes: machine.core.ram.bytes(),
             arena_bytes: arena.lock().map(|a| a.map.len() as u64).unwrap_or(0),
+            disks: machine.storage.any_written(),
         };
         let none = || machine.core.ram.no_pages();
         let session = Self {
@@ -146,6 +155,7 @@ impl Session {
             unprotected: migrate,
             open: None,
             last: None,
+            on_disk: VecDeque::new(),
             machine,
         };
         Ok((session, attached))
@@ -271,10 +281,29 @@ impl Session {
         early
     }
 
+    /// The disks' number for the newest cut up to that of `epoch`.
+    fn on_disk(&self, epoch: Epoch) -> Option<Epoch> {
+        self.on_disk.iter().rev().find(|(cut, _)| *cut <= epoch).map(|(_, number)| *number)
+    }
+
+    /// What the disks have of `epoch` is durable when this returns.
+    pub fn seal_disks(&mut self, epoch: Epoch) -> Result<()> {
+        let number = self.on_disk(epoch).with_context(|| format!("epoch {epoch} was never cut, or has no disks"))?;
+        self.machine.storage.seal(&self.machine.core, number)
+    }
+
     /// The standby holds the checkpoint of `epoch`.
     pub fn committed(&mut self, epoch: Epoch) -> Result<()> {
+        {
+            let life = self.machine.life();
+            ensure!(epoch <= life.last_cut, "epoch {epoch} was never cut (the newest is {})", life.last_cut);
+        }
+        // Before anything leaves, and without keeping anybody from the machine.
+        if let Some(number) = self.on_disk(epoch) {
+            self.machine.storage.commit(&self.machine.core, number)?;
+            self.on_disk.retain(|(cut, _)| *cut > epoch);
+        }
         let mut life = self.machine.life();
-        ensure!(epoch <= life.last_cut, "epoch {epoch} was never cut (the newest is {})", life.last_cut);
         life.last_committed = life.last_committed.max(epoch);
         self.machine.core.hardware().commit(epoch);
         if let Some((_, at)) = self.last.take_if(|(last, _)| *last == epoch) {
@@ -292,11 +321,13 @@ impl Session {
 
     /// The machine is durably recorded as unprotected.
     pub fn gate_open(&mut self) -> Result<()> {
+        let runs_elsewhere = |state| matches!(state, VmmState::Fenced | VmmState::HandedOver);
+        let refusal = "the gate of a machine that runs elsewhere stays closed";
+        ensure!(!runs_elsewhere(self.machine.life().state), refusal);
+        // First: with an open gate a flush must be what it says.
+        self.machine.storage.unprotect(&self.machine.core)?;
         let life = self.machine.life();
-        ensure!(
-            !matches!(life.state, VmmState::Fenced | VmmState::HandedOver),
-            "the gate of a machine that runs elsewhere stays closed"
-        );
+        ensure!(!runs_elsewhere(life.state), refusal);
         self.machine.core.hardware().set_gate(Gate::Open);
         Ok(())
     }

@@ -48,6 +48,8 @@ fn rig(code: &[u8], vcpus: u32, arena_bytes: u64) -> Rig {
         boot: BootSource::Flat { code: code.to_vec(), at: CODE_AT },
         serial: vec![BackendConfig::File(dir.path().join("com1"))],
         console: None,
+        disks: Vec::new(),
+        node: String::new(),
         ram_file: dir.path().join("ram"),
     };
     let machine = Arc::new(Machine::build(config, sender).unwrap());

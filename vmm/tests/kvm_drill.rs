@@ -67,6 +67,8 @@ impl Node {
             boot: BootSource::Flat { code: code.to_vec(), at: CODE_AT },
             serial: vec![BackendConfig::File(dir.join("com1")), BackendConfig::None],
             console: Some(BackendConfig::None),
+            disks: Vec::new(),
+            node: String::new(),
             ram_file: layout.ram(),
         };
         let machine = Arc::new(Machine::build(config, sender).unwrap());

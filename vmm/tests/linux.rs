@@ -55,6 +55,8 @@ fn host(kernel: &Path, initrd: &Path) -> Host {
         },
         serial: vec![BackendConfig::File(dir.path().join("com1"))],
         console: None,
+        disks: Vec::new(),
+        node: String::new(),
         ram_file: dir.path().join("ram"),
     };
     let (events, _) = channel();

@@ -59,6 +59,9 @@ pub enum Action {
     /// Encode and send the arena's content; after the last piece also the end of the epoch. → `PieceSent` in any
     /// case, then `PeerLost` if sending failed.
     SendPiece(Captured),
+    /// Have the VMM make durable what the disks have of this epoch; only of a machine with disks, and before the `SendPiece` that ends the epoch.
+    /// → `VmmDone`, `VmmLost`, `VmmRefused`.
+    SealDisks(Epoch),
     /// Send the kept epochs after this one again. → `Resent` or `PeerLost`.
     Resend {
         /// The peer holds it.

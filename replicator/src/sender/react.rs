@@ -24,6 +24,7 @@ impl Sender {
                 self.forget_epochs();
                 (self.early, self.again, self.share, self.share_told) = (false, false, 0, 0);
                 self.epoch = self.epoch.max(last_cut);
+                self.sealed = Epoch::ZERO;
                 self.veto_retry = now;
                 self.peer_retry = now;
                 self.stale = self.stale.filter(|newer| *newer > generation);
@@ -100,6 +101,7 @@ impl Sender {
                     "runs unprotected, without a durable record (there is no cluster): outputs leave at once".into()
                 });
             }
+            Asked::SealDisks(epoch) => self.sealed = epoch,
             Asked::Committed(epoch) => self.committed_told(epoch, now),
             Asked::Quit => self.forget_vmm(now, self.facts.note.clone()),
         }

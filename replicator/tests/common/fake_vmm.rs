@@ -254,6 +254,7 @@ impl FakeVmm {
                     serial: Vec::new(),
                     recent_pauses_us: Vec::new(),
                     capture: understudy_protocol::control::CaptureStatus::default(),
+                    disks: Vec::new(),
                 };
                 json(&|| serde_json::to_value(&status).unwrap())
             }
@@ -276,6 +277,7 @@ impl FakeVmm {
                     generation: machine.generation,
                     ram_bytes: self.load.ram_pages * PAGE as u64,
                     arena_bytes: Self::arena_len(self.load),
+                    disks: false,
                 };
                 json(&|| serde_json::to_value(&attached).unwrap())
             }

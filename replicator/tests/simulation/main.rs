@@ -5,7 +5,8 @@
 //! What is checked after every event:
 //! 1. *Whole images*: what a restarted standby would find is nothing, or exactly one cut of the primary.
 //! 2. *Output commit and no stale takeover*: everything that has left the machine is in that image, or the veto stands.
-//! 3. The floor of generations never goes down.
+//! 3. *Disks*: a machine's disks are durable for the epoch that is in that image.
+//! 4. The floor of generations never goes down.
 //!
 //! After a take-over: the image does not change any more, nothing more leaves the old machine, and it ends itself as soon
 //! as it can hear. Without one: when the troubles end, the machine is protected again.
@@ -90,6 +91,11 @@ fn the_simulation_notices_a_restart_without_repair() {
 #[test]
 fn the_simulation_notices_a_gate_that_does_not_wait_for_the_veto() {
     is_noticed(Sabotage::VetoNotAwaited);
+}
+
+#[test]
+fn the_simulation_notices_an_epoch_that_ends_before_its_disks_are_sealed() {
+    is_noticed(Sabotage::SealNotAwaited);
 }
 
 #[test]

@@ -59,6 +59,9 @@ impl World {
             if generation != Generation(1) || *snapshot != ram {
                 return Err(format!("the image is not epoch {epoch}: {ram:x?} instead of {snapshot:x?}"));
             }
+            if self.vmm.disks && !self.vmm.sealed.contains(&epoch.0) {
+                return Err(format!("the image is epoch {epoch}, and the disks are not sealed for it"));
+            }
             if state != device_state(epoch) {
                 return Err(format!("the device state is not epoch {epoch}'s"));
             }

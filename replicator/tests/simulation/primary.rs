@@ -66,7 +66,8 @@ impl World {
                 }
                 self.sessions += 1;
                 let bytes = PAGES * PAGE as u64;
-                let attached = Attached { generation: Generation(1), ram_bytes: bytes, arena_bytes: bytes };
+                let disks = self.vmm.disks;
+                let attached = Attached { generation: Generation(1), ram_bytes: bytes, arena_bytes: bytes, disks };
                 self.event(Event::Attached { attached, last_cut: self.vmm.cut, session: self.sessions });
             }
             Action::Detach => self.detach(),
@@ -130,6 +131,7 @@ impl World {
                 self.event(Event::Captured(captured));
             }
             Action::SendPiece(captured) => self.send_piece(captured),
+            Action::SealDisks(epoch) => return self.seal_disks(epoch),
             Action::Resend { after } => {
                 let frames = match self.sabotage {
                     Sabotage::ResendIsNotTheSame => self.encoded_again(),
@@ -186,6 +188,23 @@ impl World {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Storage says no now and then.
+    fn seal_disks(&mut self, epoch: Epoch) -> Check {
+        if !self.vmm.disks || epoch != self.vmm.cut {
+            return Err(format!("disks ({}) are to be sealed for {epoch}, {} was cut", self.vmm.disks, self.vmm.cut));
+        }
+        if self.troubled && self.random.one_in(40) {
+            self.say("the storage refuses".into());
+            self.event(Event::VmmRefused("no space left".into()));
+            return Ok(());
+        }
+        if self.sabotage != Sabotage::SealNotAwaited {
+            self.vmm.sealed.insert(epoch.0);
+        }
+        self.event(Event::VmmDone);
         Ok(())
     }
 

@@ -14,6 +14,7 @@ pub enum Sabotage {
     SkipInconsistentRecord,
     ForgetRepair,
     VetoNotAwaited,
+    SealNotAwaited,
     /// A new first copy refers to what an earlier one had sent.
     KeepShadow,
     /// The same for the device state.

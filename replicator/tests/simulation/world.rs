@@ -70,6 +70,9 @@ pub struct Vmm {
     pub snapshots: BTreeMap<u64, (Vec<u64>, u64)>,
     pub quit: bool,
     pub handed_over: bool,
+    /// Whether it has disks, and for which epochs they are durable.
+    pub disks: bool,
+    pub sealed: BTreeSet<u64>,
 }
 
 pub struct World {
@@ -128,7 +131,7 @@ impl World {
             sabotage,
             troubled: true,
             now,
-            vmm: Vmm { ram: vec![0; PAGES as usize], ..Vmm::default() },
+            vmm: Vmm { ram: vec![0; PAGES as usize], disks: seed % 4 < 2, ..Vmm::default() },
             sender: Sender::new(config, now),
             batch: BatchWriter::default(),
             state: StateEncoder::default(),

@@ -90,6 +90,8 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         boot,
         serial: vec![args.serial.unwrap_or(BackendConfig::None)],
         console: None,
+        disks: Vec::new(),
+        node: String::new(),
         ram_file: layout.ram(),
     };
     let capture = understudy_protocol::control::Strategy::Auto;

@@ -9,6 +9,7 @@ impl Machine {
         ensure!((1..=MAX_VCPUS).contains(&config.vcpus), "a machine has 1 to {MAX_VCPUS} vCPUs, not {}", config.vcpus);
         config.serial.iter().chain(&config.console).try_for_each(BackendConfig::validate)?;
         ensure!(config.serial.len() <= 4, "a machine has at most 4 serial ports");
+        storage::validate(&config.disks)?;
         if let BootSource::Linux { kernel, initrd, cmdline } = &config.boot {
             LinuxBoot::open(kernel, initrd.as_deref(), cmdline)?;
         }
@@ -42,9 +43,14 @@ impl Machine {
         let can = Arc::new(Abilities::probe(listed.as_slice(), xsave, &fds[0]));
 
         let hardware = Hardware::new(
-            HardwareConfig { serial_ports: config.serial.len(), console: config.console.is_some() },
+            HardwareConfig {
+                serial_ports: config.serial.len(),
+                console: config.console.is_some(),
+                disks: storage::shapes(&config.disks, config.vcpus),
+            },
             &ram,
         )?;
+        let storage = Storage::new(&config.name, &config.node, &config.disks, hardware.disks.clone());
         let core = Arc::new(Core::new(config.name.clone(), vm, ram, manual_log, hardware, events));
         let vcpus = Vcpus::start(fds, &core)?;
         let cpuids = Arc::new(cpuids);
@@ -78,6 +84,7 @@ impl Machine {
             life: Mutex::new(life),
             life_changed: Condvar::new(),
             pumps: Mutex::new(Vec::new()),
+            storage,
             kvm_backend: kvm_backend(),
             capture: Mutex::default(),
         })

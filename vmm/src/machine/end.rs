@@ -30,12 +30,15 @@ impl Machine {
         self.life_changed();
     }
 
-    /// The machine runs elsewhere: end the links to the boards, which belong to the other one now. Never waits for them.
+    /// The machine runs elsewhere: end the links to the boards and let go of the disks, which belong to the other one now. Never waits for them.
     pub fn retire(self: &Arc<Self>) {
         let machine = self.clone();
-        let spawned = std::thread::Builder::new().name("retire".into()).spawn(move || machine.stop_pumps());
+        let spawned = std::thread::Builder::new().name("retire".into()).spawn(move || {
+            machine.stop_pumps();
+            machine.storage.let_go();
+        });
         if let Err(e) = spawned {
-            eprintln!("warning: the links to the boards stay until the process ends: {e}");
+            eprintln!("warning: the links to the boards and the disks stay until the process ends: {e}");
         }
     }
 
@@ -49,6 +52,10 @@ impl Machine {
         self.vcpus.stop_all();
         self.core.hardware().frozen = true;
         self.stop_pumps();
+        if self.life().state == VmmState::ShutDown {
+            self.storage.finish();
+        }
+        self.storage.let_go();
     }
 
     /// Whether all released output has arrived at the other end; for a polite end after a power-off.

@@ -16,21 +16,64 @@ impl Machine {
             other => bail!("the machine cannot be promoted any more here ({other:?}); stop and start it"),
         }
         ensure!(generation > Generation::ZERO, "a machine runs under a generation of 1 or higher");
+        let image = match from {
+            PromoteFrom::ColdBoot => None,
+            PromoteFrom::Image { state_file, .. } => {
+                let bytes = std::fs::read(state_file)
+                    .with_context(|| format!("cannot read the machine's saved state {state_file}"))?;
+                Some((state_file, bytes))
+            }
+        };
+        if !self.storage.any() {
+            return self.run_from(life, generation, image, gate, &[]);
+        }
+        // Storage can be slow. Nobody else starts the machine meanwhile, and its status can still be asked for.
+        life.cutting = true;
+        drop(life);
+        let opened = self.open_disks(generation, image.as_ref().map(|(_, bytes)| &bytes[..]));
+        let mut life = self.life();
+        life.cutting = false;
+        self.life_changed();
+        let sectors = opened?;
+        let promoted = if life.state == VmmState::Standby {
+            self.run_from(life, generation, image, gate, &sectors)
+        } else {
+            drop(life);
+            Err(anyhow::anyhow!("the machine was ended while its disks were opened"))
+        };
+        promoted.inspect_err(|_| self.storage.let_go())
+    }
+
+    fn open_disks(&self, generation: Generation, image: Option<&[u8]>) -> Result<Vec<u64>> {
+        let tags = match image {
+            Some(bytes) => self.storage.tags(&mut container::decode(bytes)?)?,
+            None => None,
+        };
+        self.storage.open(&self.core, generation, tags.as_ref())
+    }
+
+    /// The disks are open; the rest of a promotion.
+    fn run_from(
+        &self,
+        mut life: MutexGuard<'_, Life>,
+        generation: Generation,
+        image: Option<(&String, Vec<u8>)>,
+        gate: Gate,
+        sectors: &[u64],
+    ) -> Result<()> {
         let mut hardware = self.core.hardware();
-        match from {
-            PromoteFrom::ColdBoot => {
+        match image {
+            None => {
                 life.born = generation;
                 let start = clock::state::V1::default();
                 hardware.cold();
                 self.power_on(&mut hardware, Some(start))?;
             }
-            PromoteFrom::Image { state_file, .. } => {
-                let bytes = std::fs::read(state_file)
-                    .with_context(|| format!("cannot read the machine's saved state {state_file}"))?;
-                self.load_image(&mut life, &mut hardware, &bytes)
-                    .with_context(|| format!("cannot load the machine from {state_file}"))?;
-            }
+            Some((state_file, bytes)) => self
+                .load_image(&mut life, &mut hardware, &bytes)
+                .with_context(|| format!("cannot load the machine from {state_file}"))?,
         }
+        hardware.resize_disks(sectors);
         hardware.set_gate(gate);
         self.start_pumps(&mut hardware, generation, life.born)?;
         life.generation = generation;
@@ -124,6 +167,8 @@ impl Machine {
             .map(|id| container::take(&mut from, vcpu_state::KIND, &id.to_string(), vcpu_state::VERSION))
             .collect::<Result<Vec<vcpu_state::state::V1>>>()?;
         hardware.restore(&mut from)?;
+        // Used already: the disks are open.
+        self.storage.tags(&mut from)?;
         from.finish()?;
 
         hardware.stopwatch.set(VmTime(clock.vm_time_ns));

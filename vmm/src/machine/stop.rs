@@ -15,6 +15,11 @@ pub struct RawState {
 }
 
 impl RawState {
+    /// With what is not the hardware's.
+    pub fn add(&mut self, payload: Payload) {
+        self.devices.push(payload);
+    }
+
     /// As bytes.
     pub fn encode(self) -> Result<Vec<u8>> {
         let mut payloads: Vec<Payload> = vec![
@@ -125,6 +130,11 @@ impl Machine {
 
     /// Open the gate of a machine that nobody replicates (one that was restored or promoted by hand).
     pub fn open_gate_by_hand(&self) -> Result<()> {
+        {
+            let life = self.quiet_life()?;
+            ensure!(!life.session, "a replicator protects this machine; only it may open the gate");
+        }
+        self.storage.unprotect(&self.core)?;
         let life = self.quiet_life()?;
         ensure!(!life.session, "a replicator protects this machine; only it may open the gate");
         ensure!(
@@ -147,6 +157,10 @@ impl Machine {
 
     /// Write RAM and device state to `dir`; the machine is paused for it and left as it was.
     pub fn save(&self, dir: &Path) -> Result<()> {
+        ensure!(
+            !self.storage.any(),
+            "a machine with disks cannot be saved to a directory yet: its disks would go on without what was saved"
+        );
         let was_running = self.life().state == VmmState::Running;
         self.pause()?;
         let state = {

@@ -65,14 +65,26 @@ pub(super) struct Stopped {
 #[expect(clippy::large_enum_variant, reason = "a session has one, and a box would be allocated in the pause")]
 enum Taken {
     Raw(RawState),
-    Paused(Vec<u8>),
+    Paused(Vec<u8>, Option<Tags>),
 }
 
 impl Taken {
     fn encode(self) -> Result<Vec<u8>> {
         match self {
             Self::Raw(raw) => raw.encode(),
-            Self::Paused(state) => Ok(state),
+            Self::Paused(state, None) => Ok(state),
+            Self::Paused(state, Some(tags)) => Ok(crate::container::append(&state, tags.payload()?)?),
+        }
+    }
+
+    /// With the state of the disks.
+    fn with(self, tags: Tags) -> Result<Self> {
+        match self {
+            Self::Raw(mut raw) => {
+                raw.add(tags.payload()?);
+                Ok(Self::Raw(raw))
+            }
+            Self::Paused(state, _) => Ok(Self::Paused(state, Some(tags))),
         }
     }
 }
@@ -167,6 +179,7 @@ impl Session {
             self.open = Some(Open::Running { request, pieces: pieces - 1 });
             return Ok(piece);
         }
+        self.protect_disks(request)?;
         let arena = self.arena.clone();
         let mut arena = arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?;
         let mut slots = Slots::new(&mut arena.map)?;
@@ -199,6 +212,24 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Before the first cut, while the guest runs: from here on the disks' writes belong to checkpoints. The gate is held first, because a flush
+    /// promises nothing any more.
+    fn protect_disks(&self, request: CutRequest) -> Result<()> {
+        let machine = &self.machine;
+        if !machine.storage.any_written() || machine.storage.protected() {
+            return Ok(());
+        }
+        {
+            let mut hardware = machine.core.hardware();
+            ensure!(
+                request.arm || hardware.gate() == Gate::Hold,
+                "the machine's outputs do not wait: a machine with disks is protected by a cut that arms"
+            );
+            hardware.set_gate(Gate::Hold);
+        }
+        machine.storage.protect(&machine.core).context("the disks cannot be protected")
     }
 
     /// Whether what was written by now is more than the arena holds.
@@ -251,6 +282,8 @@ impl Session {
     ) -> Result<Option<Attempt>> {
         let machine = self.machine.clone();
         let CutRequest { epoch, arm, last, .. } = request;
+        // Before the pause: in it nobody waits for storage.
+        let mut intake = machine.storage.close(DRAIN_PATIENCE)?;
         let mut life = machine.quiet_life()?;
         let asked = Instant::now();
         life.cutting = true;
@@ -260,9 +293,18 @@ impl Session {
             let at = hardware.stopwatch.now();
             // A paused machine's streams may have been acknowledged since the pause, nothing else can have changed.
             let raw = match Machine::paused_state(&life) {
-                Some(paused) => Taken::Paused(paused.to_vec()),
+                Some(paused) => Taken::Paused(paused.to_vec(), None),
                 None => Taken::Raw(machine.capture_raw(&life, &hardware, at)?),
             };
+            let raw = match machine.storage.cut(&machine.core)? {
+                Some((number, tags)) => {
+                    self.on_disk.retain(|(cut, _)| *cut < epoch);
+                    self.on_disk.push_back((epoch, number));
+                    raw.with(tags)?
+                }
+                None => raw,
+            };
+            intake.clear();
             hardware.seal(epoch);
             if arm {
                 hardware.set_gate(Gate::Hold);

@@ -1,0 +1,475 @@
+//! Disks that agree with memory, on real KVM: a guest that compares what it knows with what its disk holds, cut, taken over, left behind.
+//!
+//! Needs /dev/kvm. Without it every test says `SKIPPED`.
+#![allow(unsafe_code)] // The guest's machine code is found by its labels.
+
+mod common;
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::guests::CODE_AT;
+use common::{kvm_is_there, scratch, wait};
+use understudy_disk::{Format, Tag};
+use understudy_protocol::control::{Captured, Gate, PromoteFrom, VmmState};
+use understudy_protocol::disk::DiskSpec;
+use understudy_protocol::ids::{Epoch, Generation};
+use understudy_vmm::backend::BackendConfig;
+use understudy_vmm::container;
+use understudy_vmm::core::Event;
+use understudy_vmm::devices::Payload;
+use understudy_vmm::machine::{BootSource, Machine, MachineConfig};
+use understudy_vmm::memory::{Arena, PAGE};
+use understudy_vmm::session::{CutRequest, Session, SharedArena};
+use vm_memory::{Bytes, GuestAddress};
+
+core::arch::global_asm!(
+    ".pushsection .rodata.understudy_disk_guest, \"a\"",
+    ".globl understudy_disk_guest",
+    "understudy_disk_guest:",
+    include_str!("common/disk.s"),
+    ".globl understudy_disk_guest_end",
+    "understudy_disk_guest_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static understudy_disk_guest: u8;
+    static understudy_disk_guest_end: u8;
+}
+
+fn guest() -> Vec<u8> {
+    let (start, end) = (&raw const understudy_disk_guest, &raw const understudy_disk_guest_end);
+    // SAFETY: both are labels in one section of read-only data, in this order, so everything between them is one allocation.
+    unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }.to_vec()
+}
+
+const MIB: u64 = 16;
+const NUMBER: u64 = 0x20_0000;
+const WRONG: u64 = 0x20_0008;
+/// Sectors that the guest goes round in.
+const ROUND: u64 = 64;
+
+/// What both nodes see.
+struct Shared {
+    dir: tempfile::TempDir,
+    nodes: u32,
+}
+
+impl Shared {
+    fn new() -> Self {
+        let dir = scratch();
+        std::fs::write(dir.path().join("disk"), vec![0; 1 << 20]).unwrap();
+        Self { dir, nodes: 0 }
+    }
+    fn disk(&self) -> PathBuf {
+        self.dir.path().join("disk")
+    }
+    fn slices(&self) -> PathBuf {
+        self.dir.path().join("disk.row")
+    }
+    fn spec(&self) -> DiskSpec {
+        format!("name=vda,file={},format=raw", self.disk().display()).parse().unwrap()
+    }
+    /// A machine on a node of its own, its RAM holding this image.
+    fn node(&mut self, image: Option<&[u8]>) -> Node {
+        self.nodes += 1;
+        let dir = self.dir.path().join(format!("n{}", self.nodes));
+        std::fs::create_dir(&dir).unwrap();
+        if let Some(image) = image {
+            std::fs::write(dir.join("ram"), image).unwrap();
+        }
+        let (sender, events) = channel();
+        let config = MachineConfig {
+            name: "test".into(),
+            memory_mib: MIB,
+            vcpus: 1,
+            boot: BootSource::Flat { code: guest(), at: CODE_AT },
+            serial: vec![BackendConfig::File(dir.join("com1"))],
+            console: None,
+            disks: vec![self.spec()],
+            node: format!("n{}", self.nodes),
+            ram_file: dir.join("ram"),
+        };
+        let machine = Arc::new(Machine::build(config, sender).unwrap());
+        let arena = Arc::new(Mutex::new(Arena::open(&dir.join("arena"), 16 << 20).unwrap()));
+        Node { machine, arena, dir, events }
+    }
+}
+
+struct Node {
+    machine: Arc<Machine>,
+    arena: SharedArena,
+    dir: PathBuf,
+    events: Receiver<Event>,
+}
+
+/// A whole image as a standby holds it.
+#[derive(Clone)]
+struct Image {
+    ram: Vec<u8>,
+    state: Vec<u8>,
+}
+
+impl Node {
+    fn boot(self, generation: u64, gate: Gate) -> Self {
+        self.machine.promote(Generation(generation), &PromoteFrom::ColdBoot, gate).unwrap();
+        self
+    }
+    fn take_over(&self, generation: u64, state: &[u8]) -> anyhow::Result<()> {
+        let file = self.dir.join("state");
+        std::fs::write(&file, state).unwrap();
+        let from = PromoteFrom::Image { state_file: file.to_str().unwrap().into(), epoch: Epoch(1) };
+        self.machine.promote(Generation(generation), &from, Gate::Hold)
+    }
+    fn word(&self, at: u64) -> u64 {
+        self.machine.core.ram.mem.read_obj(GuestAddress(at)).unwrap()
+    }
+    fn number(&self) -> u64 {
+        self.word(NUMBER)
+    }
+    fn agrees(&self) -> bool {
+        self.word(WRONG) == 0
+    }
+    /// The guest goes on so far, and disk and memory agree.
+    fn goes_on(&self, by: u64) {
+        let from = self.number();
+        wait("the guest goes on, or finds that disk and memory differ", || {
+            // A machine whose gate is held can say no more than 64 KiB, and then waits: it has gone round often enough.
+            !self.agrees() || self.number() >= from + by || self.machine.status().serial[0].tx_held > 60_000
+        });
+        assert!(self.agrees(), "the guest at {} finds something else on its disk", self.number());
+    }
+    fn attach(&self) -> Session {
+        let mut session = Session::attach(self.machine.clone(), self.arena.clone()).unwrap().0;
+        session.dirty_log_start().unwrap();
+        session
+    }
+    fn ram(&self) -> Vec<u8> {
+        std::fs::read(self.dir.join("ram")).unwrap()
+    }
+    fn arena_bytes(&self, at: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        std::fs::File::open(self.dir.join("arena")).unwrap().read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    }
+    /// Cut; the image becomes that of the cut.
+    fn cut(&self, session: &mut Session, epoch: u64, arm: bool, last: bool, image: &mut Image) {
+        let request = CutRequest { epoch: Epoch(epoch), arm, last, again: false };
+        let mut piece: Captured = session.cut(request).unwrap();
+        loop {
+            let indices = self.arena_bytes(piece.indices_offset, piece.pages * 8);
+            let pages = self.arena_bytes(piece.pages_offset, piece.pages * PAGE as u64);
+            for (index, page) in indices.chunks(8).zip(pages.chunks(PAGE)) {
+                let at = u64::from_le_bytes(index.try_into().unwrap()) as usize * PAGE;
+                image.ram[at..at + PAGE].copy_from_slice(page);
+            }
+            if !piece.more {
+                image.state = self.arena_bytes(piece.state_offset, piece.state_len);
+                return;
+            }
+            piece = session.cut_continue().unwrap();
+        }
+    }
+    /// The numbers that were seen outside.
+    fn outside(&self) -> Vec<u32> {
+        let bytes = std::fs::read(self.dir.join("com1")).unwrap_or_default();
+        bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+    fn mode(&self) -> String {
+        self.machine.status().disks[0].mode.clone()
+    }
+    fn is_fenced_by(&self, generation: u64) {
+        let event = self.events.recv_timeout(Duration::from_secs(20)).expect("an event");
+        assert_eq!(event, Event::Fenced(Generation(generation)));
+    }
+    /// The process ends.
+    fn end(self) {
+        self.machine.halt();
+    }
+}
+
+fn number_of(image: &Image) -> u64 {
+    u64::from_le_bytes(image.ram[NUMBER as usize..][..8].try_into().unwrap())
+}
+
+/// A little chance, the same each time.
+struct Random(u64);
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % n
+    }
+}
+
+#[test]
+fn an_unprotected_machine_writes_its_disk_and_says_only_what_is_on_it() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let node = shared.node(None).boot(1, Gate::Open);
+    node.goes_on(3 * ROUND);
+    assert_eq!(node.mode(), "direct");
+    node.machine.pause().unwrap();
+    let (said, disk) = (node.outside(), std::fs::read(shared.disk()).unwrap());
+    let last = *said.last().unwrap();
+    assert!(said.len() as u64 > ROUND && said.iter().copied().eq(64..=last));
+    for number in said.iter().rev().take(ROUND as usize - 1) {
+        let at = (*number as usize % ROUND as usize) * 512;
+        let held = u64::from_le_bytes(disk[at..at + 8].try_into().unwrap());
+        // The one after the last may have been written.
+        assert!(held == u64::from(*number) || held == u64::from(*number) + ROUND, "{number}: {held}");
+    }
+    node.machine.resume().unwrap();
+    node.goes_on(ROUND);
+    node.end();
+}
+
+/// Where a primary is cut off, and what its standby holds then.
+#[test]
+fn after_every_takeover_disk_and_memory_agree_and_who_was_left_behind_is_fenced() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut random = Random(0x1234_5678_9abc_def1);
+    let mut shared = Shared::new();
+    let mut node = shared.node(None).boot(1, Gate::Hold);
+    let mut stages = [0; 4];
+    for generation in 1..=12 {
+        let mut session = node.attach();
+        let mut image = Image { ram: node.ram(), state: Vec::new() };
+        let mut held = None;
+        let epochs = 2 + random.below(6);
+        for epoch in 1..=epochs {
+            node.goes_on(random.below(2 * ROUND));
+            node.cut(&mut session, epoch, epoch == 1, false, &mut image);
+            assert_eq!(node.mode(), "protected");
+            // The first epoch at least is committed; the last gets only so far.
+            let stage = if epoch == 1 || epoch < epochs { 3 } else { random.below(4) };
+            if stage >= 1 {
+                session.seal_disks(Epoch(epoch)).unwrap();
+            }
+            if stage >= 2 {
+                held = Some(image.clone());
+            }
+            if stage >= 3 {
+                session.committed(Epoch(epoch)).unwrap();
+            }
+            if epoch == epochs {
+                stages[stage as usize] += 1;
+            }
+        }
+        let held = held.unwrap();
+        // What left the machine by now is in what the standby holds.
+        wait("outputs have arrived", || node.machine.drained());
+        let most = 63 + node.machine.status().serial[0].tx_acked / 4;
+        assert!(most <= number_of(&held), "{most} was seen outside, the image is at {}", number_of(&held));
+
+        let next = shared.node(Some(&held.ram));
+        if random.below(2) == 0 {
+            // Its power is cut: nothing of it happens any more.
+            node.machine.vcpus.stop_all();
+            next.take_over(generation + 1, &held.state).unwrap();
+            drop(session);
+            node.machine.vcpus.stop_all();
+            node.end();
+        } else {
+            // It is left behind, and goes on as if nothing had happened.
+            next.take_over(generation + 1, &held.state).unwrap();
+            next.goes_on(random.below(ROUND));
+            drop(session);
+            let mut session = node.attach();
+            assert!(session.gate_open().is_err(), "a veto that cannot be, and a disk that is another's");
+            node.is_fenced_by(generation + 1);
+            node.machine.fence();
+            drop(session);
+            node.end();
+        }
+        next.goes_on(ROUND + random.below(ROUND));
+        assert_eq!(next.machine.status().problem(), None);
+        node = next;
+    }
+    assert!(stages.iter().filter(|n| **n > 0).count() >= 3, "{stages:?}");
+    node.end();
+}
+
+trait Problem {
+    fn problem(&self) -> Option<String>;
+}
+impl Problem for understudy_protocol::control::VmmStatus {
+    /// Of its disks.
+    fn problem(&self) -> Option<String> {
+        // That an earlier owner still holds the base is none of its own.
+        self.disks
+            .iter()
+            .find_map(|disk| disk.problem.clone())
+            .filter(|problem| !problem.contains("cannot be merged yet"))
+    }
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Tags {
+    tags: Vec<(String, Tag)>,
+}
+
+/// The saved state with another tag.
+fn with_tag(state: &[u8], tag: Tag) -> Vec<u8> {
+    let mut payloads = container::decode(state).unwrap().into_vec();
+    let disks = payloads.iter_mut().find(|payload| payload.kind == "disks").unwrap();
+    let tags = Tags { tags: vec![("vda".into(), tag)] };
+    *disks = Payload { bytes: postcard::to_allocvec(&tags).unwrap(), ..disks.clone() };
+    container::encode(&payloads)
+}
+
+#[test]
+fn without_redirection_the_guest_notices_that_its_disk_is_ahead() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let node = shared.node(None).boot(1, Gate::Hold);
+    let mut session = node.attach();
+    let mut image = Image { ram: node.ram(), state: Vec::new() };
+    node.goes_on(ROUND);
+    node.cut(&mut session, 1, true, false, &mut image);
+    session.seal_disks(Epoch(1)).unwrap();
+    session.committed(Epoch(1)).unwrap();
+    // From here on everything counts at once, as if it were written to the disk itself.
+    session.gate_open().unwrap();
+    node.goes_on(2 * ROUND);
+    node.machine.vcpus.stop_all();
+    drop(session);
+    node.machine.vcpus.stop_all();
+    wait("all is merged", || node.machine.status().disks[0].backlog_bytes == 0);
+    node.end();
+
+    let next = shared.node(Some(&image.ram));
+    let refused = format!("{:#}", next.take_over(2, &image.state).unwrap_err());
+    assert!(refused.contains("disk vda") && refused.contains("the disk in"), "{refused}");
+    assert_eq!((next.machine.status().state, next.mode().as_str()), (VmmState::Standby, "closed"), "nothing ran");
+
+    // What a takeover would find had the writes gone to the disk itself: the guest sees it.
+    let mut without = Shared::new();
+    std::fs::copy(shared.disk(), without.disk()).unwrap();
+    let never = Tag { serial: 0, generation: Generation::ZERO, epoch: Epoch::ZERO, records: 0, digest: 0 };
+    let next = without.node(Some(&image.ram));
+    next.take_over(2, &with_tag(&image.state, never)).unwrap();
+    wait("the guest sees it", || !next.agrees());
+    next.end();
+}
+
+#[test]
+fn the_last_cut_hands_the_disk_over() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let node = shared.node(None).boot(1, Gate::Hold);
+    let mut session = node.attach();
+    let mut image = Image { ram: node.ram(), state: Vec::new() };
+    for epoch in 1..=3 {
+        node.goes_on(30);
+        node.cut(&mut session, epoch, epoch == 1, epoch == 3, &mut image);
+        session.seal_disks(Epoch(epoch)).unwrap();
+        session.committed(Epoch(epoch)).unwrap();
+    }
+    assert_eq!(node.machine.status().state, VmmState::HandedOver);
+    let next = shared.node(Some(&image.ram));
+    next.take_over(2, &image.state).unwrap();
+    next.goes_on(2 * ROUND);
+    wait("the old one has let go, so everything can be merged", || node.mode() == "closed" && next.mode() == "direct");
+    assert_eq!(number_of(&image), node.number(), "it stood still");
+    next.goes_on(ROUND);
+    next.end();
+    node.end();
+}
+
+#[test]
+fn a_cut_does_not_wait_for_storage_and_a_session_that_is_lost_in_it_leaves_a_whole_disk() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let node = shared.node(None).boot(1, Gate::Open);
+    let mut image = Image { ram: node.ram(), state: Vec::new() };
+    // Sessions come and go: armed, cut and not sealed, sealed and not committed, opened again.
+    for round in 0..6 {
+        let mut session = node.attach();
+        image.ram = node.ram();
+        node.cut(&mut session, 10 * round + 1, true, false, &mut image);
+        assert_eq!((node.mode().as_str(), node.machine.status().gate), ("protected", Gate::Hold));
+        if round % 3 > 0 {
+            session.seal_disks(Epoch(10 * round + 1)).unwrap();
+        }
+        if round % 3 > 1 {
+            session.committed(Epoch(10 * round + 1)).unwrap();
+        }
+        drop(session);
+        assert_eq!(node.mode(), "protected", "nobody has said that the standby is out of it");
+        if round % 2 == 0 {
+            let mut session = node.attach();
+            session.gate_open().unwrap();
+            assert_ne!(node.mode(), "protected");
+            node.goes_on(ROUND);
+        }
+    }
+    let mut session = node.attach();
+    session.gate_open().unwrap();
+    wait("it is direct again", || node.mode() == "direct");
+    node.goes_on(2 * ROUND);
+    drop(session);
+    node.end();
+    // What it said is there when it boots: everything is in the base.
+    let still = understudy_disk::inspect::inspect(&shared.disk(), Format::Raw, &shared.slices(), |_| {}).unwrap();
+    assert_eq!((still.slices.len(), still.problem), (0, None));
+}
+
+#[test]
+fn a_machine_is_not_promoted_without_its_disk_and_can_be_when_it_is_free() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let first = shared.node(None).boot(1, Gate::Open);
+    let second = shared.node(None);
+    let refused = second.machine.promote(Generation(2), &PromoteFrom::ColdBoot, Gate::Open).unwrap_err();
+    let refused = format!("{refused:#}");
+    assert!(refused.contains("disk vda") && refused.contains("on n1"), "{refused}");
+    assert_eq!(second.machine.status().state, VmmState::Standby);
+    first.goes_on(ROUND);
+    let number = first.number();
+    let since = Instant::now();
+    first.end();
+    assert!(since.elapsed() < Duration::from_secs(20));
+    // Its guest boots from nothing and finds what the other has written: that is not what it expects of an empty disk.
+    second.machine.promote(Generation(2), &PromoteFrom::ColdBoot, Gate::Open).unwrap();
+    wait("it reads", || !second.agrees());
+    assert!(number > 64 + ROUND && second.number() == 64);
+    second.end();
+}
+
+#[test]
+fn what_cannot_be_done_with_disks_yet_is_refused_with_a_sentence() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let node = shared.node(None).boot(1, Gate::Open);
+    let migrate = Session::attach_to_migrate(node.machine.clone(), node.arena.clone()).err().unwrap().to_string();
+    assert!(migrate.contains("migrated live yet"), "{migrate}");
+    let save = node.machine.save(&node.dir.join("saved")).unwrap_err().to_string();
+    assert!(save.contains("saved to a directory yet"), "{save}");
+    let mut session = node.attach();
+    let plain = CutRequest { epoch: Epoch(1), arm: false, last: false, again: false };
+    let open = session.cut(plain).unwrap_err().to_string();
+    assert!(open.contains("a cut that arms"), "{open}");
+    node.goes_on(ROUND);
+    drop(session);
+    node.end();
+}
