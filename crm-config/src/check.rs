@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::Serialize;
+use understudy_protocol::disk::{DiskSpec, check_list};
 use understudy_protocol::layout::valid_machine_name;
 
 use crate::compile::Ports;
@@ -275,6 +276,7 @@ fn machine_alone(c: &mut Checker, machine: &Machine) {
     if machine.cmdline.as_ref().is_some_and(|line| line.contains(char::is_control)) {
         c.error(&machine.name, "cmdline must be one line");
     }
+    disks(c, machine);
     if machine.interval_ms.is_some_and(|ms| !(1..=60_000).contains(&ms)) {
         c.error(&machine.name, "interval_ms must be 1 to 60000");
     }
@@ -290,6 +292,25 @@ fn machine_alone(c: &mut Checker, machine: &Machine) {
             monitor.primary
         );
         c.error(&machine.name, what);
+    }
+}
+
+fn disks(c: &mut Checker, machine: &Machine) {
+    let mut good = Vec::new();
+    for text in &machine.disks {
+        match text.get_ref().parse::<DiskSpec>() {
+            Ok(disk) => {
+                good.push(disk);
+                if let Err(e) = check_list(&good) {
+                    c.error(text, e.to_string());
+                    good.pop();
+                }
+            }
+            Err(e) => c.error(text, e.to_string()),
+        }
+    }
+    if let Some(migrate) = machine.migrate.as_ref().filter(|migrate| *migrate.get_ref() && !good.is_empty()) {
+        c.error(migrate, "a machine with disks cannot be migrated live yet: protect it, and it moves by a hand-over");
     }
 }
 

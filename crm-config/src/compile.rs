@@ -319,6 +319,10 @@ fn vmm_parameters(policy: &Policy, machine: &Machine, index: usize, ports: &Port
     if let Some(cmdline) = &machine.cmdline {
         parameters.push(pair("cmdline", cmdline));
     }
+    if !machine.disks.is_empty() {
+        let disks: Vec<_> = machine.disks.iter().map(|disk| disk.get_ref().as_str()).collect();
+        parameters.push(pair("disks", disks.join(";")));
+    }
     for (s, line) in machine.serial.iter().enumerate() {
         let Some(board) = policy.boards.iter().find(|b| b.name == line.board) else { continue };
         let address = endpoint(board.peripheral_address(), ports.serial(index, s));

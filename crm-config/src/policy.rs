@@ -210,6 +210,9 @@ pub struct Machine {
     /// How long a failed node is passed over.
     #[serde(default = "default_failure_timeout")]
     pub failure_timeout: Seconds,
+    /// Disks: `name=vda,file=/path,format=raw[,slices=/directory][,queues=N][,readonly]`, the same files on every node that may run it.
+    #[serde(default)]
+    pub disks: Vec<Spanned<String>>,
     /// Serial ports.
     #[serde(default)]
     pub serial: Vec<Serial>,

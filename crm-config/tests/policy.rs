@@ -262,6 +262,26 @@ fn a_machine_that_migrates_has_a_listener_on_every_node_and_a_failed_migration_l
 }
 
 #[test]
+fn disks_are_handed_to_the_vmm_and_a_machine_with_disks_does_not_migrate() {
+    let disks = "disks = [\"name=a,file=/vm/a.raw,format=raw\",\n\"name=b,file=/vm/b.qcow2,format=qcow2,queues=2\"]";
+    let text = SMALL.replace("name = \"m1\"", &format!("name = \"m1\"\n{disks}"));
+    let c = compiled(&text);
+    let vmm = resource(&c, "vm-m1-clone").primitive();
+    let wanted = "name=a,file=/vm/a.raw,format=raw;name=b,file=/vm/b.qcow2,format=qcow2,queues=2";
+    assert_eq!(value(&vmm.parameters, "disks"), Some(wanted));
+    assert!(crm::text(&c).contains(&format!("disks=\"{wanted}\"")), "{}", crm::text(&c));
+    for (from, to, why) in [
+        ("format=raw\"", "format=vmdk\"", "there are raw and qcow2"),
+        ("name=b", "name=a", "another disk has its name"),
+    ] {
+        let wrong = text.replacen(from, to, 1);
+        refused(&wrong, line_of(&wrong, to), why);
+    }
+    let migrates = text.replace("name = \"m1\"", "name = \"m1\"\nprotection = \"none\"\nmigrate = true");
+    refused(&migrates, line_of(&migrates, "migrate = true"), "cannot be migrated live yet");
+}
+
+#[test]
 fn ports_that_are_given_stay_and_the_others_keep_out_of_their_way() {
     let text = format!(
         "{SMALL}[[machines]]\nname = \"m2\"\nkernel = \"/k\"\nport = 7790\n[[machines]]\nname = \"m3\"\nkernel = \"/k\"\n"

@@ -83,7 +83,8 @@ impl<'a> Machine<'a> {
     /// Start a VMM, as standby or running at once.
     pub fn launch(&self, run: Run) -> ocf::Result {
         let program = binaries::locate(&self.context.environment, PROGRAM)?;
-        let arguments = parameters::command_line(&self.context.parameters, run)?;
+        let node = self.context.environment.node();
+        let arguments = parameters::command_line(&self.context.parameters, &node, run)?;
         self.service.launch(self.context, &program, &arguments, |patience| self.status(patience).map(drop))
     }
 

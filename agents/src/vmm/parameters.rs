@@ -2,6 +2,7 @@
 
 use ocf::parameter::{Declaration, Param, Parameters};
 use std::time::Duration;
+use understudy_protocol::disk::parse_list;
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
@@ -51,6 +52,17 @@ pub static SERIAL1: Param<String> =
 pub static CONSOLE: Param<String> = Param::text("console")
     .short("virtio console")
     .long("What is behind the guest's virtio console: file:PATH. Not set: there is none.");
+/// Disks.
+pub static DISKS: Param<String> = Param::text("disks").check(disks).short("Disks").long(
+    "The guest's disks, one a line or separated by semicolons: name=NAME,file=PATH,format=raw|qcow2[,slices=DIRECTORY][,queues=N][,readonly]. \
+     PATH is a file or a block device that every node sees as the same one; NAME is what status and guest call it; DIRECTORY (default: PATH.row, and to be said \
+     for a block device) is where a protected machine's writes wait until their checkpoint is committed, on a file system that every node sees, with locks that \
+     work between nodes. The same on every node. A machine with disks cannot be migrated live yet.",
+);
+/// Whether the list can be a machine's.
+fn disks(value: &str) -> Result<(), String> {
+    parse_list(value).map(drop).map_err(|e| e.to_string())
+}
 /// Capture strategy.
 pub static CAPTURE: Param<String> = Param::choice("capture", &["auto", "stop", "lock", "validate"])
     .default("auto")
@@ -128,6 +140,7 @@ pub fn declarations() -> Vec<&'static Declaration> {
         SERIAL0.declaration(),
         SERIAL1.declaration(),
         CONSOLE.declaration(),
+        DISKS.declaration(),
         ARENA.declaration(),
         CAPTURE.declaration(),
         SHUTDOWN_MODE.declaration(),
@@ -142,7 +155,7 @@ pub fn declarations() -> Vec<&'static Declaration> {
 }
 
 /// Arguments of `understudy-vmm` for a standby or a machine that runs at once.
-pub fn command_line(p: &Parameters, run: Run) -> ocf::Result<Vec<String>> {
+pub fn command_line(p: &Parameters, node: &str, run: Run) -> ocf::Result<Vec<String>> {
     let mut line: Vec<String> = vec!["run".into()];
     let mut option = |name: &str, value: Option<String>| {
         if let Some(value) = value {
@@ -159,6 +172,13 @@ pub fn command_line(p: &Parameters, run: Run) -> ocf::Result<Vec<String>> {
     option("serial0", p.find(&SERIAL0)?);
     option("serial1", p.find(&SERIAL1)?);
     option("console", p.find(&CONSOLE)?);
+    let disks = parse_list(&p.find(&DISKS)?.unwrap_or_default())
+        .map_err(|e| ocf::Failure::arguments(format!("parameter disks: {e}")))?;
+    for disk in &disks {
+        option("disk", Some(disk.to_string()));
+    }
+    // It stands in the disks' owner records, and nowhere else.
+    option("node", (!disks.is_empty()).then(|| node.to_owned()));
     option("capture", Some(p.get(&CAPTURE)?));
     option("arena", p.find(&ARENA)?.map(|mib| mib.to_string()));
     option("run-root", Some(p.get(&RUN_ROOT)?));
