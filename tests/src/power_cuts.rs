@@ -7,6 +7,7 @@
 //!        └──── serial session ────► understudy-serial ◄────┘ (after a takeover)
 //!                                        │ TCP line
 //!                                     device: every record once and in order, or it is over
+//!  a, b ──► one disk and its slices; the guest says nothing that is not on it, and compares what it holds with what it knows
 //! ```
 //! A cut kills both processes of a host in one moment, at a random one, and takes away what a reboot takes away (its tmpfs). If the machine
 //! ran there the other side takes over, unless the veto stands: this program keeps the rules that the agents keep. The host comes back
@@ -14,6 +15,7 @@
 
 mod device;
 mod guest;
+mod unredirected;
 
 use std::fs;
 use std::net::TcpListener;
@@ -34,6 +36,8 @@ use crate::lab::{places, wait_for};
 
 /// RAM: the guest has 2 MiB for each vCPU, from 4 MiB on.
 const MEMORY_MIB: u64 = 32;
+/// The guest's disk, which both hosts see and no power cut takes away: it uses 64 sectors.
+const DISK_BYTES: usize = 1 << 20;
 /// A cut comes up to so long after everything is well.
 const MOMENT: Duration = Duration::from_millis(400);
 /// One cut in so many is the standby's.
@@ -64,15 +68,15 @@ pub struct Report {
     pub protected_ms: Spread,
 }
 
-/// Cut `count` times.
-pub fn run(count: usize, seed: Option<u64>, say: &dyn Fn(&str)) -> Result<Report> {
+/// Cut `count` times. `unredirected`: after each as if writes had gone to the disk itself, which must be noticed.
+pub fn run(count: usize, seed: Option<u64>, unredirected: bool, say: &dyn Fn(&str)) -> Result<Report> {
     let seed = match seed {
         Some(seed) => seed,
         None => u64::from_str_radix(&random_token()?[..16], 16)?,
     };
     let mut random = Random(seed | 1);
     say(&format!("{count} power cuts (--seed {seed})"));
-    let mut world = World::start()?;
+    let mut world = World::start(unredirected)?;
     let (mut takeovers, mut silences, mut protected) = (Vec::new(), Vec::new(), Vec::new());
     let (mut primary_cuts, mut standby_cuts) = (0, 0);
     let mut said = Instant::now();
@@ -141,6 +145,7 @@ struct World {
     primary: usize,
     generation: u64,
     setup: Setup,
+    unredirected: bool,
     peers: String,
     _board: Process,
     // Last, so that it outlives the processes.
@@ -148,7 +153,7 @@ struct World {
 }
 
 impl World {
-    fn start() -> Result<Self> {
+    fn start(unredirected: bool) -> Result<Self> {
         let dir = tempfile::tempdir_in("/dev/shm").context("making a directory in /dev/shm")?;
         let at = dir.path();
         fs::write(at.join("code"), guest::program()).context("writing the guest's program")?;
@@ -162,16 +167,21 @@ impl World {
         let device = Device::start(line.accept().context("waiting for the board's line")?.0)?;
         let hook = format!("/bin/sh {}", at.join("hook").display());
         let serial = format!("board:127.0.0.1:{port}/com1,key={}", at.join("key").display());
+        let disk = at.join("disk");
+        fs::write(&disk, vec![0; DISK_BYTES]).context("making the disk")?;
+        let disk = format!("name=vda,file={},format=raw", disk.display()).parse().context("naming the disk")?;
         let more = ["--pipeline", "3", "--peer-timeout-ms"].map(str::to_owned);
         let setup = Setup {
             serial: Some(serial),
+            disk: Some(disk),
             hook: Some(hook),
             replicator: more.into_iter().chain([PEER_TIMEOUT_MS.to_string()]).collect(),
             ..Setup::new(MEMORY_MIB)
         };
         let peers = format!("a=127.0.0.1:{} b=127.0.0.1:{}", free_port()?, free_port()?);
         let sides = [Side::new(at, NAMES[0])?, Side::new(at, NAMES[1])?];
-        let mut this = Self { device, sides, primary: 0, generation: 1, setup, peers, _board: board, dir };
+        let mut this =
+            Self { device, sides, primary: 0, generation: 1, setup, unredirected, peers, _board: board, dir };
         this.boot(1)?;
         this.boot(0)?;
         this.generation = this.sides[0].vmm()?.generation.0;
@@ -215,6 +225,9 @@ impl World {
             let next = &self.sides[standby];
             let taken: TakenOver = next.ask_replicator(&ReplicatorRequest::TakeOver { generation })?;
             let image = taken.image.context("the standby has no image of a protected machine")?;
+            if self.unredirected {
+                unredirected::forget_redirection(&self.dir.path().join("disk"), Path::new(&image.state_file))?;
+            }
             let from = PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch };
             call_once::<_, ()>(next.layout.vmm_socket(), &VmmRequest::Promote { generation, from }, BOUND)?;
             takeover = Some(began.elapsed());

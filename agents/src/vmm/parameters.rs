@@ -189,3 +189,35 @@ pub fn command_line(p: &Parameters, node: &str, run: Run) -> ocf::Result<Vec<Str
     }
     Ok(line)
 }
+
+#[cfg(test)]
+mod tests {
+    use ocf::Environment;
+
+    use super::*;
+
+    fn line(disks: Option<&str>) -> ocf::Result<Vec<String>> {
+        let mut pairs = vec![("OCF_RESKEY_name", "m"), ("OCF_RESKEY_kernel", "/k")];
+        pairs.extend(disks.map(|disks| ("OCF_RESKEY_disks", disks)));
+        let parameters = Parameters::new(Environment::from_pairs(pairs));
+        command_line(&parameters, "n1", Run::Standby)
+    }
+
+    #[test]
+    fn disks_are_handed_on_with_the_nodes_name_and_without_disks_nothing_is() {
+        let given = " name=a,format=raw,file=/a ; name=b,file=/b,format=qcow2,queues=2\n";
+        let line_ = line(Some(given)).unwrap().join(" ");
+        let wanted = "--disk name=a,file=/a,format=raw --disk name=b,file=/b,format=qcow2,queues=2 --node n1 ";
+        assert!(line_.contains(wanted), "{line_}");
+        let none = line(None).unwrap().join(" ");
+        assert!(!none.contains("--disk") && !none.contains("--node"), "{none}");
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_a_machines_disks_is_refused_with_its_reason() {
+        let twice = "name=a,file=/a,format=raw;name=a,file=/b,format=raw";
+        assert!(line(Some(twice)).is_err());
+        assert!(disks(twice).unwrap_err().contains("another disk has its name"));
+        assert!(disks("name=a,file=a,format=raw").unwrap_err().contains("absolute"));
+    }
+}

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use understudy_protocol::control::{
     ReplicatorRequest, ReplicatorStatus, Role, VmmRequest, VmmState, VmmStatus, call_once,
 };
+use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::layout::Layout;
 use understudy_vmm::backend::BackendConfig;
 use understudy_vmm::machine::{BootSource, MachineConfig};
@@ -43,6 +44,8 @@ pub struct Setup {
     pub replicator: Vec<String>,
     /// Where COM1 goes, as `understudy-vmm --serial0` takes it.
     pub serial: Option<String>,
+    /// Its disk, as `understudy-vmm --disk` takes it.
+    pub disk: Option<DiskSpec>,
     /// The cluster's arm; without it replicators get `--no-cluster`.
     pub hook: Option<String>,
 }
@@ -50,7 +53,16 @@ pub struct Setup {
 impl Setup {
     /// The benchmark's guest with two vCPUs, a checkpoint every 25 ms, nothing else.
     pub fn new(memory_mib: u64) -> Self {
-        Self { memory_mib, vcpus: 2, idle: false, interval_ms: 25, replicator: Vec::new(), serial: None, hook: None }
+        Self {
+            memory_mib,
+            vcpus: 2,
+            idle: false,
+            interval_ms: 25,
+            replicator: Vec::new(),
+            serial: None,
+            disk: None,
+            hook: None,
+        }
     }
 }
 
@@ -71,6 +83,10 @@ pub struct FlatVmm {
     #[arg(long)]
     serial: Option<BackendConfig>,
     #[arg(long)]
+    disk: Vec<DiskSpec>,
+    #[arg(long, default_value = "")]
+    node: String,
+    #[arg(long)]
     standby: bool,
 }
 
@@ -90,8 +106,8 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         boot,
         serial: vec![args.serial.unwrap_or(BackendConfig::None)],
         console: None,
-        disks: Vec::new(),
-        node: String::new(),
+        disks: args.disk,
+        node: args.node,
         ram_file: layout.ram(),
     };
     let capture = understudy_protocol::control::Strategy::Auto;
@@ -161,6 +177,9 @@ impl Side {
         }
         if let Some(serial) = &setup.serial {
             vmm.arg("--serial").arg(serial);
+        }
+        if let Some(disk) = &setup.disk {
+            vmm.arg("--disk").arg(disk.to_string()).arg("--node").arg(name);
         }
         if standby {
             vmm.arg("--standby");

@@ -56,6 +56,9 @@ enum Cmd {
         /// Of the random moments [default: a new one]
         #[arg(long)]
         seed: Option<u64>,
+        /// Negative control: each takeover finds the disk as if writes were not redirected; the guest must notice
+        #[arg(long, hide = true)]
+        unredirected: bool,
     },
     /// The VMM of the measured machines
     #[command(hide = true)]
@@ -102,10 +105,11 @@ fn run(command: Cmd) -> Result<i32> {
             write(&report, &measured)?;
             Ok(0)
         }
-        Cmd::PowerCuts { report, count, seed } => {
+        Cmd::PowerCuts { report, count, seed, unredirected } => {
             let started = std::time::Instant::now();
-            let measured =
-                power_cuts::run(count, seed, &|text| println!("  {:>4} s … {text}", started.elapsed().as_secs()))?;
+            let measured = power_cuts::run(count, seed, unredirected, &|text| {
+                println!("  {:>4} s … {text}", started.elapsed().as_secs())
+            })?;
             println!("{}", measured.kvm_backend);
             print!("{}", power_cuts::table(&measured));
             write(&report, &measured)?;

@@ -135,7 +135,7 @@ fn listen(from: &mut TcpStream, told: &(Mutex<Seen>, Condvar)) -> Result<String>
         let wanted = seen.number + 1;
         match record {
             None if bytes == [0xff; RECORD] => {
-                return Ok("the guest found its memory changed, or a byte lost or repeated on its way in".into());
+                return Ok("the guest found its memory changed, its disk not as it knows it, or a byte lost or repeated on its way in".into());
             }
             None => return Ok(format!("instead of record {wanted} came {bytes:02x?}")),
             Some(record) if record.number != wanted => {

@@ -2,8 +2,14 @@
 #
 # Every vCPU goes round and round over its own pages, sees whether each still holds what it wrote a round ago, and writes the next number.
 # Every 1024 pages the first vCPU sends a record of 12 bytes on COM1: number, bytes heard so far, check; and it hears bytes from COM1,
-# which must count up. Whatever is wrong in memory or in what it hears it tells with records of ones, for ever.
+# which must count up. Before it sends a record it looks whether sector (number mod 64) of its disk holds the number of 64 records ago (nothing,
+# the first time round), writes this one there, and flushes. Whatever is wrong in memory, on the disk or in what it hears it tells with
+# records of ones, for ever.
 #
+# The disk is in slot 3 of the bus. Its rings are at 0x180000 (descriptors), 0x181000 (driver), 0x182000 (device), header and status of its one request
+# at 0x183000, data at 0x184000.
+#
+# r8  registers of the disk   r9  descriptors   r10 0x183000   rdi number of the record
 # r12 number of the next page   r13 bytes heard   r14 the vCPU's pages   r15 the first vCPU's record   r11 the vCPU's number
 
     mov     r11, rdi
@@ -30,6 +36,53 @@
     out     dx, al
     mov     edx, 0x3fc
     out     dx, al
+    # The disk: BAR 0, then memory and bus master.
+    mov     r8d, 0xc0000000
+    mov     r9d, 0x180000
+    mov     r10d, 0x183000
+    mov     edx, 0xcf8
+    mov     eax, 0x80001810
+    out     dx, eax
+    mov     edx, 0xcfc
+    mov     eax, 0xc0000000
+    out     dx, eax
+    mov     edx, 0xcf8
+    mov     eax, 0x80001804
+    out     dx, eax
+    mov     edx, 0xcfc
+    mov     eax, 6
+    out     dx, eax
+    # Reset, acknowledge, driver; flush and version 1; features agreed.
+    mov     byte ptr [r8 + 0x14], 0
+    mov     byte ptr [r8 + 0x14], 1
+    mov     byte ptr [r8 + 0x14], 3
+    mov     dword ptr [r8 + 0x08], 0
+    mov     dword ptr [r8 + 0x0c], 0x200
+    mov     dword ptr [r8 + 0x08], 1
+    mov     dword ptr [r8 + 0x0c], 1
+    mov     byte ptr [r8 + 0x14], 0x0b
+    # Queue 0 with 8 entries; ready.
+    mov     word ptr [r8 + 0x16], 0
+    mov     word ptr [r8 + 0x18], 8
+    mov     dword ptr [r8 + 0x20], 0x180000
+    mov     dword ptr [r8 + 0x24], 0
+    mov     dword ptr [r8 + 0x28], 0x181000
+    mov     dword ptr [r8 + 0x2c], 0
+    mov     dword ptr [r8 + 0x30], 0x182000
+    mov     dword ptr [r8 + 0x34], 0
+    mov     word ptr [r8 + 0x1c], 1
+    mov     byte ptr [r8 + 0x14], 0x0f
+    # No interrupts; header, data and status of every request.
+    mov     word ptr [r9 + 0x1000], 1
+    mov     qword ptr [r9], r10
+    mov     dword ptr [r9 + 8], 16
+    mov     word ptr [r9 + 12], 1
+    mov     qword ptr [r9 + 16], 0x184000
+    mov     dword ptr [r9 + 24], 512
+    mov     word ptr [r9 + 30], 2
+    mov     qword ptr [r9 + 32], 0x183010
+    mov     dword ptr [r9 + 40], 1
+    mov     word ptr [r9 + 44], 2
 
 # A page.
 20: cmp     dword ptr [r15 + 0x800], 0
@@ -56,8 +109,38 @@
     test    r11, r11
     jnz     20b
 
+# Its number on the disk: what stands there first.
+    mov     rdi, r12
+    shr     rdi, 10
+    mov     ebx, edi
+    and     ebx, 63
+    mov     word ptr [r9 + 14], 1
+    mov     word ptr [r9 + 28], 3
+    xor     eax, eax
+    lea     rbp, [rip + 60f]
+    jmp     70f
+60: xor     ecx, ecx
+    mov     rdx, rdi
+    sub     rdx, 64
+    cmp     rdi, 64
+    cmova   rcx, rdx
+    cmp     [r10 + 0x1000], rcx
+    jne     40f
+    cmp     [r10 + 0x11f8], rcx
+    jne     40f
+    mov     [r10 + 0x1000], rdi
+    mov     [r10 + 0x11f8], rdi
+    mov     word ptr [r9 + 28], 1
+    mov     eax, 1
+    lea     rbp, [rip + 61f]
+    jmp     70f
+61: mov     word ptr [r9 + 14], 2
+    mov     eax, 4
+    lea     rbp, [rip + 62f]
+    jmp     70f
+
 # A record.
-    mov     rax, r12
+62: mov     rax, r12
     shr     rax, 10
     mov     [r15], eax
     mov     [r15 + 4], r13d
@@ -84,6 +167,25 @@
     cmp     ecx, 12
     jb      30b
     jmp     20b
+
+# Ask the disk for eax at sector rbx, wait, go on at rbp.
+70: mov     dword ptr [r10], eax
+    mov     dword ptr [r10 + 4], 0
+    mov     qword ptr [r10 + 8], rbx
+    mov     byte ptr [r10 + 16], 0x77
+    movzx   edx, word ptr [r9 + 0x1002]
+    mov     esi, edx
+    and     esi, 7
+    mov     word ptr [r9 + rsi * 2 + 0x1004], 0
+    inc     edx
+    mov     word ptr [r9 + 0x1002], dx
+    mov     word ptr [r8 + 0x3000], 0
+71: pause
+    cmp     word ptr [r9 + 0x2002], dx
+    jne     71b
+    cmp     byte ptr [r10 + 16], 0
+    jne     40f
+    jmp     rbp
 
 # Something is wrong: the first vCPU tells it.
 40: mov     dword ptr [r15 + 0x800], 1
