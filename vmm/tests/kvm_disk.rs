@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::guests::CODE_AT;
 use common::{kvm_is_there, scratch, wait};
-use understudy_disk::{Format, Tag};
+use understudy_disk::{Block, Disk, Format, Identity, Limits, LocalDirectory, Memory, Options, Tag, block};
 use understudy_protocol::control::{Captured, Gate, PromoteFrom, VmmState};
 use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
@@ -362,6 +362,52 @@ fn without_redirection_the_guest_notices_that_its_disk_is_ahead() {
     next.take_over(2, &with_tag(&image.state, never)).unwrap();
     wait("the guest sees it", || !next.agrees());
     next.end();
+}
+
+#[test]
+fn when_everything_has_lost_its_power_what_was_seen_outside_is_on_the_disk() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let node = shared.node(None).boot(1, Gate::Hold);
+    let mut session = node.attach();
+    let mut image = Image { ram: node.ram(), state: Vec::new() };
+    for epoch in 1..=5 {
+        node.goes_on(2 * ROUND);
+        node.cut(&mut session, epoch, epoch == 1, false, &mut image);
+        session.seal_disks(Epoch(epoch)).unwrap();
+        session.committed(Epoch(epoch)).unwrap();
+    }
+    node.goes_on(2 * ROUND);
+    wait("outputs have arrived", || node.machine.drained());
+    let most = 63 + node.machine.status().serial[0].tx_acked / 4;
+    assert!(most >= 64 + 5 * ROUND);
+    node.machine.vcpus.stop_all();
+    drop(session);
+    node.machine.vcpus.stop_all();
+    node.end();
+
+    // No checkpoint is left: the machine boots from what the disk has by itself.
+    let disk = Disk::open(Options {
+        base: block::open(&shared.disk(), Format::Raw, false).unwrap(),
+        format: Format::Raw,
+        directory: Arc::new(LocalDirectory::make(&shared.slices()).unwrap()),
+        identity: Identity { machine: "test".into(), node: "n2".into(), generation: Generation(2) },
+        memory: Memory::None,
+        limits: Limits::default(),
+    })
+    .unwrap();
+    let held: Vec<u64> = (0..ROUND)
+        .map(|sector| {
+            let mut bytes = [0; 512];
+            disk.read_at(sector * 512, &mut bytes).unwrap();
+            u64::from_le_bytes(bytes[..8].try_into().unwrap())
+        })
+        .collect();
+    let newest = *held.iter().max().unwrap();
+    assert!(newest >= most, "{most} was seen outside, the newest on the disk is {newest}");
+    assert!(held.iter().all(|number| newest - number < ROUND), "{held:?}");
 }
 
 #[test]
