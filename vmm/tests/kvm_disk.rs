@@ -231,6 +231,35 @@ fn an_unprotected_machine_writes_its_disk_and_says_only_what_is_on_it() {
     node.end();
 }
 
+#[test]
+fn while_the_machine_stands_still_its_disk_writes_nothing_into_its_ram() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let node = shared.node(None).boot(1, Gate::Open);
+    let (mut caught, since) = (0, Instant::now());
+    while caught < 5 && since.elapsed() < Duration::from_secs(30) {
+        node.machine.pause().unwrap();
+        let under_way = node.machine.status().disks[0].in_flight;
+        if under_way > 0 {
+            let ram = node.ram();
+            caught += 1;
+            // What was asked is done meanwhile, and waits to be handed in.
+            let until = Instant::now() + Duration::from_millis(5);
+            while Instant::now() < until {
+                std::thread::yield_now();
+            }
+            assert!(node.ram() == ram, "RAM has changed while the machine stood still");
+            assert_eq!(node.machine.status().disks[0].in_flight, under_way);
+        }
+        node.machine.resume().unwrap();
+    }
+    assert_eq!(caught, 5, "too few pauses met a request that was under way");
+    node.goes_on(ROUND);
+    node.end();
+}
+
 /// Where a primary is cut off, and what its standby holds then.
 #[test]
 fn after_every_takeover_disk_and_memory_agree_and_who_was_left_behind_is_fenced() {
@@ -437,7 +466,7 @@ fn the_last_cut_hands_the_disk_over() {
 }
 
 #[test]
-fn a_cut_does_not_wait_for_storage_and_a_session_that_is_lost_in_it_leaves_a_whole_disk() {
+fn sessions_that_come_and_go_at_any_stage_of_an_epoch_leave_a_whole_disk() {
     if !kvm_is_there() {
         return;
     }
