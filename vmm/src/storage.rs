@@ -10,6 +10,7 @@
 //! What must hold: [`Storage::cut`] does no I/O and is called while the devices are frozen and the intake is closed; everything else that is called here may
 //! take as long as storage takes, and is called without the device lock.
 
+use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -130,14 +131,18 @@ pub fn validate(specs: &[DiskSpec]) -> Result<()> {
                 continue;
             }
         };
-        ensure!(!file.is_dir(), "disk {}: {} is a directory", spec.name, spec.file);
-        ensure!(
-            spec.read_only || spec.slices.is_some() || file.is_file(),
-            "disk {}: {} is a block device, so say where its slices are (slices=/directory, on a file system that every node sees)",
-            spec.name,
-            spec.file
-        );
+        check_file(spec, &file).with_context(|| format!("disk {}", spec.name))?;
     }
+    Ok(())
+}
+
+fn check_file(spec: &DiskSpec, file: &Metadata) -> Result<()> {
+    ensure!(!file.is_dir(), "{} is a directory", spec.file);
+    ensure!(
+        spec.read_only || spec.slices.is_some() || file.is_file(),
+        "{} is a block device, so say where its slices are (slices=/directory, on a file system that every node sees)",
+        spec.file
+    );
     Ok(())
 }
 
@@ -206,6 +211,7 @@ impl Storage {
     }
 
     fn open_one(&self, spec: &DiskSpec, generation: Generation, tags: Option<&Tags>) -> Result<Opened> {
+        check_file(spec, &std::fs::metadata(&spec.file).with_context(|| spec.file.clone())?)?;
         let base = block::open(Path::new(&spec.file), format(spec), spec.read_only)?;
         if spec.read_only {
             return Ok((None, base));

@@ -50,8 +50,6 @@ impl Complaint {
 
 /// Work until the lane is stopped.
 pub fn work(lane: &Lane, disk: &dyn Block, complaint: &Complaint, core: &Arc<Core>) {
-    // An output may wait for what waits for this.
-    understudy_protocol::urgent::this_thread();
     while let Some(job) = lane.next() {
         let outcome = match perform(&job, lane, disk, &core.ram.mem) {
             Ok(None) => None,
@@ -77,7 +75,6 @@ pub fn work(lane: &Lane, disk: &dyn Block, complaint: &Complaint, core: &Arc<Cor
         };
         lane.finish(&job, outcome);
         core.settle();
-        understudy_protocol::urgent::pace();
     }
 }
 
