@@ -272,7 +272,7 @@ fn disks_are_handed_to_the_vmm_and_a_machine_with_disks_does_not_migrate() {
     assert!(crm::text(&c).contains(&format!("disks=\"{wanted}\"")), "{}", crm::text(&c));
     for (from, to, why) in [
         ("format=raw\"", "format=vmdk\"", "there are raw and qcow2"),
-        ("name=b", "name=a", "another disk has its name"),
+        ("name=b,file=/vm/b", "name=a,file=/vm/b", "another disk has its name"),
     ] {
         let wrong = text.replacen(from, to, 1);
         refused(&wrong, line_of(&wrong, to), why);

@@ -66,6 +66,12 @@ impl Tags {
         crate::container::payload(KIND, "all", VERSION, &self.0)
     }
 
+    fn of(&self, disk: &str) -> Result<Tag> {
+        let found = self.0.tags.iter().find(|(name, _)| name == disk);
+        let tag = found.map(|(_, tag)| *tag);
+        tag.with_context(|| format!("the checkpoint knows no disk {disk}: give both machines the same disks"))
+    }
+
     fn take(from: &mut Payloads) -> Result<Self> {
         Ok(Self(crate::container::take(from, KIND, "all", VERSION)?))
     }
@@ -184,6 +190,15 @@ impl Storage {
 
     /// Open all disks for a machine of this generation that goes on from `tags`, or boots. Returns their sizes in sectors. Nothing is open after an error.
     pub fn open(&self, core: &Arc<Core>, generation: Generation, tags: Option<&Tags>) -> Result<Vec<u64>> {
+        if let Some(tags) = tags {
+            // Before any of them is claimed.
+            let written = self.specs.iter().filter(|spec| !spec.read_only);
+            written.clone().try_for_each(|spec| tags.of(&spec.name).map(drop))?;
+            let known = |name: &str| written.clone().any(|spec| spec.name == name);
+            if let Some((name, _)) = tags.0.tags.iter().find(|(name, _)| !known(name)) {
+                bail!("the checkpoint has a disk {name} and this machine has none: give both machines the same disks");
+            }
+        }
         let mut open = Vec::new();
         self.lanes.iter().for_each(|lane| lane.start());
         for (spec, lane) in self.specs.iter().zip(&self.lanes) {
@@ -218,19 +233,8 @@ impl Storage {
         }
         let memory = match tags {
             None => Memory::None,
-            Some(Tags(state::V1 { tags })) => {
-                let found = tags.iter().find(|(name, _)| *name == spec.name);
-                let (_, tag) =
-                    found.context("the checkpoint knows no disk of this name: give both machines the same disks")?;
-                Memory::Image(*tag)
-            }
+            Some(tags) => Memory::Image(tags.of(&spec.name)?),
         };
-        if let Some(Tags(state::V1 { tags })) = tags {
-            let more = tags.iter().find(|(name, _)| !self.specs.iter().any(|spec| spec.name == *name));
-            if let Some((name, _)) = more {
-                bail!("the checkpoint has a disk {name} and this machine has none: give both machines the same disks");
-            }
-        }
         let slices = slices(spec);
         let directory =
             LocalDirectory::make(&slices).with_context(|| format!("cannot use {} for slices", slices.display()))?;

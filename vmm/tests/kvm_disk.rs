@@ -6,7 +6,7 @@
 mod common;
 
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -503,6 +503,64 @@ fn sessions_that_come_and_go_at_any_stage_of_an_epoch_leave_a_whole_disk() {
     // What it said is there when it boots: everything is in the base.
     let still = understudy_disk::inspect::inspect(&shared.disk(), Format::Raw, &shared.slices(), |_| {}).unwrap();
     assert_eq!((still.slices.len(), still.problem), (0, None));
+}
+
+/// A small file system of its own for the slices, seen by this thread and those that it starts. `false`: that is not allowed here.
+fn small_file_system(at: &Path, bytes: u64) -> bool {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+    let none = None::<&str>;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    let made = unshare(CloneFlags::CLONE_NEWNS)
+        .and_then(|()| mount(none, "/", none, private, none))
+        .and_then(|()| mount(Some("slices"), at, Some("tmpfs"), MsFlags::empty(), Some(&*format!("size={bytes}"))));
+    if let Err(e) = made {
+        eprintln!("SKIPPED: no file system can be mounted here ({e}), so nothing was proven");
+    }
+    made.is_ok()
+}
+
+#[test]
+fn when_the_file_system_is_full_the_guests_write_waits_cuts_are_made_and_it_goes_on_when_there_is_room() {
+    if !kvm_is_there() {
+        return;
+    }
+    let body = || {
+        let mut shared = Shared::new();
+        std::fs::create_dir(shared.slices()).unwrap();
+        if !small_file_system(&shared.slices(), 128 << 10) {
+            return;
+        }
+        let node = shared.node(None).boot(1, Gate::Hold);
+        let mut session = node.attach();
+        let mut image = Image { ram: node.ram(), state: Vec::new() };
+        node.cut(&mut session, 1, true, false, &mut image);
+        session.seal_disks(Epoch(1)).unwrap();
+        session.committed(Epoch(1)).unwrap();
+        wait("a write finds no room", || node.machine.status().disks[0].held > 0);
+        let status = node.machine.status().disks[0].clone();
+        assert!(status.problem.as_ref().is_some_and(|why| why.contains("no space left")), "{status:?}");
+        let number = node.number();
+        // A cut is made all the same: only the storage waits.
+        node.cut(&mut session, 2, false, false, &mut image);
+        assert_eq!(number_of(&image), number, "the guest waits for its write");
+        let room = nix::mount::MsFlags::MS_REMOUNT;
+        nix::mount::mount(None::<&str>, &shared.slices(), None::<&str>, room, Some("size=16777216")).unwrap();
+        node.goes_on(2 * ROUND);
+        assert_eq!(node.machine.status().disks[0].problem, None);
+        node.cut(&mut session, 3, false, false, &mut image);
+        session.seal_disks(Epoch(3)).unwrap();
+        session.committed(Epoch(3)).unwrap();
+        let next = shared.node(Some(&image.ram));
+        next.take_over(2, &image.state).unwrap();
+        next.goes_on(2 * ROUND);
+        next.end();
+        drop(session);
+        node.end();
+        nix::mount::umount2(&shared.slices(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+    };
+    // (The mount ends with this thread and those that it starts.)
+    std::thread::scope(|scope| scope.spawn(body).join().unwrap());
 }
 
 #[test]
