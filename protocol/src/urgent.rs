@@ -7,12 +7,15 @@
 //! ([`heavy`]), and whoever took more than a quarter of the time is not urgent for a while ([`pace`]): the guest comes first. Threads and
 //! processes that a real-time thread starts begin as ordinary ones.
 //!
+//! A thread that somebody urgent is about to wait for, as a vCPU's that is to stop, is lifted by that somebody ([`Standing::lift`]) and steps back
+//! by itself when nobody waits for it any more: else it could stand in the queue of its processor behind others, for as long as they like.
+//!
 //! On a host with one processor, and without the privilege (CAP_SYS_NICE), they only get more weight and short slices.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
@@ -31,7 +34,7 @@ const SLICE_NS: u64 = 100_000;
 
 /// `struct sched_attr` of sched_setattr(2), first version.
 #[repr(C)]
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct SchedAttr {
     size: u32,
     policy: u32,
@@ -87,6 +90,33 @@ pub fn heavy<T>(takes_long: bool, work: impl FnOnce() -> T) -> T {
     result
 }
 
+/// The calling thread is urgent until this is dropped, however much it did before. For the time in which a guest stands still: nobody can be
+/// waiting for the processor more than that.
+#[derive(Debug)]
+pub struct Held {
+    before: Level,
+    /// It belongs to its thread.
+    _here: std::marker::PhantomData<*const ()>,
+}
+
+/// See [`Held`].
+pub fn hold() -> Held {
+    let before = LEVEL.get();
+    set(Level::Urgent);
+    Held { before, _here: std::marker::PhantomData }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        set(self.before);
+    }
+}
+
+/// Whether the calling thread is urgent now.
+pub fn is_urgent() -> bool {
+    LEVEL.get() == Level::Urgent
+}
+
 /// To be called now and then by an urgent thread whose work may become much: it is urgent while it takes little of the time.
 pub fn pace() {
     if LEVEL.get() == Level::Ordinary || REFUSED.load(Ordering::Relaxed) {
@@ -125,14 +155,83 @@ fn set(level: Level) {
         }
         REFUSED.store(true, Ordering::Relaxed);
     }
+    if level == Level::Ordinary {
+        apply(SchedAttr { policy: SCHED_OTHER, flags: RESET_ON_FORK, ..Default::default() });
+        return;
+    }
     // Refused without the privilege: the thread stays as it is.
     apply(SchedAttr { policy: SCHED_OTHER, flags: RESET_ON_FORK, nice: NICE, runtime: SLICE_NS, ..Default::default() });
 }
 
 fn apply(attr: SchedAttr) -> bool {
+    apply_to(0, attr)
+}
+
+/// `thread` is a thread's id, or 0 for the calling one.
+fn apply_to(thread: i32, attr: SchedAttr) -> bool {
     let attr = SchedAttr { size: size_of::<SchedAttr>() as u32, ..attr };
-    // SAFETY: the kernel reads `size` bytes of a structure that lives until the call returns; 0 is the calling thread.
-    unsafe { nix::libc::syscall(nix::libc::SYS_sched_setattr, 0, &raw const attr, 0) == 0 }
+    // SAFETY: the kernel reads `size` bytes of a structure that lives until the call returns. (A thread that is no more is an error.)
+    unsafe { nix::libc::syscall(nix::libc::SYS_sched_setattr, thread, &raw const attr, 0) == 0 }
+}
+
+fn attr_of(thread: i32) -> Option<SchedAttr> {
+    let mut attr = SchedAttr::default();
+    let size = size_of::<SchedAttr>();
+    // SAFETY: the kernel writes at most `size` bytes to a structure of that size.
+    let done = unsafe { nix::libc::syscall(nix::libc::SYS_sched_getattr, thread, &raw mut attr, size, 0) == 0 };
+    done.then_some(attr)
+}
+
+/// How a thread stands that others may lift.
+#[derive(Debug, Default)]
+pub struct Standing {
+    /// The thread's id, and how it was scheduled before it was lifted.
+    thread: OnceLock<i32>,
+    before: Mutex<Option<SchedAttr>>,
+    lifted: AtomicBool,
+}
+
+impl Standing {
+    /// The calling thread is the one.
+    pub fn this_is_the_thread(&self) {
+        let _ = self.thread.set(nix::unistd::gettid().as_raw());
+    }
+
+    /// The caller is about to wait for the thread, which **is on its way already** to where it sleeps, and from there comes by
+    /// [`Standing::step_back`] before it goes on: a lifted thread that works on takes a processor away from everybody, the caller
+    /// included. A thread that is real-time by an administrator's will stays as it is.
+    pub fn lift(&self) {
+        if REFUSED.load(Ordering::Relaxed) {
+            return;
+        }
+        let Some(thread) = self.thread.get() else { return };
+        let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
+        if before.is_some() {
+            return;
+        }
+        let Some(attr) = attr_of(*thread).filter(|attr| attr.policy == SCHED_OTHER) else { return };
+        // Before it is so, and under the lock: who sees this waits here until there is something to step back from.
+        self.lifted.store(true, Ordering::SeqCst);
+        let fifo = SchedAttr { policy: SCHED_FIFO, flags: RESET_ON_FORK, priority: PRIORITY, ..Default::default() };
+        if apply_to(*thread, fifo) {
+            *before = Some(attr);
+        } else {
+            self.lifted.store(false, Ordering::SeqCst);
+            REFUSED.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// By the thread itself: nobody waits for it any more.
+    pub fn step_back(&self) {
+        if !self.lifted.load(Ordering::SeqCst) {
+            return;
+        }
+        let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lifted.store(false, Ordering::SeqCst);
+        if let Some(before) = before.take() {
+            apply(before);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -144,6 +243,66 @@ mod tests {
         let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
         (fields[38].parse().unwrap(), fields[16].parse().unwrap())
+    }
+
+    fn policy() -> u32 {
+        standing().0
+    }
+
+    /// Until it is told to end, a thread that steps back whenever it is asked to look.
+    fn looker(
+        standing: &std::sync::Arc<Standing>,
+    ) -> (std::sync::mpsc::Sender<()>, std::sync::mpsc::Receiver<(u32, u32)>, std::thread::JoinHandle<()>) {
+        let (ask, asked) = std::sync::mpsc::channel();
+        let (answer, answers) = std::sync::mpsc::channel();
+        let standing = standing.clone();
+        let thread = std::thread::spawn(move || {
+            standing.this_is_the_thread();
+            answer.send((policy(), policy())).unwrap();
+            while asked.recv().is_ok() {
+                let lifted = policy();
+                standing.step_back();
+                answer.send((lifted, policy())).unwrap();
+            }
+        });
+        (ask, answers, thread)
+    }
+
+    #[test]
+    fn a_lifted_thread_steps_back_to_where_it_was() {
+        let standing = std::sync::Arc::new(Standing::default());
+        let (ask, answers, thread) = looker(&standing);
+        assert_eq!(answers.recv().unwrap(), (SCHED_OTHER, SCHED_OTHER));
+        ask.send(()).unwrap();
+        assert_eq!(answers.recv().unwrap(), (SCHED_OTHER, SCHED_OTHER), "nobody has lifted it");
+        let allowed = std::thread::spawn(|| {
+            let _held = hold();
+            policy() == SCHED_FIFO
+        });
+        let lifted = if allowed.join().unwrap() { SCHED_FIFO } else { SCHED_OTHER };
+        for _ in 0..2 {
+            standing.lift();
+            standing.lift();
+            ask.send(()).unwrap();
+            assert_eq!(answers.recv().unwrap(), (lifted, SCHED_OTHER), "twice lifted is lifted once");
+        }
+        drop(ask);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn who_was_held_urgent_is_what_it_was_before() {
+        std::thread::spawn(|| {
+            let before = standing();
+            {
+                let _held = hold();
+                assert!(is_urgent());
+            }
+            assert!(!is_urgent());
+            assert_eq!(standing(), before);
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

@@ -165,6 +165,7 @@ impl SenderHandle {
             pages: Pages::default(),
             block: Vec::new(),
             kept: VecDeque::new(),
+            spare: Vec::new(),
             frame: Vec::new(),
             output_twin: None,
             epoch: Epoch::ZERO,
@@ -267,6 +268,8 @@ struct Driver {
     block: Vec<u8>,
     /// Frames of epochs that are on their way or being made, oldest first.
     kept: VecDeque<Kept>,
+    /// Room of frames that need not be kept any more: the kernel clears fresh memory page by page.
+    spare: Vec<Vec<u8>>,
     /// Frames that need no keeping.
     frame: Vec<u8>,
     epoch: Epoch,
@@ -294,6 +297,10 @@ struct Kept {
     ended: bool,
 }
 
+/// Epochs' frames whose room is used again,
+const SPARES: usize = 2;
+/// and room that is kept however little of it was needed.
+const SPARE_FLOOR: usize = 256 << 10;
 /// What others see is brought up to date when nothing has happened for so long,
 const SOON: Duration = Duration::from_micros(500);
 /// and at least this often.
@@ -388,7 +395,7 @@ impl Driver {
             }),
             Action::DirtyLogStart => Some(self.done(&VmmRequest::DirtyLogStart)),
             Action::Committed(epoch) => {
-                self.kept.retain(|kept| kept.epoch > epoch);
+                self.forget_kept(|kept| kept.epoch <= epoch);
                 Some(self.done(&VmmRequest::Committed { epoch }))
             }
             Action::SealDisks(epoch) => Some(self.done(&VmmRequest::SealDisks { epoch })),
@@ -527,13 +534,26 @@ impl Driver {
             return;
         }
         if afresh {
-            self.kept.retain(|kept| kept.epoch < epoch);
+            self.forget_kept(|kept| kept.epoch >= epoch);
             // What was sent early counts as known to the standby, and it has forgotten it.
             self.batch.forget_receiver();
             self.digest = EpochDigest::default();
         }
         self.epoch = epoch;
-        self.kept.push_back(Kept { epoch, bytes: Vec::new(), partial: false, ended: false });
+        let bytes = self.spare.pop().unwrap_or_default();
+        self.kept.push_back(Kept { epoch, bytes, partial: false, ended: false });
+    }
+
+    /// Frames that nobody will ask for again.
+    fn forget_kept(&mut self, which: impl Fn(&Kept) -> bool) {
+        while let Some(at) = self.kept.iter().position(&which) {
+            let Some(Kept { mut bytes, .. }) = self.kept.remove(at) else { return };
+            // A burst's room is not kept when epochs are small again.
+            if self.spare.len() < SPARES && bytes.capacity() / 8 <= bytes.len() + SPARE_FLOOR {
+                bytes.clear();
+                self.spare.push(bytes);
+            }
+        }
     }
 
     /// A thread that hears from the VMM when outputs begin to wait.
@@ -566,6 +586,7 @@ impl Driver {
             let _ = twin.shutdown(Shutdown::Both);
         }
         self.kept.clear();
+        self.spare.clear();
         if let Some(client) = self.vmm.take() {
             let _ = client.stream().shutdown(Shutdown::Both);
         }

@@ -11,6 +11,9 @@
 //! Stopping signals *all* vCPUs and then waits for *all*: the cost is that of the slowest, not the sum. Everything that touches a
 //! vCPU's state runs as a task on its own thread, while it is parked.
 //!
+//! Whoever stops vCPUs waits for their threads; so it lifts them over whatever else is in the queues of their processors
+//! ([`Standing::lift`]), once they have been told to stop. They step back before they enter the guest again.
+//!
 //! Every entry into `KVM_RUN` and every return is counted ([`Vcpus::touch`]), and a throttled machine's vCPUs nap for a share of every
 //! [`PERIOD`] ([`Vcpus::throttle`]).
 
@@ -26,6 +29,7 @@ use kvm_bindings::{
     KVM_EXIT_SYSTEM_EVENT, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
 };
 use kvm_ioctls::VcpuFd;
+use understudy_protocol::urgent::Standing;
 
 use crate::devices::Action;
 use crate::sys::{self, Exit, Kick};
@@ -95,6 +99,7 @@ impl Shared {
 
 struct Handle {
     kick: Arc<Kick>,
+    standing: Arc<Standing>,
     orders: Sender<Order>,
     /// Odd while the thread is inside of `KVM_RUN`.
     entries: Arc<AtomicU64>,
@@ -138,12 +143,14 @@ impl Vcpus {
         let mut handles = Vec::new();
         for (id, mut fd) in fds.into_iter().enumerate() {
             let kick = Arc::new(Kick::new(&mut fd));
+            let standing = Arc::new(Standing::default());
             let (orders, inbox) = channel();
             let entries = Arc::new(AtomicU64::new(0));
             let mut worker = Worker {
                 id,
                 fd,
                 kick: kick.clone(),
+                standing: standing.clone(),
                 shared: shared.clone(),
                 exits: exits.clone(),
                 inbox,
@@ -157,7 +164,7 @@ impl Vcpus {
                     worker.main();
                 })
                 .with_context(|| format!("cannot start the thread of vCPU {id}"))?;
-            handles.push(Handle { kick, orders, entries, thread: Some(thread) });
+            handles.push(Handle { kick, standing, orders, entries, thread: Some(thread) });
         }
         Ok(Self { shared, handles, throttler: Mutex::new(None) })
     }
@@ -191,9 +198,15 @@ impl Vcpus {
             self.shared.nap_over.notify_all();
         }
         let mut running = self.shared.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lifted = false;
         while *running > 0 {
             for handle in &self.handles {
                 handle.kick.kick();
+            }
+            // After the kicks: wherever they are, they are on their way to park. One that went on in the guest would keep its
+            // processor from whoever is to stop it.
+            if !std::mem::replace(&mut lifted, true) {
+                self.handles.iter().for_each(|handle| handle.standing.lift());
             }
             // A kick cannot be lost (see Kick); the bound only guards against a thread that has not told its id yet.
             running = self
@@ -334,6 +347,7 @@ struct Worker<E> {
     id: usize,
     fd: VcpuFd,
     kick: Arc<Kick>,
+    standing: Arc<Standing>,
     shared: Arc<Shared>,
     exits: Arc<E>,
     inbox: Receiver<Order>,
@@ -343,6 +357,7 @@ struct Worker<E> {
 impl<E: Exits> Worker<E> {
     fn main(&mut self) {
         self.kick.this_is_the_thread();
+        self.standing.this_is_the_thread();
         while let Ok(order) = self.inbox.recv() {
             match order {
                 Order::Run => {
@@ -368,6 +383,7 @@ impl<E: Exits> Worker<E> {
             if self.shared.stop.load(Ordering::SeqCst) {
                 return;
             }
+            self.standing.step_back();
             self.shared.nap();
             self.entries.fetch_add(1, Ordering::SeqCst);
             let came_back = self.fd.run().map(|_| ());

@@ -51,10 +51,13 @@ pub fn idle(report: &mut Report, time: Duration, say: &dyn Fn(&str)) -> Result<(
 /// Dirty bytes replicated per second, sustained, beside a copy and a TCP stream; CPU time; memory beyond the guest's.
 pub fn sustained(report: &mut Report, time: Duration, code: &[u8], say: &dyn Fn(&str)) -> Result<()> {
     say("a plain TCP stream");
-    let tcp = limits::tcp_stream(time / 4)? / MIB;
+    let (tcp, tcp_cpu) = limits::tcp_stream(time / 4)?;
+    let (tcp, tcp_cpu) = (tcp / MIB, tcp_cpu * GIB);
+    let processors = std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64);
     let copy_pages = 16_384;
     let copy = copy_pages as f64 * 4096.0 / MIB / (limits::copy_us(copy_pages) / 1e6);
     report.alone("limit/tcp-stream", tcp, "MiB/s");
+    report.alone("limit/tcp-stream-cpu", tcp_cpu, "s per GiB");
     report.alone("limit/memcpy", copy, "MiB/s");
     let mut ways = vec![("encrypted", Vec::new())];
     if replicator_has("--encryption")? {
@@ -84,7 +87,7 @@ pub fn sustained(report: &mut Report, time: Duration, code: &[u8], say: &dyn Fn(
         say(&format!("random pages as fast as the guest can, {way}"));
         guest.order(&Work { unpaced: true, write: Write::Page, ..Work::hot(16_384) })?;
         std::thread::sleep(Duration::from_secs(2));
-        let cpu = || anyhow::Ok((pair.a.cpu_seconds()?, pair.b.cpu_seconds()?));
+        let cpu = || anyhow::Ok((pair.a.cpu_seconds()?, pair.b.cpu_seconds()?, pair.a.guest_cpu_seconds()?));
         let (before, cpu_before, started) = (pair.a.replicator()?, cpu()?, Instant::now());
         std::thread::sleep(time);
         let (after, cpu_after, seconds) = (pair.a.replicator()?, cpu()?, started.elapsed().as_secs_f64());
@@ -96,6 +99,12 @@ pub fn sustained(report: &mut Report, time: Duration, code: &[u8], say: &dyn Fn(
         report.beside(format!("{name}/replicated-over-memcpy"), rate, "MiB/s", "memcpy", copy);
         report.alone(format!("{name}/cpu-primary"), (cpu_after.0 - cpu_before.0) / (bytes / GIB), "s per GiB");
         report.alone(format!("{name}/cpu-standby"), (cpu_after.1 - cpu_before.1) / (bytes / GIB), "s per GiB");
+        // The guest's own writes (each with its fault in the dirty log) and the bare stream: nobody replicates for less.
+        let guest = (cpu_after.2 - cpu_before.2) / (bytes / GIB);
+        report.alone(format!("{name}/cpu-guest"), guest, "s per GiB");
+        let floor = processors / (guest + tcp_cpu) * 1024.0;
+        report.beside(format!("{name}/of-the-possible"), rate, "MiB/s", "guest and bare stream alone", floor).note =
+            Some("what the processors would carry if replication were nothing but a TCP stream".into());
     }
     Ok(())
 }

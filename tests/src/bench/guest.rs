@@ -219,12 +219,12 @@ impl Guest {
         (time.as_secs_f64() * self.hz) as u64
     }
 
-    /// A moment on both clocks: the host's, and the guest's time stamp counter. Many readings are taken for some ms and the
+    /// A moment on both clocks: the host's, and the guest's time stamp counter. Many readings are taken for longer than a slice of the processor and the
     /// freshest counts; `hz` may be a guess.
     pub fn clock(&self, hz: f64) -> Result<(Instant, u64)> {
         let began = Instant::now();
         let mut best: Option<(f64, Instant, u64)> = None;
-        while began.elapsed() < Duration::from_millis(8) {
+        while began.elapsed() < Duration::from_millis(30) {
             for vcpu in 0..self.vcpus {
                 let at = Instant::now();
                 let now = self.get(vcpu, count::NOW)?;

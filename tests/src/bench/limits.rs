@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::time::{ClockId, clock_gettime};
 
 use super::Spread;
 
@@ -30,8 +31,10 @@ pub fn copy_us(pages: usize) -> f64 {
     Spread::of(times.collect()).median
 }
 
-/// A plain TCP stream over loopback, one thread at each end, in bytes a second.
-pub fn tcp_stream(time: Duration) -> Result<f64> {
+/// A plain TCP stream over loopback, one thread at each end: bytes a second, and CPU time of both ends, s per byte.
+pub fn tcp_stream(time: Duration) -> Result<(f64, f64)> {
+    let used = || clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from).context("reading the CPU time");
+    let before = used()?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listening on loopback")?;
     let address = listener.local_addr().context("listening on loopback")?;
     let reader = thread::spawn(move || -> std::io::Result<u64> {
@@ -53,7 +56,8 @@ pub fn tcp_stream(time: Duration) -> Result<f64> {
     }
     drop(stream);
     let sum = reader.join().map_err(|_| anyhow::anyhow!("the reader's thread ended"))?.context("reading")?;
-    Ok(sum as f64 / started.elapsed().as_secs_f64())
+    let took = started.elapsed().as_secs_f64();
+    Ok((sum as f64 / took, (used()? - before).as_secs_f64() / sum.max(1) as f64))
 }
 
 /// Share of their size that pages have when each is compressed alone by LZ4.

@@ -233,7 +233,12 @@ impl Side {
     /// CPU time that both processes have used for replication, s: everything but the vCPUs' own threads.
     pub fn cpu_seconds(&self) -> Result<f64> {
         let (vmm, replicator) = self.pids()?;
-        Ok(cpu_seconds(vmm)? + cpu_seconds(replicator)?)
+        Ok(cpu_seconds(vmm, false)? + cpu_seconds(replicator, false)?)
+    }
+
+    /// CPU time of the vCPUs' threads, s.
+    pub fn guest_cpu_seconds(&self) -> Result<f64> {
+        cpu_seconds(self.pids()?.0, true)
     }
 
     /// Memory beyond the guest's RAM, KiB: both processes' own, and their files in shared memory but the RAM.
@@ -350,22 +355,23 @@ fn allocated_kib(path: &Path) -> Result<u64> {
     entries.flatten().try_fold(0, |sum, entry| Ok(sum + allocated_kib(&entry.path())?))
 }
 
-fn cpu_seconds(pid: u32) -> Result<f64> {
+/// Of a process's threads: the vCPUs', or all others.
+fn cpu_seconds(pid: u32, vcpus: bool) -> Result<f64> {
     let mut ticks = 0;
     for entry in fs::read_dir(format!("/proc/{pid}/task")).context("reading a process's threads")?.flatten() {
         // A thread may end in between.
         let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        ticks += replication_ticks(&stat).unwrap_or(0);
+        ticks += ticks_of(&stat, vcpus).unwrap_or(0);
     }
     // USER_HZ is 100 on every Linux on x86.
     Ok(ticks as f64 / 100.0)
 }
 
-/// utime + stime of a thread's `stat` line; 0 for a vCPU's.
-fn replication_ticks(stat: &str) -> Option<u64> {
+/// utime + stime of a thread's `stat` line; `None` if it is of the other sort.
+fn ticks_of(stat: &str, vcpus: bool) -> Option<u64> {
     let (head, rest) = stat.rsplit_once(')')?;
-    if head.split_once('(')?.1.starts_with("vcpu") {
-        return Some(0);
+    if head.split_once('(')?.1.starts_with("vcpu") != vcpus {
+        return None;
     }
     let mut fields = rest.split_ascii_whitespace().skip(11);
     Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
@@ -451,9 +457,9 @@ mod tests {
     #[test]
     fn the_time_of_vcpus_is_not_counted_as_replications() {
         let stat = |name: &str| format!("7 ({name}) S 1 2 3 4 5 6 7 8 9 10 30 12 0 0 20 0 1 0 100");
-        assert_eq!(replication_ticks(&stat("main) loop")), Some(42));
-        assert_eq!(replication_ticks(&stat("vcpu1")), Some(0));
-        assert_eq!(replication_ticks("garbage"), None);
+        assert_eq!(ticks_of(&stat("main) loop"), false), Some(42));
+        assert_eq!((ticks_of(&stat("vcpu1"), false), ticks_of(&stat("vcpu1"), true)), (None, Some(42)));
+        assert_eq!(ticks_of("garbage", false), None);
     }
 
     #[test]

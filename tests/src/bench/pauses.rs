@@ -33,6 +33,8 @@ pub struct Plan {
     pub cold: bool,
     /// Cases that have not begun by then are left out.
     pub bound: Duration,
+    /// Only these of [`STRATEGIES`], and then without COLO; all of them if empty.
+    pub strategies: Vec<String>,
 }
 
 /// The pauses of one case.
@@ -63,7 +65,9 @@ impl Case {
 /// All of it into `report`.
 pub fn measure(report: &mut Report, plan: &Plan, code: &[u8], say: &dyn Fn(&str)) -> Result<()> {
     let begun = Instant::now();
-    let (colo, best) = (colo(plan, code, Transport::Tcp, say), colo(plan, code, Transport::Unix, say));
+    let peer_wanted = plan.strategies.is_empty();
+    let colo = |transport| if peer_wanted { colo(plan, code, transport, say) } else { Ok(Vec::new()) };
+    let (colo, best) = (colo(Transport::Tcp), colo(Transport::Unix));
     let peer = format!("QEMU {} COLO over TCP", qemu::version().unwrap_or_else(|_| "(none)".into()));
     if let Err(e) = &colo {
         say(&format!("COLO could not be measured: {e:#}"));
@@ -88,7 +92,7 @@ pub fn measure(report: &mut Report, plan: &Plan, code: &[u8], say: &dyn Fn(&str)
             alone.push(did);
         }
     }
-    for strategy in STRATEGIES {
+    for strategy in STRATEGIES.into_iter().filter(|s| peer_wanted || plan.strategies.iter().any(|wanted| wanted == s)) {
         if begun.elapsed() > plan.bound {
             say(&format!("{strategy}: left out, the time is up"));
             continue;

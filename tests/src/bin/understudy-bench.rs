@@ -46,6 +46,9 @@ enum Cmd {
         /// Only these parts
         #[arg(long, value_delimiter = ',', value_parser = replication::PARTS)]
         only: Vec<String>,
+        /// Pauses of these strategies alone, without the peer; for looking into one of them
+        #[arg(long, value_delimiter = ',', value_parser = pauses::STRATEGIES)]
+        strategy: Vec<String>,
     },
     /// On this host's own KVM: power cuts by the hundred, without a cluster; any byte lost, doubled or out of place ends it
     PowerCuts {
@@ -131,10 +134,11 @@ fn run(command: Cmd) -> Result<i32> {
             }
             Ok(i32::from(measured.failure.is_some()))
         }
-        Cmd::Replication { report, quick, only } => {
+        Cmd::Replication { report, quick, only, strategy } => {
             let started = std::time::Instant::now();
             let say = |text: &str| println!("  {:>4} s … {text}", started.elapsed().as_secs());
-            let (measured, bars) = replication::measure(&replication::Extent { quick, only }, &say)?;
+            let (measured, bars) =
+                replication::measure(&replication::Extent { quick, only, strategies: strategy }, &say)?;
             println!("\n{} (figures of other backends are not comparable)", measured.kvm_backend());
             print!("{}{}", pauses::table(&measured), measured.table("pause/"));
             println!("\n  bars for the two-core test host");

@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
+use understudy_protocol::urgent;
 
 use crate::memory::{PAGE, Ram};
 
@@ -28,7 +29,7 @@ impl Gather {
         let pool = (threads > 1)
             .then(|| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("gather{i}"));
-                pool.start_handler(|_| understudy_protocol::urgent::brisk()).build()
+                pool.start_handler(|_| urgent::brisk()).build()
             })
             .transpose()
             .context("cannot start the threads that copy pages")?;
@@ -44,10 +45,17 @@ impl Gather {
     pub fn copy(&self, ram: &Ram, pages: &[u64], to: &mut [u8]) -> Result<()> {
         ensure!(to.len() >= pages.len() * PAGE, "the arena is too small for {} pages", pages.len());
         match &self.pool {
-            Some(pool) if pages.len() >= WORTH_SHARING => pool.install(|| {
-                let slots = to.par_chunks_mut(SHARE * PAGE);
-                pages.par_chunks(SHARE).zip(slots).try_for_each(|(pages, slots)| copy_some(ram, pages, slots))
-            }),
+            Some(pool) if pages.len() >= WORTH_SHARING => {
+                // Who helps is as urgent as whoever waits for it.
+                let urgent = urgent::is_urgent();
+                pool.install(|| {
+                    let slots = to.par_chunks_mut(SHARE * PAGE);
+                    pages.par_chunks(SHARE).zip(slots).try_for_each(|(pages, slots)| {
+                        let _held = urgent.then(urgent::hold);
+                        copy_some(ram, pages, slots)
+                    })
+                })
+            }
             _ => copy_some(ram, pages, to),
         }
     }

@@ -14,6 +14,7 @@
 use super::*;
 use crate::capture::costs::{Choice, Way, learn};
 use crate::machine::RawState;
+use understudy_protocol::urgent;
 
 /// Cuts of one checkpoint before everything is copied in the pause.
 const ATTEMPTS: u32 = 3;
@@ -286,6 +287,8 @@ impl Session {
         let mut intake = machine.storage.close(DRAIN_PATIENCE)?;
         let mut life = machine.quiet_life()?;
         let asked = Instant::now();
+        // Until the guest runs on.
+        let urgent = urgent::hold();
         life.cutting = true;
         let taken = (|| {
             let mut hardware = machine.freeze(&life);
@@ -365,6 +368,7 @@ impl Session {
         }
         let pause = Machine::note_pause(&mut life, terms.since);
         drop(life);
+        drop(urgent);
 
         // The guest runs (but after a last cut, which leaves nothing to copy). All that follows costs it no standstill.
         if let Some(e) = refused {

@@ -92,7 +92,10 @@ pub struct Uart16550 {
     output: Vec<u8>,
     tx_total: u64,
     rx_total: u64,
-    // The owner's wishes; not part of the machine's state.
+    // Not part of the machine's state.
+    /// Characters written since the line was quiet for a FIFO's time.
+    since_quiet: usize,
+    // The owner's wishes.
     output_room: usize,
     input_waiting: usize,
 }
@@ -130,6 +133,7 @@ impl Uart16550 {
             output: Vec::new(),
             tx_total: 0,
             rx_total: 0,
+            since_quiet: FIFO,
             output_room: 4096,
             input_waiting: 0,
         }
@@ -472,10 +476,14 @@ impl Uart16550 {
         }
         self.tx.push_back(byte);
         if self.shift.is_none() {
+            if now.since(self.shift_done) >= FIFO as u64 * self.character_ns() {
+                self.since_quiet = 0;
+            }
             self.load_shift(now);
             let stop_bit = self.bit_ns();
             self.thre_interrupt_at = Some(VmTime(self.shift_done.0.saturating_sub(stop_bit)));
         }
+        self.since_quiet = (self.since_quiet + 1).min(FIFO);
     }
 
     fn write_fcr(&mut self, value: u8) {
@@ -522,7 +530,7 @@ impl PioDevice for Uart16550 {
         self.mcr & mcr::OUT2 != 0 && !self.loopback() && self.interrupt() != iir::NONE
     }
 
-    /// The earliest of: the transmit FIFO ran empty (not every single character), the shift register ran empty, receive
+    /// The earliest of: the transmit FIFO ran empty (not every single character, but those of a short message), the shift register ran empty, receive
     /// timeout, enough line time has passed for the input that waits.
     fn deadline(&self) -> Option<VmTime> {
         let interrupts = |bit: u8| self.ier & bit != 0;
@@ -535,7 +543,9 @@ impl PioDevice for Uart16550 {
                 let waiting = self.tx.len() as u64;
                 let characters = match interrupts(ier::THR_EMPTY) {
                     true => waiting.saturating_sub(1),
-                    // Nobody is told when the FIFO runs empty. A guest that polls lets the time pass by itself.
+                    // Nobody is told when the FIFO runs empty, but the other end waits for a short message. In a long one a guest
+                    // that polls lets the time pass by itself.
+                    false if self.since_quiet < FIFO => waiting,
                     false => waiting + FIFO as u64,
                 };
                 Some(self.shift_done.plus(characters * self.character_ns()))

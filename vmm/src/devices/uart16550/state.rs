@@ -105,6 +105,7 @@ impl Snapshot for Uart16550 {
             output,
             tx_total,
             rx_total,
+            since_quiet: _,
             output_room: _,
             input_waiting: _,
         } = self;
@@ -159,6 +160,7 @@ impl Snapshot for Uart16550 {
             output: state.output,
             tx_total: state.tx_total,
             rx_total: state.rx_total,
+            since_quiet: FIFO,
             output_room: self.output_room,
             input_waiting: self.input_waiting,
         };

@@ -137,6 +137,24 @@ fn a_deadline_for_each_character_is_not_needed() {
 }
 
 #[test]
+fn a_short_message_of_a_guest_that_polls_leaves_without_waiting_for_more() {
+    let mut uart = open();
+    let mut at = 16 * CHAR;
+    for i in 1..16 {
+        write(&mut uart, THR, i, at);
+        assert_eq!(uart.deadline(), Some(VmTime(at + CHAR)), "character {i}");
+        at += CHAR;
+        uart.tick(VmTime(at));
+        assert_eq!(uart.take_output(), [i]);
+    }
+    write(&mut uart, THR, 16, at);
+    assert_eq!(uart.deadline(), Some(VmTime(at + 17 * CHAR)), "a long one goes on with a tick for a FIFO of it");
+    write(&mut uart, THR, 1, 100 * CHAR);
+    write(&mut uart, THR, 2, 100 * CHAR);
+    assert_eq!(uart.deadline(), Some(VmTime(102 * CHAR)), "what is written at once leaves at once");
+}
+
+#[test]
 fn without_output_room_the_transmitter_stalls_and_loses_nothing() {
     let mut uart = open();
     uart.set_output_room(0, VmTime(0));
