@@ -9,6 +9,7 @@
 //! [`lab::Lab`] is what a test holds. The same operations are commands of `understudy-lab` for people.
 
 pub mod bench;
+pub mod cluster_cuts;
 pub mod field_device;
 pub mod initramfs;
 pub mod lab;

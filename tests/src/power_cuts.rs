@@ -13,8 +13,8 @@
 //! ran there the other side takes over, unless the veto stands: this program keeps the rules that the agents keep. The host comes back
 //! empty, and protection must return.
 
-mod device;
-mod guest;
+pub(crate) mod device;
+pub(crate) mod guest;
 mod unredirected;
 
 use std::fs;
@@ -41,7 +41,7 @@ const DISK_BYTES: usize = 1 << 20;
 /// A cut comes up to so long after everything is well.
 const MOMENT: Duration = Duration::from_millis(400);
 /// One cut in so many is the standby's.
-const STANDBY: u64 = 4;
+pub(crate) const STANDBY: u64 = 4;
 /// A machine on a host with other work may say nothing for a while; what is lost must be lost by the cut.
 const PEER_TIMEOUT_MS: u64 = 15_000;
 
@@ -113,15 +113,15 @@ pub fn run(count: usize, seed: Option<u64>, unredirected: bool, say: &dyn Fn(&st
     })
 }
 
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
 /// xorshift64*: a seed makes a run again, as far as processes allow.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;

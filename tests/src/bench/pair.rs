@@ -117,7 +117,12 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
 
 /// The smallest kernel by the Linux boot protocol: it halts.
 pub fn halting_kernel() -> Vec<u8> {
-    let mut image = vec![0; 16 * 512];
+    kernel(&[0xf4, 0xeb, 0xfd]) // again: hlt; jmp again
+}
+
+/// A kernel by the Linux boot protocol: `code` is entered in 64-bit mode, at any address, without a stack.
+pub fn kernel(code: &[u8]) -> Vec<u8> {
+    let mut image = vec![0; (5 * 512 + 0x200 + code.len()).next_multiple_of(16 * 512)];
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     put(0x1f1, &[4]); // setup sectors
     put(0x1fe, &0xaa55u16.to_le_bytes());
@@ -131,7 +136,7 @@ pub fn halting_kernel() -> Vec<u8> {
     put(0x238, &2047u32.to_le_bytes()); // longest command line
     put(0x258, &0x100_0000u64.to_le_bytes()); // preferred address
     put(0x260, &0x1_0000u32.to_le_bytes()); // memory that it takes
-    put(5 * 512 + 0x200, &[0xf4, 0xeb, 0xfd]); // again: hlt; jmp again
+    put(5 * 512 + 0x200, code);
     image
 }
 

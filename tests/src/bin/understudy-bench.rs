@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 use understudy_tests::bench::{host, lab, pair, pauses, replication, rows, size};
+use understudy_tests::cluster_cuts;
 use understudy_tests::power_cuts;
 
 #[derive(Parser)]
@@ -62,6 +63,17 @@ enum Cmd {
         /// Negative control: each takeover finds the disk as if writes were not redirected; the guest must notice
         #[arg(long, hide = true)]
         unredirected: bool,
+    },
+    /// On this host's own KVM, in a real cluster (corosync, Pacemaker, our agents, fencing): power cuts by the hundred, of a guest that any
+    /// KVM can run
+    ClusterCuts {
+        #[arg(long, default_value = "target/bench/cluster-cuts.json")]
+        report: PathBuf,
+        #[arg(long, default_value_t = 100)]
+        count: usize,
+        /// Of the random moments [default: a new one]
+        #[arg(long)]
+        seed: Option<u64>,
     },
     /// The VMM of the measured machines
     #[command(hide = true)]
@@ -147,6 +159,16 @@ fn run(command: Cmd) -> Result<i32> {
             write(&report.with_file_name("replication-bars.json"), &bars)?;
             // A part that could not be measured is no success, though its figures are written.
             Ok(i32::from(measured.rows.iter().any(|r| r.name.ends_with("/failed"))))
+        }
+        Cmd::ClusterCuts { report, count, seed } => {
+            let measured = cluster_cuts::run(count, seed, |text| println!("  … {text}"))?;
+            println!("{}", measured.kvm_backend);
+            print!("{}", cluster_cuts::table(&measured));
+            write(&report, &measured)?;
+            if let Some(why) = &measured.failure {
+                eprintln!("understudy-bench: {why}");
+            }
+            Ok(i32::from(measured.failure.is_some()))
         }
         Cmd::FlatVmm(args) => pair::flat_vmm(args),
     }

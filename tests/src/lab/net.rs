@@ -95,14 +95,19 @@ pub fn node(name: &str) -> Result<Node> {
 }
 
 /// Last byte of the lab's own addresses.
-const OUTSIDE: u8 = 254;
+pub const OUTSIDE: u8 = 254;
 
 /// Make the bridges in the current network namespace.
 pub fn make_planes() -> Result<()> {
     ip("link set lo up")?;
     for plane in Plane::ALL {
         let bridge = plane.bridge();
-        ip(&format!("link add {bridge} type bridge forward_delay 0 stp_state 0"))?;
+        // An address of its own: a bridge without takes that of a port, which changes when nodes come and go, and whoever talks to the
+        // outer end then talks to nobody for a minute.
+        let [_, b, c, d] = plane.address(OUTSIDE).octets();
+        ip(&format!(
+            "link add {bridge} address 02:00:0a:{b:02x}:{c:02x}:{d:02x} type bridge forward_delay 0 stp_state 0"
+        ))?;
         ip(&format!("addr add {}/24 dev {bridge}", plane.address(OUTSIDE)))?;
         ip(&format!("link set {bridge} up"))?;
     }

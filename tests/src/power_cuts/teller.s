@@ -36,15 +36,15 @@
     out     dx, al
     mov     edx, 0x3fc
     out     dx, al
-    # The disk: BAR 0, then memory and bus master.
-    mov     r8d, 0xc0000000
+    # The disk: BAR 0 (where none is, should there be a firmware that has given others out), then memory and bus master.
+    mov     r8d, 0xc8000000
     mov     r9d, 0x180000
     mov     r10d, 0x183000
     mov     edx, 0xcf8
     mov     eax, 0x80001810
     out     dx, eax
     mov     edx, 0xcfc
-    mov     eax, 0xc0000000
+    mov     eax, 0xc8000000
     out     dx, eax
     mov     edx, 0xcf8
     mov     eax, 0x80001804

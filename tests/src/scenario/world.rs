@@ -52,11 +52,16 @@ impl World {
         Ok(world)
     }
 
-    /// The lab with the device plugged in and the guest's files in place; the cluster's configuration is empty.
-    pub fn bare(progress: fn(&str)) -> Result<Self> {
+    /// The lab alone: no device, no guest, an empty configuration.
+    pub fn empty(progress: fn(&str)) -> Result<Self> {
         progress("starting two cluster nodes and a board");
         let lab = Lab::up(&LabOptions { bare: true, ..LabOptions::default() })?;
-        let mut world = Self { lab, device: None, progress };
+        Ok(Self { lab, device: None, progress })
+    }
+
+    /// The lab with the device plugged in and the guest's files in place; the cluster's configuration is empty.
+    pub fn bare(progress: fn(&str)) -> Result<Self> {
+        let mut world = Self::empty(progress)?;
         world.plug_device()?;
         world.give_guest_files()?;
         Ok(world)
