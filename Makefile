@@ -29,10 +29,11 @@ lab-test: needs-root build lab-guest ## only the lab tier (root)
 
 bench: needs-root build lab-guest ## the figures; JSON under target/bench (BENCH=--quick: two minutes instead of fifteen)
 	@mkdir -p target/bench
-	$(CARGO) build --release -p understudy-tests -p understudy-vmm -p understudy-replicator -p understudy-boards -p understudy-agents --bins
+	$(CARGO) build --release --workspace --bins
 	$(dir $(BIN))release/understudy-bench replication $(BENCH)
 	$(dir $(BIN))release/understudy-bench host
 	$(dir $(BIN))release/understudy-bench power-cuts
+	$(dir $(BIN))release/understudy-bench cluster-cuts --count 20
 	$(LAB) vm run -- understudy-bench lab
 
 # What libFuzzer reads to learn which inputs reached something new; stable Rust passes it through. Integer overflow is a finding.
