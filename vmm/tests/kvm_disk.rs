@@ -174,6 +174,12 @@ impl Node {
             piece = session.cut_continue().unwrap();
         }
     }
+    /// Cut, sealed and committed.
+    fn checkpoint(&self, session: &mut Session, epoch: u64, arm: bool, image: &mut Image) {
+        self.cut(session, epoch, arm, false, image);
+        session.seal_disks(Epoch(epoch)).unwrap();
+        session.committed(Epoch(epoch)).unwrap();
+    }
     /// The numbers that were seen outside.
     fn outside(&self) -> Vec<u32> {
         let bytes = std::fs::read(self.dir.join("com1")).unwrap_or_default();
@@ -366,9 +372,7 @@ fn without_redirection_the_guest_notices_that_its_disk_is_ahead() {
     let mut session = node.attach();
     let mut image = Image { ram: node.ram(), state: Vec::new() };
     node.goes_on(ROUND);
-    node.cut(&mut session, 1, true, false, &mut image);
-    session.seal_disks(Epoch(1)).unwrap();
-    session.committed(Epoch(1)).unwrap();
+    node.checkpoint(&mut session, 1, true, &mut image);
     // From here on everything counts at once, as if it were written to the disk itself.
     session.gate_open().unwrap();
     node.goes_on(2 * ROUND);
@@ -534,9 +538,7 @@ fn when_the_file_system_is_full_the_guests_write_waits_cuts_are_made_and_it_goes
         let node = shared.node(None).boot(1, Gate::Hold);
         let mut session = node.attach();
         let mut image = Image { ram: node.ram(), state: Vec::new() };
-        node.cut(&mut session, 1, true, false, &mut image);
-        session.seal_disks(Epoch(1)).unwrap();
-        session.committed(Epoch(1)).unwrap();
+        node.checkpoint(&mut session, 1, true, &mut image);
         wait("a write finds no room", || node.machine.status().disks[0].held > 0);
         let status = node.machine.status().disks[0].clone();
         assert!(status.problem.as_ref().is_some_and(|why| why.contains("no space left")), "{status:?}");
@@ -548,9 +550,7 @@ fn when_the_file_system_is_full_the_guests_write_waits_cuts_are_made_and_it_goes
         nix::mount::mount(None::<&str>, &shared.slices(), None::<&str>, room, Some("size=16777216")).unwrap();
         node.goes_on(2 * ROUND);
         assert_eq!(node.machine.status().disks[0].problem, None);
-        node.cut(&mut session, 3, false, false, &mut image);
-        session.seal_disks(Epoch(3)).unwrap();
-        session.committed(Epoch(3)).unwrap();
+        node.checkpoint(&mut session, 3, false, &mut image);
         let next = shared.node(Some(&image.ram));
         next.take_over(2, &image.state).unwrap();
         next.goes_on(2 * ROUND);
