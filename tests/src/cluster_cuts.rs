@@ -26,9 +26,8 @@ use crate::bench::{Spread, pair};
 use crate::lab::Lab;
 use crate::lab::net::{OUTSIDE, Plane};
 use crate::lab::places::BMC_DIR;
-use crate::lab::vm::random_token;
 use crate::power_cuts::device::Device;
-use crate::power_cuts::{Random, STANDBY, guest, ms};
+use crate::power_cuts::{Random, STANDBY, guest, ms, seed_or_new};
 use crate::scenario::World;
 use crate::scenario::world::{BOUND, HOSTS};
 
@@ -71,10 +70,7 @@ pub struct Report {
 
 /// Cut `count` times.
 pub fn run(count: usize, seed: Option<u64>, say: fn(&str)) -> Result<Report> {
-    let seed = match seed {
-        Some(seed) => seed,
-        None => u64::from_str_radix(&random_token()?[..16], 16)?,
-    };
+    let seed = seed_or_new(seed)?;
     say(&format!("{count} power cuts of cluster nodes (--seed {seed})"));
     let world = match World::empty(say) {
         Ok(world) => world,
@@ -186,10 +182,12 @@ fn policy_text() -> String {
 
 /// For people.
 pub fn table(report: &Report) -> String {
+    // What went wrong may be just that.
+    let order = if report.failure.is_none() { ", every one once and in order" } else { " until it FAILED" };
     let rows = [
         ("power cuts", format!("{} of the primary, {} of the standby", report.primary_cuts, report.standby_cuts)),
-        ("records from the guest", format!("{}, every one once and in order", report.records)),
-        ("bytes to the guest", format!("{}, every one once and in order", report.heard)),
+        ("records from the guest", format!("{}{order}", report.records)),
+        ("bytes to the guest", format!("{}{order}", report.heard)),
         ("silence at the device", format!("{} ms", report.silence_ms)),
         ("protected again after", format!("{} ms", report.protected_ms)),
     ];

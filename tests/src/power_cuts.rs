@@ -70,10 +70,7 @@ pub struct Report {
 
 /// Cut `count` times. `unredirected`: after each as if writes had gone to the disk itself, which must be noticed.
 pub fn run(count: usize, seed: Option<u64>, unredirected: bool, say: &dyn Fn(&str)) -> Result<Report> {
-    let seed = match seed {
-        Some(seed) => seed,
-        None => u64::from_str_radix(&random_token()?[..16], 16)?,
-    };
+    let seed = seed_or_new(seed)?;
     let mut random = Random(seed | 1);
     say(&format!("{count} power cuts (--seed {seed})"));
     let mut world = World::start(unredirected)?;
@@ -111,6 +108,10 @@ pub fn run(count: usize, seed: Option<u64>, unredirected: bool, say: &dyn Fn(&st
         silence_ms: Spread::of(silences),
         protected_ms: Spread::of(protected),
     })
+}
+
+pub(crate) fn seed_or_new(seed: Option<u64>) -> Result<u64> {
+    seed.map_or_else(|| Ok(u64::from_str_radix(&random_token()?[..16], 16)?), Ok)
 }
 
 pub(crate) fn ms(time: Duration) -> f64 {
