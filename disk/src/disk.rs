@@ -242,6 +242,14 @@ impl Disk {
         })
     }
 
+    /// As [`Disk::open`], of a disk of which every node has its own copy: see [`crate::mirror`].
+    ///
+    /// # Errors
+    /// As there; and this copy is not usable: it was being synchronised, or somebody went on without it.
+    pub fn open_mirrored(options: Options) -> Result<Disk> {
+        Disk::open(options)
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,0 +1,1 @@
+//! Which blocks of this disk a peer may lack.
