@@ -1,6 +1,8 @@
 //! First inputs, made by our own encoders: `UNDERSTUDY_FUZZ_SEEDS=1 cargo test -p understudy-fuzz` writes them to the corpus.
 //! They are kept as files so that an input means the same when an encoder changes.
 
+use understudy_disk::Tag;
+use understudy_disk::mirror::SliceLabel;
 use understudy_disk::{Format, Identity, Ownership};
 use understudy_protocol::board::{Attach, Message as Board};
 use understudy_protocol::control::{PromoteFrom, ReplicatorRequest, VmmRequest, encode_line};
@@ -8,7 +10,7 @@ use understudy_protocol::frame::{self, Header};
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_replicator::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE, state::StateEncoder};
 use understudy_replicator::durable::{ImageKind, RamIdentity, Record};
-use understudy_replicator::message::{End, Hello, Message, VERSION};
+use understudy_replicator::message::{End, Hello, Log, Message, Part, PartContent, VERSION};
 use understudy_vmm::boot::least_bzimage;
 use understudy_vmm::container;
 use understudy_vmm::devices::Payload;
@@ -83,15 +85,23 @@ fn protocol() -> Vec<Seed> {
 }
 
 fn replication() -> Vec<Seed> {
-    let hello = Message::Hello(Hello {
-        version: VERSION,
-        machine: "m".into(),
-        node: "n1".into(),
-        ram_bytes: 64 * PAGE as u64,
-        session: 9,
-        went_on: false,
-        migration: false,
-    });
+    let hello = |disks| {
+        Message::Hello(Hello {
+            version: VERSION,
+            machine: "m".into(),
+            node: "n1".into(),
+            ram_bytes: 64 * PAGE as u64,
+            session: 9,
+            went_on: false,
+            migration: false,
+            disks,
+        })
+    };
+    let (mirrored, hello) = (hello(vec!["vda".into()]), hello(Vec::new()));
+    let tag = Tag { serial: 1, generation: Generation(3), epoch: Epoch(1), records: 1, digest: 9 };
+    let slice = SliceLabel { serial: 1, generation: Generation(3), epoch: Epoch(1) };
+    let part = |content| Message::Part(Part { disk: 0, number: 1, at: 512, len: 512, content });
+    let log = Message::Log(Log { disk: 0, slice, offset: 0, closed: Some(tag), bytes: &[7; 64] });
     let mut digest = EpochDigest::default();
     let mut writer = BatchWriter::default();
     writer.restart(64, &EncodingConfig::default(), 5);
@@ -118,6 +128,19 @@ fn replication() -> Vec<Seed> {
     say(1, &Message::State(&full[..full.len().min(255)]));
     say(1, &end);
     say(1, &Message::HandedOver);
+    let mut with_disks = Vec::new();
+    let mut say = |epoch: u8, message: &Message<'_>| {
+        let payload = message.payload();
+        with_disks.extend([1, message.kind(), 3, epoch, payload.len().min(255) as u8]);
+        with_disks.extend(&payload[..payload.len().min(255)]);
+    };
+    say(0, &mirrored);
+    say(0, &Message::SyncBegin);
+    say(0, &part(PartContent::Zero));
+    say(0, &Message::Flush);
+    say(1, &Message::InStep(vec![Some(tag)]));
+    say(1, &log);
+    say(1, &Message::Seal(vec![tag]));
     let record = Record {
         image: ImageKind::Whole,
         generation: Generation(3),
@@ -139,11 +162,15 @@ fn replication() -> Vec<Seed> {
     vec![
         ("message", "hello", one(&hello)),
         ("message", "end", one(&end)),
+        ("message", "part", one(&part(PartContent::Hash([1; 32])))),
+        ("message", "log", one(&log)),
+        ("message", "in-step", one(&Message::InStep(vec![Some(tag), None]))),
         ("message", "ping", one(&Message::Ping)),
         ("batch", "four-pages", batch.clone()),
         ("batch", "body", [&[4][..], &batch[24.min(batch.len())..]].concat()),
         ("state-delta", "full", full),
         ("receiver", "first-copy", conversation),
+        ("receiver", "mirrored", with_disks),
         ("durable", "whole", line),
         ("stage", "two-pages", index),
     ]

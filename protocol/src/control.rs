@@ -86,8 +86,29 @@ pub enum VmmRequest {
     },
     /// (session) The arena's content was taken; fill it again. Reply: [`Captured`].
     CutContinue,
+    /// (session) Begin with the copies of the mirrored disks, which are so (one each, in the order of [`Attached::mirrored`], as
+    /// `understudy_disk::mirror::PeerState`). The gate is open, or they were in step before. Reply: [`MirrorBegun`].
+    MirrorBegin {
+        /// One for each mirrored disk.
+        copies: Vec<serde_json::Value>,
+        /// They were in step in this session; refused if they cannot go on from there with what was read of the slices.
+        resume: bool,
+    },
+    /// (session) Read what brings the copies into step into the disk arena. Reply: [`MirrorPieces`]. While the guest runs unprotected what it writes again comes
+    /// again; after the arming cut the rest is what the disks were when protection began.
+    MirrorRead,
+    /// (session) What the copies say: up to which part they are durable, and what differs of that which they compared. Reply: `null`.
+    MirrorDurable {
+        /// One for each mirrored disk.
+        copies: Vec<MirrorDurable>,
+    },
+    /// (session) The copies are in step, durably ([`MirrorPieces::in_step`]). Reply: `null`.
+    MirrorDone,
+    /// (session) Read what the copies lack of the slices that are written and were not read yet into the disk arena. After
+    /// [`VmmRequest::SealDisks`], until there is nothing more, that is all of the epoch. Reply: [`MirrorPieces`].
+    MirrorLog,
     /// (session) Make durable what the disks have of the checkpoint of `epoch`, before the standby is told the epoch's end: then a checkpoint
-    /// that is committed anywhere finds its disks. Only for machines with [`Attached::disks`]. Reply: `null`.
+    /// that is committed anywhere finds its disks. Only for machines with [`Attached::disks`]. Reply: [`Sealed`].
     SealDisks {
         /// The epoch, which was cut.
         epoch: Epoch,
@@ -333,6 +354,9 @@ pub struct DiskStatus {
     pub name: String,
     /// Its base.
     pub file: String,
+    /// All of its configuration, as in [`crate::disk`].
+    #[serde(default)]
+    pub spec: String,
     /// `direct`: unprotected, writes go to the base. `solo`: to slices that count at the guest's flush. `protected`: to slices that count with their
     /// checkpoint. `read-only`; `closed` on a standby.
     pub mode: String,
@@ -379,6 +403,92 @@ pub struct Attached {
     /// The machine has disks that can be written: [`VmmRequest::SealDisks`] before the end of every epoch.
     #[serde(default)]
     pub disks: bool,
+    /// Names of the mirrored ones.
+    #[serde(default)]
+    pub mirrored: Vec<String>,
+}
+
+/// Reply to [`VmmRequest::MirrorBegin`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorBegun {
+    /// How each copy is begun with, as `understudy_replicator::message::CopyStart`.
+    pub starts: Vec<serde_json::Value>,
+    /// Bytes that have to be looked at, in all.
+    pub left: u64,
+}
+
+/// Reply to [`VmmRequest::MirrorRead`] and [`VmmRequest::MirrorLog`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorPieces {
+    /// What was read. None: there is nothing (more) for now.
+    pub pieces: Vec<MirrorPiece>,
+    /// Bytes that the copies still lack, as far as is known.
+    pub left: u64,
+    /// Bytes that they were sent and have not said to be durable.
+    pub flying: u64,
+    /// The copies have everything up to these tags (as `understudy_disk::Tag`; `null`: they were in step already). One for each mirrored disk; only when that is so
+    /// of all.
+    #[serde(default)]
+    pub in_step: Option<Vec<serde_json::Value>>,
+}
+
+/// A piece of a mirrored disk, or of its log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorPiece {
+    /// Place in [`Attached::mirrored`].
+    pub disk: u16,
+    /// What it is.
+    pub what: MirrorWhat,
+    /// Where its bytes begin in the disk arena.
+    pub offset: u64,
+    /// How many bytes there are.
+    pub bytes: u64,
+}
+
+/// What a [`MirrorPiece`] is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MirrorWhat {
+    /// A part of the disk: the bytes are its content; none: it is zeroes; 32 bytes with `hash`: its BLAKE3 hash.
+    Part {
+        /// Its number.
+        number: u64,
+        /// First byte.
+        at: u64,
+        /// Bytes of the disk.
+        len: u64,
+        /// The bytes are a hash.
+        hash: bool,
+    },
+    /// A piece of a slice's log.
+    Log {
+        /// The slice's serial number.
+        serial: u64,
+        /// Under which generation it was written.
+        generation: Generation,
+        /// The disk's number for the epoch.
+        epoch: Epoch,
+        /// Where in the log.
+        at: u64,
+        /// The slice is closed, and this was the last of it: its tag, as `understudy_disk::Tag`.
+        closed: Option<serde_json::Value>,
+    },
+}
+
+/// What one copy says, in [`VmmRequest::MirrorDurable`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorDurable {
+    /// Number of the last part that is durable.
+    pub upto: u64,
+    /// First byte and length of what differs.
+    pub differing: Vec<(u64, u64)>,
+}
+
+/// Reply to [`VmmRequest::SealDisks`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sealed {
+    /// What each mirrored disk is at the end of the epoch (as `understudy_disk::Tag`), in the order of [`Attached::mirrored`].
+    pub tags: Vec<serde_json::Value>,
 }
 
 /// Reply to [`VmmRequest::Harvest`].

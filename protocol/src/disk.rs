@@ -1,8 +1,10 @@
 //! How a machine's disk is written in configuration: on the VMM's command line, in the agent's parameter `disks`, in a policy.
 //!
 //! ```text
-//! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,queues=4][,readonly]
+//! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,mode=shared|mirrored][,queues=4][,readonly]
 //! ```
+//! A *shared* disk is one file that every node sees; of a *mirrored* one each node has its own, at the same path.
+//!
 //! Parsing opens nothing; whether the files are there is for the node to say that runs the machine.
 
 use std::fmt;
@@ -38,6 +40,9 @@ pub struct DiskSpec {
     pub format: DiskFormat,
     /// Directory of its slices, absolute; `None`: `FILE.row`.
     pub slices: Option<String>,
+    /// Each node has its own copy of it, and of its slices.
+    #[serde(default)]
+    pub mirrored: bool,
     /// Queues; `None`: one for each vCPU.
     pub queues: Option<u16>,
     /// The guest may only read it. It has no slices and no owner.
@@ -46,7 +51,9 @@ pub struct DiskSpec {
 
 /// Why a text is no disk.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no disk: {why}; write name=vda,file=/path,format=raw[,slices=/directory][,queues=N][,readonly]")]
+#[error(
+    "{text:?} is no disk: {why}; write name=vda,file=/path,format=raw[,slices=/directory][,mode=mirrored][,queues=N][,readonly]"
+)]
 pub struct NoDisk {
     text: String,
     why: String,
@@ -62,6 +69,7 @@ impl FromStr for DiskSpec {
 
 fn parse(text: &str) -> Result<DiskSpec, String> {
     let (mut name, mut file, mut format, mut slices, mut queues, mut read_only) = (None, None, None, None, None, false);
+    let mut mirrored = None;
     for part in text.split(',') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         let text = || Some(value.to_owned());
@@ -76,6 +84,14 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
                     _ => return Err(format!("{value:?} is no format, there are raw and qcow2")),
                 };
                 format.replace(parsed).is_some()
+            }
+            "mode" => {
+                let parsed = match value {
+                    "shared" => false,
+                    "mirrored" => true,
+                    _ => return Err(format!("{value:?} is no mode, there are shared and mirrored")),
+                };
+                mirrored.replace(parsed).is_some()
             }
             "queues" => {
                 let number = value.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
@@ -104,12 +120,16 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
     if read_only && slices.is_some() {
         return Err("what is only read has no slices".into());
     }
-    Ok(DiskSpec { name, file, format, slices, queues, read_only })
+    let mirrored = mirrored.unwrap_or(false);
+    if read_only && mirrored {
+        return Err("what is only read is not mirrored: put the same file on every node".into());
+    }
+    Ok(DiskSpec { name, file, format, slices, mirrored, queues, read_only })
 }
 
 impl fmt::Display for DiskSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, file, format, slices, queues, read_only } = self;
+        let Self { name, file, format, slices, mirrored, queues, read_only } = self;
         let format = match format {
             DiskFormat::Raw => "raw",
             DiskFormat::Qcow2 => "qcow2",
@@ -117,6 +137,9 @@ impl fmt::Display for DiskSpec {
         write!(f, "name={name},file={file},format={format}")?;
         if let Some(slices) = slices {
             write!(f, ",slices={slices}")?;
+        }
+        if *mirrored {
+            f.write_str(",mode=mirrored")?;
         }
         if let Some(queues) = queues {
             write!(f, ",queues={queues}")?;
@@ -171,6 +194,7 @@ mod tests {
             "name=vda,file=/vm/a.raw,format=raw",
             "name=vda,file=/vm/a.raw,format=qcow2,slices=/vm/row,queues=4",
             "name=cd,file=/vm/a.iso,format=raw,readonly",
+            "name=vda,file=/vm/a.raw,format=raw,slices=/vm/row,mode=mirrored,queues=2",
         ] {
             assert_eq!(text.parse::<DiskSpec>().unwrap().to_string(), text);
         }
@@ -196,6 +220,9 @@ mod tests {
             ("name=a,file=/x,format=raw,cache=none", "no property"),
             ("name=a,name=b,file=/x,format=raw", "twice"),
             ("name=a,file=/x,format=raw,readonly,slices=/y", "no slices"),
+            ("name=a,file=/x,format=raw,mode=both", "there are shared and mirrored"),
+            ("name=a,file=/x,format=raw,mode=shared,mode=shared", "twice"),
+            ("name=a,file=/x,format=raw,mode=mirrored,readonly", "not mirrored"),
         ] {
             let e = text.parse::<DiskSpec>().unwrap_err().to_string();
             assert!(e.contains(why), "{text}: {e}");

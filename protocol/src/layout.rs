@@ -101,6 +101,11 @@ impl Layout {
     pub fn arena(&self) -> PathBuf {
         self.shm.join("arena")
     }
+    /// Pieces of mirrored disks on their way to copies: created by the VMM, read by the replicator. What is where in it is said by each
+    /// [`crate::control::MirrorPieces`].
+    pub fn disk_arena(&self) -> PathBuf {
+        self.shm.join("disks")
+    }
     /// The standby's image: what the replicator keeps beside RAM (record, stages, device state).
     pub fn image_dir(&self) -> PathBuf {
         self.shm.join("image")

@@ -5,6 +5,7 @@
 //! into its queue: a thread that connects, a thread that reads from the peer, a thread that calls the hook. Encoding and
 //! sending happen after the VMM has resumed the guest.
 
+mod copies;
 mod pages;
 mod peer;
 
@@ -20,7 +21,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{
-    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, OutputHeld, VmmRequest, VmmStatus,
+    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, OutputHeld, Sealed, VmmRequest, VmmStatus,
 };
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::key::Key;
@@ -30,6 +31,7 @@ use understudy_protocol::statistics::Encoding;
 use understudy_protocol::statistics::VerifyStatus;
 use understudy_protocol::urgent;
 
+use self::copies::Copies;
 use self::pages::Pages;
 use crate::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE};
 use crate::hook::Hook;
@@ -163,6 +165,7 @@ impl SenderHandle {
             batch: BatchWriter::default(),
             digest: EpochDigest::default(),
             pages: Pages::default(),
+            copies: Copies::default(),
             block: Vec::new(),
             kept: VecDeque::new(),
             spare: Vec::new(),
@@ -265,6 +268,7 @@ struct Driver {
     batch: BatchWriter,
     digest: EpochDigest,
     pages: Pages,
+    copies: Copies,
     block: Vec<u8>,
     /// Frames of epochs that are on their way or being made, oldest first.
     kept: VecDeque<Kept>,
@@ -358,6 +362,11 @@ impl Driver {
             Input::Peer(connection, event) if connection == self.connection => {
                 self.stats.heard(&event, now);
                 self.verify.heard(&event, now);
+                self.copies.heard(&event);
+                if matches!(event, Event::Message(_, _, Message::Flushed(_))) && self.copies.flushing() {
+                    // Another one was asked for meanwhile: the sender waits for that.
+                    return;
+                }
                 self.core.event(event, now);
             }
             Input::Peer(..) => {}
@@ -398,7 +407,17 @@ impl Driver {
                 self.forget_kept(|kept| kept.epoch <= epoch);
                 Some(self.done(&VmmRequest::Committed { epoch }))
             }
-            Action::SealDisks(epoch) => Some(self.done(&VmmRequest::SealDisks { epoch })),
+            Action::SealDisks(epoch) => Some(match self.call::<Sealed>(&VmmRequest::SealDisks { epoch }) {
+                Ok(sealed) => self.sealed(sealed),
+                Err(event) => event,
+            }),
+            Action::BeginCopies => Some(self.begin_copies().unwrap_or_else(Trouble::event)),
+            Action::CopyDisks => Some(urgent::heavy(true, || self.copy_disks().unwrap_or_else(Trouble::event))),
+            Action::SendDisks => {
+                let now = Instant::now();
+                self.send_disks().into_iter().for_each(|event| self.core.event(event, now));
+                None
+            }
             Action::GateOpen => Some(self.done(&VmmRequest::GateOpen)),
             Action::Harvest { send } => Some(self.harvest(send)),
             Action::SendDirty => Some(urgent::heavy(true, || self.send_dirty().unwrap_or_else(Trouble::event))),
@@ -435,6 +454,7 @@ impl Driver {
                 self.connect();
                 None
             }
+            Action::Send(_, Message::Flush) => self.send_flush().err().map(Trouble::event),
             Action::Send(epoch, message) => {
                 if message == Message::SyncBegin {
                     self.kept.clear();
@@ -592,6 +612,7 @@ impl Driver {
         }
         *lock(&self.vmm_twin) = None;
         (self.ram, self.arena) = (None, None);
+        self.copies.forget();
     }
 
     fn call<R: serde::de::DeserializeOwned>(&mut self, request: &VmmRequest) -> Result<R, Event> {
@@ -669,7 +690,9 @@ impl Driver {
             }
         }
         let facts = self.core.facts();
+        let (copied, missing) = self.copies.progress();
         let progress = match (self.core.syncing(), self.core.peer_whole()) {
+            (true, _) if missing > 0 => (copied as f64 / (copied + missing) as f64).min(0.999),
             (true, _) => (self.cursor as f64 / self.ram_pages.max(1) as f64).min(0.999),
             (false, true) => 1.0,
             (false, false) => 0.0,

@@ -67,6 +67,9 @@ pub enum ImageError {
     /// What the sender sent is not what it says, or cannot be made whole with what is here.
     #[error("{0}")]
     Content(String),
+    /// A copy of a mirrored disk could not be read or written.
+    #[error("{0}")]
+    Copy(String),
     /// The RAM file was replaced while it was being filled.
     #[error("{0} is not the file that was being filled any more: the VMM has made a new one")]
     RamReplaced(String),
@@ -191,6 +194,9 @@ impl Image {
             Step::Commit(record) => self.commit(record),
             Step::Apply => self.apply(),
             Step::Send(..) | Step::Close(_) | Step::Report(_) | Step::Compare => Ok(()),
+            // Whoever has the copies does these.
+            Step::OpenCopies { .. } | Step::CloseCopies | Step::BeginCopies | Step::ApplyPart => Ok(()),
+            Step::FlushCopies | Step::StepCopies | Step::AppendLog | Step::SealCopies | Step::CommitCopies => Ok(()),
         }
     }
 

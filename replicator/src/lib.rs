@@ -18,6 +18,7 @@
 #![warn(missing_docs)]
 
 pub mod codec;
+pub mod copies;
 pub mod drill;
 pub mod driver;
 pub mod durable;

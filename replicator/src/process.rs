@@ -174,6 +174,12 @@ impl Replicator {
                 }
             },
         );
+        let for_flushes = Arc::downgrade(&shared);
+        shared.standby().on_flushed(Arc::new(move |conn, copies| {
+            if let Some(shared) = for_flushes.upgrade() {
+                shared.standby().copies_flushed(conn, copies);
+            }
+        }));
         shared.standby().set_reporter(reporter);
 
         let for_peers = shared.clone();

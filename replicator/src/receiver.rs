@@ -20,7 +20,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::codec::{PAGE, batch};
 use crate::durable::{Durable, ImageKind, RamIdentity, Record, Taken};
-use crate::message::{End, Envelope, Hello, Message, VERSION, Welcome};
+use crate::message::{CopyStart, End, Envelope, Flushed, Hello, Message, VERSION, Welcome};
 use crate::verify::names;
 
 /// Names a connection; never used twice in a process.
@@ -65,6 +65,27 @@ pub enum Step {
     BeginDigest,
     /// Decode the message's pages over RAM into RAM, and digest them.
     WriteSync,
+    /// Have this node's copies of these disks open; [`Message::Welcome`] says how they are.
+    OpenCopies {
+        /// Their names.
+        disks: Vec<String>,
+    },
+    /// Nothing may write to the copies any more.
+    CloseCopies,
+    /// The message says how the copies are brought into step.
+    BeginCopies,
+    /// Write the message's part of a disk to its copy, or compare.
+    ApplyPart,
+    /// Make durable what was written to the copies, and answer with [`Receiver::flushed`].
+    FlushCopies,
+    /// The copies have everything up to the message's tags: make that durable.
+    StepCopies,
+    /// Append the message's piece to a slice of a copy.
+    AppendLog,
+    /// Make the slices durable, up to the message's tags.
+    SealCopies,
+    /// The epoch is committed: so are the slices of the copies that were sealed for it.
+    CommitCopies,
     /// Begin an empty stage.
     ResetStage,
     /// Decode the message's pages over the stage and RAM into the stage, and digest them.
@@ -119,6 +140,8 @@ struct Stage {
     epoch: Epoch,
     /// Device state has come.
     state: bool,
+    /// The copies are sealed.
+    sealed: bool,
 }
 
 #[derive(Debug)]
@@ -133,6 +156,9 @@ struct Session {
     based: bool,
     stage: Option<Stage>,
     ram: RamIdentity,
+    /// Mirrored disks, and whether their copies are in step (or will be with the epoch that arrives).
+    disks: usize,
+    in_step: bool,
     /// 0 = nothing to tell, 1 = tell when the cluster knows, 2 = told.
     promotable: u8,
 }
@@ -279,6 +305,38 @@ impl Receiver {
                 }
                 Err(e) => self.fail(conn, e.to_string(), steps),
             },
+            Message::CopyBegin(starts) if session.stage.is_none() && starts.len() == session.disks => {
+                let rejoin = starts.iter().all(|start| matches!(start, CopyStart::Rejoin(_)));
+                if !(session.syncing || rejoin) {
+                    let why = "copies are to be brought into step beside an image that is whole";
+                    return self.fail(conn, why.into(), steps);
+                }
+                session.in_step = session.in_step && !session.syncing;
+                steps.push(Step::BeginCopies);
+            }
+            Message::Part(part) if session.syncing && usize::from(part.disk) < session.disks => {
+                steps.push(Step::ApplyPart);
+            }
+            Message::Flush if session.disks > 0 => steps.push(Step::FlushCopies),
+            Message::InStep(tags) if session.syncing && tags.len() == session.disks => {
+                session.in_step = true;
+                steps.push(Step::StepCopies);
+            }
+            Message::Log(log) if session.in_step && usize::from(log.disk) < session.disks => {
+                if let Err(why) = self.begin_stage(envelope.epoch, steps) {
+                    return self.fail(conn, why, steps);
+                }
+                steps.push(Step::AppendLog);
+            }
+            Message::Seal(tags) if session.in_step && tags.len() == session.disks => {
+                if let Err(why) = self.begin_stage(envelope.epoch, steps) {
+                    return self.fail(conn, why, steps);
+                }
+                if let Some(stage) = self.session.as_mut().and_then(|session| session.stage.as_mut()) {
+                    stage.sealed = true;
+                }
+                steps.push(Step::SealCopies);
+            }
             Message::Pages(batch) => {
                 if let Err(why) = self.begin_stage(envelope.epoch, steps) {
                     return self.fail(conn, why, steps);
@@ -388,7 +446,7 @@ impl Receiver {
             );
             return refuse(newest, Message::Refused(why));
         }
-        if let Some(old) = self.session.take() {
+        if let Some(old) = self.end_session(steps) {
             steps.push(Step::Close(old.conn));
         }
         if generation > self.durable.floor {
@@ -412,6 +470,8 @@ impl Receiver {
             epoch: record.epoch,
             // Another session than the sender's: it begins with a first copy. (A sender draws 0 once in 2^64.)
             session: if self.distrusted { 0 } else { record.session },
+            // Filled in by whoever has them open.
+            copies: Vec::new(),
         };
         // The sender may go on where it stopped only if nothing of its dirty log is missing.
         let based = whole && record.generation == generation && record.session == hello.session && !record.handed_over;
@@ -425,8 +485,13 @@ impl Receiver {
             based,
             stage: None,
             ram,
+            disks: hello.disks.len(),
+            in_step: based,
             promotable: u8::from(based),
         });
+        if !hello.disks.is_empty() {
+            steps.push(Step::OpenCopies { disks: hello.disks.clone() });
+        }
         steps.push(Step::BeginDigest);
         steps.push(Step::Send(conn, generation, Epoch::ZERO, Message::Welcome(welcome)));
         self.report(steps);
@@ -467,7 +532,7 @@ impl Receiver {
                 Err(format!("epoch {epoch} arrived after epoch {} was committed", self.durable.record.epoch))
             }
             None => {
-                session.stage = Some(Stage { epoch, state: false });
+                session.stage = Some(Stage { epoch, state: false, sealed: false });
                 steps.push(Step::ResetStage);
                 Ok(())
             }
@@ -479,6 +544,9 @@ impl Receiver {
         let Some(stage) = session.stage.take().filter(|stage| stage.epoch == epoch) else {
             return Err(format!("the end of epoch {epoch} arrived without the epoch"));
         };
+        if session.disks > 0 && !stage.sealed {
+            return Err(format!("epoch {epoch} arrived without its disks"));
+        }
         if !stage.state || end.state_len == 0 {
             return Err(format!("epoch {epoch} arrived without device state"));
         }
@@ -501,6 +569,10 @@ impl Receiver {
             handed_over: false,
         };
         steps.push(Step::Commit(record.clone()));
+        if session.disks > 0 {
+            // Before the primary may write it to its own base: a copy in step is never behind that.
+            steps.push(Step::CommitCopies);
+        }
         steps.push(Step::Send(session.conn, session.generation, epoch, Message::Ack));
         steps.push(Step::Apply);
         steps.push(Step::SaveRecord(record.clone()));
@@ -530,11 +602,27 @@ impl Receiver {
         }
     }
 
+    /// The answer to [`Step::FlushCopies`].
+    pub fn flushed(&self, conn: Conn, copies: Vec<Flushed>, steps: &mut Vec<Step>) {
+        if let Some(session) = self.session.as_ref().filter(|s| s.conn == conn) {
+            steps.push(Step::Send(conn, session.generation, Epoch::ZERO, Message::Flushed(copies)));
+        }
+    }
+
+    /// The session is over, and with it what it wrote to the copies.
+    fn end_session(&mut self, steps: &mut Vec<Step>) -> Option<Session> {
+        let session = self.session.take()?;
+        if session.disks > 0 {
+            steps.push(Step::CloseCopies);
+        }
+        Some(session)
+    }
+
     /// The connection ended, or its peer is silent for too long.
     pub fn lost(&mut self, conn: Conn, steps: &mut Vec<Step>) {
         if self.session.as_ref().is_some_and(|s| s.conn == conn) {
             // Half an epoch goes with the session: the stage means nothing without a commit record.
-            self.session = None;
+            self.end_session(steps);
             self.report(steps);
         }
     }
@@ -588,11 +676,12 @@ impl Receiver {
         let there = record.ram.is_some() && record.ram == around.ram;
         let image =
             (record.image == ImageKind::Whole && untouched && there).then_some((record.epoch, record.generation));
-        if let Some(session) = self.session.take() {
+        let unused = image.is_none() && record.image == ImageKind::Whole;
+        if let Some(session) = self.end_session(steps) {
             steps.push(Step::Send(session.conn, generation, Epoch::ZERO, Message::Stale));
             steps.push(Step::Close(session.conn));
         }
-        if !again || image.is_none() && record.image == ImageKind::Whole {
+        if !again || unused {
             let record = &mut self.durable.record;
             if image.is_none() {
                 *record = Record::default();
@@ -610,7 +699,7 @@ impl Receiver {
 
     /// The process becomes the sender: RAM is the running machine's, there is no image here any more.
     pub fn become_sender(&mut self, steps: &mut Vec<Step>) {
-        if let Some(session) = self.session.take() {
+        if let Some(session) = self.end_session(steps) {
             steps.push(Step::Close(session.conn));
         }
         if self.durable.record.image != ImageKind::Inconsistent {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  peer:  Away ─► Connecting ─► Greeting ─► Welcomed ─► Begun ─► Copying ─► Rounds ─► Streaming
+//!                                                             (mirrored disks: before Copying, and after Rounds)
 //!          ▲                                   └── image continues this very dirty log ──────►│
 //!          └──────────────────────────── lost, silent, failed ────────────────────────────────┘
 //!  cycle (while Streaming):  Idle ─Cut─► Sending ⇄ CutContinue ─► Idle        (Precopy ─► Early ─► Idle in between)
@@ -18,6 +19,9 @@
 //! * A first copy destroys what the standby holds. If that is a whole image of this machine's present, the copy waits until
 //!   the gate has been opened under a veto: until then the old image is what the cluster would fall back on.
 //! * The end of an epoch is sent only when the machine's disks are sealed for it, if it has disks: a checkpoint that is committed anywhere finds them.
+//!   What the copies of mirrored disks need of it is sent before that end.
+//! * Copies of mirrored disks are brought into step only while the gate is open: the disks' content is then nobody's secret, and what the
+//!   copies lack at the arming cut is what the disks were when protection began.
 //! * Once a newer generation has shown itself the only action left is to end the machine here.
 //!
 //! The caller performs each action to its end, reports with the matching [`Event`], and feeds in whatever else
@@ -25,6 +29,7 @@
 
 mod action;
 mod budget;
+mod copies;
 mod migrate;
 mod react;
 
@@ -34,8 +39,9 @@ use std::time::{Duration, Instant};
 use understudy_protocol::control::{Attached, Captured, HandedOver, SourceState};
 use understudy_protocol::ids::{Epoch, Generation};
 
-pub use self::action::{Action, Event, VetoCall};
+pub use self::action::{Action, DisksSent, Event, VetoCall};
 use self::budget::Budget;
+use self::copies::CopyStage;
 use self::migrate::Migration;
 pub use self::migrate::{MigrationPolicy, MigrationView, Phase};
 use crate::message::{Hello, Message, VERSION};
@@ -132,6 +138,11 @@ enum Peer {
         log_ready: bool,
     },
     Begun,
+    /// Its copies of the mirrored disks are brought into step; `arm`: for the second time, the arming cut comes next.
+    Disks {
+        arm: bool,
+        stage: CopyStage,
+    },
     Copying {
         first: bool,
     },
@@ -164,6 +175,10 @@ enum Cycle {
     Sending(Captured),
     /// The arena was taken; more is to come.
     Continue,
+    /// The peer is back: its copies of mirrored disks are to go on too; then what is kept after `after`, if anything, is sent again.
+    Rejoin {
+        after: Option<Epoch>,
+    },
     /// The peer is back and lacks what is kept.
     Resend {
         after: Epoch,
@@ -264,8 +279,11 @@ pub struct Sender {
     rest: Rest,
     base: Option<Base>,
     epoch: Epoch,
-    /// The newest epoch for which the disks are sealed.
+    /// The newest epoch for which the disks are sealed, and for which the copies were sent what they need.
     sealed: Epoch,
+    mirrored: Epoch,
+    /// The peer is to say first what of its copies is durable.
+    disks_wait: bool,
     committed: Epoch,
     next_cut: Instant,
     in_flight: VecDeque<InFlight>,
@@ -349,6 +367,8 @@ impl Sender {
             base: None,
             epoch: Epoch::ZERO,
             sealed: Epoch::ZERO,
+            mirrored: Epoch::ZERO,
+            disks_wait: false,
             committed: Epoch::ZERO,
             next_cut: now,
             in_flight: VecDeque::new(),
@@ -406,13 +426,17 @@ impl Sender {
     pub fn connected(&self) -> bool {
         !matches!(self.peer, Peer::Away | Peer::Connecting | Peer::Greeting { .. })
     }
+    /// Whether epochs stream.
+    pub fn streams(&self) -> bool {
+        self.peer == Peer::Streaming
+    }
     /// Whether epochs stream, and the peer's image is whole.
     pub fn streaming(&self) -> bool {
         self.peer == Peer::Streaming && self.peer_whole
     }
     /// Whether a first copy is under way.
     pub fn syncing(&self) -> bool {
-        matches!(self.peer, Peer::Begun | Peer::Copying { .. } | Peer::Rounds { .. } | Peer::Arm)
+        matches!(self.peer, Peer::Begun | Peer::Disks { .. } | Peer::Copying { .. } | Peer::Rounds { .. } | Peer::Arm)
             || self.peer == Peer::Streaming && self.base.is_none()
     }
     /// Whether the peer holds a whole image that is the newest committed epoch.
@@ -437,7 +461,9 @@ impl Sender {
             (None, ..) => SourceState::Collapsed,
             (Some(_), Peer::Streaming, Cycle::Idle | Cycle::Early(_)) => SourceState::Migrating,
             (Some(_), Peer::Streaming, _) => SourceState::Separating,
-            (Some(_), Peer::Begun | Peer::Copying { .. } | Peer::Rounds { .. } | Peer::Arm, _) => SourceState::Startup,
+            (Some(_), Peer::Begun | Peer::Disks { .. } | Peer::Copying { .. } | Peer::Rounds { .. } | Peer::Arm, _) => {
+                SourceState::Startup
+            }
             (Some(_), ..) => SourceState::Running,
         }
     }
@@ -560,6 +586,7 @@ impl Sender {
                 self.sync_started = now;
                 Action::Send(Epoch::ZERO, Message::SyncBegin)
             }
+            Peer::Disks { arm, stage } => self.next_for_copies(arm, stage, wake),
             Peer::Copying { first } => Action::CopySlice { first },
             Peer::Rounds { sending: Some(_), .. } => Action::SendDirty,
             Peer::Rounds { sending: None, .. } => self.next_for_arrival(wake).unwrap_or(Action::Harvest { send: true }),
@@ -580,8 +607,10 @@ impl Sender {
         }
         match self.cycle {
             Cycle::Early(captured) => return Action::SendPiece(captured),
+            Cycle::Sending(_) if self.disks_wait => return Action::Wait(wake),
             Cycle::Sending(captured) => return self.seal_or_send(captured),
             Cycle::Continue => return Action::CutContinue,
+            Cycle::Rejoin { .. } => return Action::BeginCopies,
             Cycle::Resend { after } => return Action::Resend { after },
             Cycle::Idle => {}
         }
@@ -617,8 +646,11 @@ impl Sender {
     /// A piece of a cut is in the arena: with the last the epoch ends.
     fn seal_or_send(&mut self, captured: Captured) -> Action {
         let disks = self.vmm.as_ref().is_some_and(|vmm| vmm.disks);
-        if captured.more || !disks || self.sealed == self.epoch {
+        if captured.more || !disks || self.mirrored == self.epoch {
             return Action::SendPiece(captured);
+        }
+        if self.sealed == self.epoch {
+            return if self.mirrors() { Action::SendDisks } else { Action::SendPiece(captured) };
         }
         self.asked = Asked::SealDisks(self.epoch);
         Action::SealDisks(self.epoch)
@@ -707,6 +739,7 @@ impl Sender {
             session: self.session,
             went_on: self.gate_open,
             migration: self.migrates(),
+            disks: self.vmm.as_ref().map_or_else(Vec::new, |vmm| vmm.mirrored.clone()),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{TakenImage, TakenOver};
@@ -17,19 +18,23 @@ use understudy_protocol::secure::SecureWriter;
 use understudy_protocol::statistics::VerifyStatus;
 
 use crate::codec::PAGE;
+use crate::copies::{self, Copies};
 use crate::durable::ImageKind;
 use crate::hook::Reporter;
 use crate::image::{Image, ImageError};
 use crate::link;
 use crate::local::local_vmm;
 use crate::log;
-use crate::message::{Envelope, Message};
+use crate::message::{Envelope, Flushed, Message, Welcome};
 use crate::receiver::{Conn, Receiver, Standing, Step, Surroundings};
 use crate::stats::ReceiverStats;
 use crate::verify::{self, Check, PageSet};
 
 /// How long the local VMM may think about a status request before it counts as using its RAM.
 const VMM_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Is told what has become durable in the copies, for which connection.
+pub type OnFlushed = Arc<dyn Fn(Conn, Result<Vec<Flushed>, String>) + Send + Sync>;
 
 /// One connection as the standby needs it.
 #[derive(Debug)]
@@ -70,7 +75,6 @@ pub struct Counters {
 }
 
 /// The receiving side of one machine on this node.
-#[derive(Debug)]
 pub struct Standby {
     machine: String,
     node: String,
@@ -86,6 +90,9 @@ pub struct Standby {
     copying: bool,
     /// It receives a machine that moves here.
     migration: bool,
+    /// Copies of mirrored disks, and who is told when what was written to them is durable.
+    copies: Copies,
+    flushed: Option<OnFlushed>,
     /// For the status.
     pub counters: Counters,
 }
@@ -110,6 +117,8 @@ impl Standby {
             state_bytes: 0,
             copying: false,
             migration: false,
+            copies: Copies::default(),
+            flushed: None,
             counters: Counters::default(),
         };
         this.recover()?;
@@ -447,6 +456,7 @@ impl Standby {
             self.send(conn, generation, Epoch::ZERO, &Message::Failed(why));
             self.close(conn);
         }
+        self.copies.close();
         if let Err(e) = self.recover() {
             self.note(format!("the image cannot be repaired: {e}"));
         }
@@ -462,13 +472,79 @@ impl Standby {
                         reporter.report(*standing);
                     }
                 }
+                Step::OpenCopies { .. }
+                | Step::CloseCopies
+                | Step::BeginCopies
+                | Step::ApplyPart
+                | Step::FlushCopies
+                | Step::StepCopies
+                | Step::AppendLog
+                | Step::SealCopies
+                | Step::CommitCopies => self.copy_step(step, frame).map_err(ImageError::Copy)?,
                 _ => self.image.perform(step, frame)?,
             }
         }
         Ok(())
     }
 
+    fn copy_step(&mut self, step: &Step, frame: Option<(&Header, &[u8])>) -> Result<(), String> {
+        let message = frame.map(|(header, payload)| Message::parse(header.kind, payload));
+        // (It was parsed before the step followed from it.)
+        let message = message.transpose().map_err(|e| e.to_string())?;
+        match (step, message) {
+            (Step::OpenCopies { disks }, _) => {
+                let specs = copies::local_disks(&self.layout, VMM_TIMEOUT)?;
+                self.copies.open(&self.machine, &self.node, disks, &specs)
+            }
+            (Step::CloseCopies, _) => {
+                self.copies.close();
+                Ok(())
+            }
+            (Step::BeginCopies, Some(Message::CopyBegin(starts))) => self.copies.begin(&starts),
+            (Step::ApplyPart, Some(Message::Part(part))) => self.copies.apply(&part),
+            (Step::FlushCopies, _) => {
+                if let (Some(flushed), Some((conn, ..))) = (self.flushed.clone(), self.core.sender()) {
+                    self.copies.flush(move |copies| flushed(conn, copies));
+                }
+                Ok(())
+            }
+            (Step::StepCopies, Some(Message::InStep(tags))) => self.copies.into_step(&tags),
+            (Step::AppendLog, Some(Message::Log(log))) => self.copies.append(&log),
+            (Step::SealCopies, Some(Message::Seal(tags))) => self.copies.seal(&tags),
+            (Step::CommitCopies, _) => self.copies.commit(),
+            (step, _) => Err(format!("{step:?} does not fit what arrived")),
+        }
+    }
+
+    /// Whoever is to be told what has become durable in the copies of mirrored disks; it answers with [`Standby::copies_flushed`].
+    pub fn on_flushed(&mut self, flushed: OnFlushed) {
+        self.flushed = Some(flushed);
+    }
+
+    /// What was written to the copies is durable, or is not.
+    pub fn copies_flushed(&mut self, conn: Conn, copies: Result<Vec<Flushed>, String>) {
+        if self.core.sender().is_none_or(|(current, ..)| current != conn) {
+            return;
+        }
+        match copies {
+            Ok(copies) => {
+                let mut steps = Vec::new();
+                self.core.flushed(conn, copies, &mut steps);
+                self.run(steps, None);
+            }
+            Err(why) => self.start_over(&why),
+        }
+    }
+
     fn send(&mut self, conn: Conn, generation: Generation, epoch: Epoch, message: &Message<'_>) {
+        let filled = match message {
+            Message::Welcome(welcome) => match self.copies.states() {
+                Ok(copies) => Message::Welcome(Welcome { copies, ..welcome.clone() }),
+                Err(why) => Message::Failed(why),
+            },
+            other => other.clone(),
+        };
+        let message = &filled;
         let Some(line) = self.lines.get_mut(&conn) else { return };
         if link::send(&mut line.writer, generation, epoch, message).is_err() {
             // Its reader notices and reports the loss.

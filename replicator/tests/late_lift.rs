@@ -59,8 +59,13 @@ impl Scene {
         match self.sender.next(self.now) {
             Action::Wait(until) => self.now = until.min(self.now + Duration::from_millis(5)),
             Action::Attach => {
-                let attached =
-                    Attached { generation: Generation(1), ram_bytes: 1 << 20, arena_bytes: 1 << 20, disks: false };
+                let attached = Attached {
+                    generation: Generation(1),
+                    ram_bytes: 1 << 20,
+                    arena_bytes: 1 << 20,
+                    disks: false,
+                    mirrored: Vec::new(),
+                };
                 self.tell(Event::Attached { attached, last_cut: Epoch::ZERO, session: 7 });
             }
             Action::DirtyLogStart | Action::GateOpen | Action::Throttle(_) | Action::Committed(_) | Action::Quit => {
@@ -83,8 +88,14 @@ impl Scene {
             Action::Connect => self.tell(Event::Connected),
             Action::Send(_, Message::Hello(_)) => {
                 let node = "n2".to_owned();
-                let nothing =
-                    Welcome { node, whole: false, generation: Generation::ZERO, epoch: Epoch::ZERO, session: 0 };
+                let nothing = Welcome {
+                    node,
+                    whole: false,
+                    generation: Generation::ZERO,
+                    epoch: Epoch::ZERO,
+                    session: 0,
+                    copies: Vec::new(),
+                };
                 self.says(Epoch::ZERO, Message::Welcome(nothing));
             }
             Action::Send(_, Message::SyncBegin) => self.says(Epoch::ZERO, Message::SyncReady),

@@ -169,6 +169,11 @@ impl Connection {
                 ok(self.session()?.cut(CutRequest { epoch, arm, last, again })?)
             }
             VmmRequest::CutContinue => ok(self.session()?.cut_continue()?),
+            VmmRequest::MirrorBegin { copies, resume } => ok(self.session()?.mirror_begin(&copies, resume)?),
+            VmmRequest::MirrorRead => ok(self.session()?.mirrors()?.read()?),
+            VmmRequest::MirrorDurable { copies } => ok(self.session()?.mirrors()?.durable(&copies)?),
+            VmmRequest::MirrorDone => ok(self.session()?.mirrors()?.done()?),
+            VmmRequest::MirrorLog => ok(self.session()?.mirrors()?.log()?),
             VmmRequest::SealDisks { epoch } => ok(self.session()?.seal_disks(epoch)?),
             VmmRequest::Committed { epoch } => ok(self.session()?.committed(epoch)?),
             VmmRequest::GateOpen => match &mut self.session {

@@ -217,7 +217,8 @@ fn layout(bytes: u64, low_end: u64) -> Vec<(u64, u64, u64)> {
 }
 
 /// Open or create a file that only we may read, and leave what it holds; `what` is its name for people.
-fn private_file(path: &Path, what: &str) -> Result<File> {
+/// A file that only this user reads, created if it is not there.
+pub fn private_file(path: &Path, what: &str) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     options.open(path).with_context(|| format!("cannot create the {what} {}", path.display()))

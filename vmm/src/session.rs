@@ -20,9 +20,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::storage::mirror::Mirrors;
 use crate::storage::{DRAIN_PATIENCE, Tags};
 use anyhow::{Context, Result, bail, ensure};
-use understudy_protocol::control::{Attached, Captured, Gate, Harvested, Strategy, VmmState};
+use understudy_protocol::control::{Attached, Captured, Gate, Harvested, MirrorBegun, Sealed, Strategy, VmmState};
 use understudy_protocol::ids::Epoch;
 
 use crate::capture::gather::Gather;
@@ -83,8 +84,17 @@ pub struct Session {
     open: Option<Open>,
     /// Epoch and VM time of a finished last cut that waits for its commit.
     last: Option<(Epoch, VmTime)>,
-    /// Which number the disks gave to the cut of which epoch; those that are not committed.
-    on_disk: VecDeque<(Epoch, Epoch)>,
+    /// Which number the disks gave to the cut of which epoch, and what they were then; those that are not committed.
+    on_disk: VecDeque<OnDisk>,
+    /// The copies of mirrored disks, as far as they were begun with.
+    mirrors: Option<Mirrors>,
+}
+
+/// An epoch on the disks.
+struct OnDisk {
+    epoch: Epoch,
+    number: Epoch,
+    tags: Tags,
 }
 
 impl Session {
@@ -134,6 +144,7 @@ impl Session {
             ram_bytes: machine.core.ram.bytes(),
             arena_bytes: arena.lock().map(|a| a.map.len() as u64).unwrap_or(0),
             disks: machine.storage.any_written(),
+            mirrored: machine.storage.mirrored(),
         };
         let none = || machine.core.ram.no_pages();
         let session = Self {
@@ -156,6 +167,7 @@ impl Session {
             open: None,
             last: None,
             on_disk: VecDeque::new(),
+            mirrors: None,
             machine,
         };
         Ok((session, attached))
@@ -282,14 +294,42 @@ impl Session {
     }
 
     /// The disks' number for the newest cut up to that of `epoch`.
-    fn on_disk(&self, epoch: Epoch) -> Option<Epoch> {
-        self.on_disk.iter().rev().find(|(cut, _)| *cut <= epoch).map(|(_, number)| *number)
+    fn on_disk(&self, epoch: Epoch) -> Option<&OnDisk> {
+        self.on_disk.iter().rev().find(|cut| cut.epoch <= epoch)
     }
 
     /// What the disks have of `epoch` is durable when this returns.
-    pub fn seal_disks(&mut self, epoch: Epoch) -> Result<()> {
-        let number = self.on_disk(epoch).with_context(|| format!("epoch {epoch} was never cut, or has no disks"))?;
-        self.machine.storage.seal(&self.machine.core, number)
+    pub fn seal_disks(&mut self, epoch: Epoch) -> Result<Sealed> {
+        let cut = self.on_disk(epoch).with_context(|| format!("epoch {epoch} was never cut, or has no disks"))?;
+        self.machine.storage.seal(&self.machine.core, cut.number)?;
+        Ok(Sealed { tags: self.machine.storage.tags_of_mirrored(&cut.tags)? })
+    }
+
+    /// Begin with the copies of the mirrored disks, which are so.
+    pub fn mirror_begin(&mut self, states: &[serde_json::Value], resume: bool) -> Result<MirrorBegun> {
+        let storage = &self.machine.storage;
+        ensure!(
+            resume || !storage.protected(),
+            "the disks are protected: their copies can be brought into step when the gate was opened"
+        );
+        let arena = self.arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?.path.with_file_name("disks");
+        let before = self.mirrors.take();
+        ensure!(!resume || before.is_some(), "no copy was in step before");
+        let before = match before {
+            Some(before) if !resume => {
+                before.leave();
+                None
+            }
+            other => other,
+        };
+        let (mirrors, begun) = Mirrors::begin(storage.mirrored_disks(), states, before, &arena)?;
+        self.mirrors = Some(mirrors);
+        Ok(begun)
+    }
+
+    /// The copies of mirrored disks that were begun with.
+    pub fn mirrors(&mut self) -> Result<&mut Mirrors> {
+        self.mirrors.as_mut().context("begin with the copies of the mirrored disks first (mirror-begin)")
     }
 
     /// The standby holds the checkpoint of `epoch`.
@@ -299,9 +339,9 @@ impl Session {
             ensure!(epoch <= life.last_cut, "epoch {epoch} was never cut (the newest is {})", life.last_cut);
         }
         // Before anything leaves, and without keeping anybody from the machine.
-        if let Some(number) = self.on_disk(epoch) {
+        if let Some(number) = self.on_disk(epoch).map(|cut| cut.number) {
             self.machine.storage.commit(&self.machine.core, number)?;
-            self.on_disk.retain(|(cut, _)| *cut > epoch);
+            self.on_disk.retain(|cut| cut.epoch > epoch);
         }
         let mut life = self.machine.life();
         life.last_committed = life.last_committed.max(epoch);
@@ -364,6 +404,9 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.abort();
+        if let Some(mirrors) = self.mirrors.take() {
+            mirrors.leave();
+        }
         let machine = &self.machine;
         {
             let life = machine.life();

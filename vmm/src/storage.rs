@@ -29,6 +29,7 @@ use crate::core::{Core, Event};
 use crate::devices::{Payload, Payloads};
 
 pub mod lane;
+pub mod mirror;
 mod worker;
 
 use lane::{Closed, Lane};
@@ -239,7 +240,8 @@ impl Storage {
         let directory =
             LocalDirectory::make(&slices).with_context(|| format!("cannot use {} for slices", slices.display()))?;
         let identity = Identity { machine: self.machine.clone(), node: self.node.clone(), generation };
-        let disk = Disk::open(Options {
+        let open = if spec.mirrored { Disk::open_mirrored } else { Disk::open };
+        let disk = open(Options {
             base: base.clone(),
             format: format(spec),
             directory: Arc::new(directory),
@@ -248,6 +250,24 @@ impl Storage {
             limits: Limits::default(),
         })?;
         Ok((Some(Arc::new(disk)), base))
+    }
+
+    /// Names of the mirrored disks.
+    pub fn mirrored(&self) -> Vec<String> {
+        self.specs.iter().filter(|spec| spec.mirrored).map(|spec| spec.name.clone()).collect()
+    }
+
+    /// The mirrored disks with their names; none if nothing is open.
+    pub fn mirrored_disks(&self) -> Vec<(String, Arc<Disk>)> {
+        let set = self.set();
+        let open = set.iter().flat_map(|set| &set.open).zip(&self.specs);
+        let mirrored = open.filter(|(_, spec)| spec.mirrored);
+        mirrored.filter_map(|(open, spec)| Some((spec.name.clone(), open.disk.clone()?))).collect()
+    }
+
+    /// What the mirrored disks were at a cut.
+    pub fn tags_of_mirrored(&self, tags: &Tags) -> Result<Vec<serde_json::Value>> {
+        self.mirrored().iter().map(|name| Ok(serde_json::to_value(tags.of(name)?)?)).collect()
     }
 
     /// Every disk that can be written, with its lane; none if nothing is open.
@@ -281,7 +301,8 @@ impl Storage {
     }
 
     /// Begin protection. The gate is held already: from here on a flush promises nothing to anybody outside.
-    pub fn protect(&self, core: &Core) -> Result<()> {
+    /// `then`, before any write is admitted again: what is in front of these writes has to be told from them.
+    pub fn protect(&self, core: &Core, then: impl FnOnce() -> Result<()>) -> Result<()> {
         let Some(next) = self.set().as_ref().map(|set| set.next) else { return Ok(()) };
         let disks = self.written();
         // A flush that began unprotected must not end protected.
@@ -293,6 +314,7 @@ impl Storage {
                 Self::judge(core, &lane.name, disk.protect(next))?;
             }
         }
+        then()?;
         self.set_protection(Protection::All);
         Ok(())
     }
@@ -415,6 +437,7 @@ impl Storage {
             DiskStatus {
                 name: spec.name.clone(),
                 file: spec.file.clone(),
+                spec: spec.to_string(),
                 mode: mode.into(),
                 size_bytes: open(i).map_or(0, |(_, base, _)| base.size()),
                 backlog_bytes: disk.as_ref().map_or(0, |disk| disk.backlog_bytes),

@@ -16,6 +16,17 @@ pub enum VetoCall {
     ClearVeto,
 }
 
+/// How far [`Action::SendDisks`] came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DisksSent {
+    /// There is more.
+    More,
+    /// There is more when the peer has said what is durable.
+    Wait,
+    /// Everything.
+    All,
+}
+
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
@@ -36,6 +47,13 @@ pub enum Action {
     },
     /// Send the next pages of the bitmap. → `DirtySent` or `PeerLost`.
     SendDirty,
+    /// Have the VMM begin with the peer's copies of the mirrored disks as they are, and tell the peer. → `CopiesRead`, or `PeerLost` if one of them must not
+    /// be touched.
+    BeginCopies,
+    /// Send the next parts of mirrored disks. → `CopiesRead` or `PeerLost`.
+    CopyDisks,
+    /// Send a part of what the copies need of the epoch whose disks are sealed, then the next. → `DisksSent`, then `PeerLost` if sending failed.
+    SendDisks,
     /// Send the next slice of RAM, from the start if `first`. → `Copied` or `PeerLost`.
     CopySlice {
         /// Begin at page zero.
@@ -108,6 +126,15 @@ pub enum Event {
     Copied {
         done: bool,
     },
+    /// So many bytes were sent, and the copies lack so many more. `wait`: until the peer has said what is durable.
+    CopiesRead {
+        sent: u64,
+        left: u64,
+        wait: bool,
+    },
+    DisksSent(DisksSent),
+    /// The epochs cannot go on with copies that are like this.
+    CopiesUnfit(String),
     Captured(Captured),
     /// As `Captured`, for pages copied before the cut; `more` is always set.
     Precopied(Captured),

@@ -118,7 +118,7 @@ impl Sender {
         let phase = match self.peer {
             _ if migration.end.is_some() => Phase::Ended,
             Peer::Away | Peer::Connecting | Peer::Greeting { .. } | Peer::Welcomed { .. } => Phase::Connecting,
-            Peer::Begun | Peer::Copying { .. } => Phase::Copying,
+            Peer::Begun | Peer::Disks { .. } | Peer::Copying { .. } => Phase::Copying,
             Peer::Rounds { .. } => Phase::Rounds,
             Peer::Arm | Peer::Streaming => Phase::LastCopy,
         };

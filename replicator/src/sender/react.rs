@@ -24,7 +24,7 @@ impl Sender {
                 self.forget_epochs();
                 (self.early, self.again, self.share, self.share_told) = (false, false, 0, 0);
                 self.epoch = self.epoch.max(last_cut);
-                self.sealed = Epoch::ZERO;
+                (self.sealed, self.mirrored) = (Epoch::ZERO, Epoch::ZERO);
                 self.veto_retry = now;
                 self.peer_retry = now;
                 self.stale = self.stale.filter(|newer| *newer > generation);
@@ -47,6 +47,15 @@ impl Sender {
                     }
                 }
             }
+            Event::CopiesRead { sent, left, wait } => self.copies_read(sent, left, wait),
+            Event::CopiesUnfit(why) => {
+                // Only a first copy helps, after the gate was opened.
+                self.base = None;
+                self.lose_peer(now, why);
+            }
+            Event::DisksSent(DisksSent::All) => self.mirrored = self.epoch,
+            Event::DisksSent(DisksSent::Wait) => self.disks_wait = true,
+            Event::DisksSent(DisksSent::More) => {}
             Event::Captured(captured) => self.captured(captured),
             Event::Precopied(captured) => self.precopied(captured),
             Event::OutputWaits => self.output = true,
@@ -133,6 +142,7 @@ impl Sender {
     /// Nothing is on its way any more.
     fn forget_epochs(&mut self) {
         self.pages = 0;
+        self.disks_wait = false;
         self.in_flight.clear();
         self.acked = None;
         self.early_at = None;
@@ -171,7 +181,7 @@ impl Sender {
         // When a round does not shrink to three quarters of the last, more rounds would only warm the network.
         let hopeless = round >= 1 && pages > previous / 4 * 3;
         self.peer = if pages <= FEW_PAGES || round + 1 >= MAX_ROUNDS || hopeless {
-            Peer::Arm
+            self.copies_again()
         } else {
             Peer::Rounds { round: round + 1, previous: pages, sending: None }
         };
@@ -268,10 +278,14 @@ impl Sender {
                 }
             }
             (Message::Refused(why) | Message::Failed(why), _) => self.lose_peer(now, why),
+            (Message::SyncReady, Peer::Begun) if self.mirrors() => {
+                self.peer = Peer::Disks { arm: false, stage: CopyStage::Begin };
+            }
             (Message::SyncReady, Peer::Begun) => {
                 self.peer = Peer::Copying { first: true };
                 self.migration_copies(now);
             }
+            (Message::Flushed(_), _) => self.copies_flushed(),
             (Message::Pong, Peer::Rounds { .. }) => self.arrived(epoch, now),
             (Message::Ack, Peer::Streaming) if self.in_flight.iter().any(|sent| sent.epoch == epoch) => {
                 let cut = self.in_flight.iter().find(|sent| sent.epoch == epoch).map_or(now, |sent| sent.cut);
@@ -310,7 +324,12 @@ impl Sender {
             let deadline = now + self.config.peer_timeout;
             let missing = base.kept.iter().filter(|kept| **kept > holds);
             self.in_flight = missing.map(|epoch| InFlight { epoch: *epoch, cut: now, deadline }).collect();
-            self.cycle = if self.in_flight.is_empty() { Cycle::Idle } else { Cycle::Resend { after: holds } };
+            let after = (!self.in_flight.is_empty()).then_some(holds);
+            self.cycle = match after {
+                _ if self.mirrors() => Cycle::Rejoin { after },
+                Some(after) => Cycle::Resend { after },
+                None => Cycle::Idle,
+            };
             self.peer = Peer::Streaming;
             self.next_cut = now;
             self.peer_backoff = RETRY_MIN;
@@ -319,7 +338,8 @@ impl Sender {
             self.base = None;
             // A first copy holds everything.
             (self.early, self.again) = (false, false);
-            self.peer = Peer::Welcomed { wait: ours && self.config.clustered, log_ready: false };
+            let wait = ours && self.config.clustered || self.mirrors();
+            self.peer = Peer::Welcomed { wait, log_ready: false };
             self.note(format!("connected to {}; a first copy is needed", welcome.node));
         }
     }
@@ -417,7 +437,7 @@ impl Sender {
                 Cycle::Sending(captured) if captured.more => self.rest = Rest::Drop,
                 Cycle::Continue => self.rest = Rest::Drop,
                 // Acknowledged, but the VMM was not told: the standby has it, and will say so when it is back.
-                Cycle::Sending(_) | Cycle::Early(_) | Cycle::Idle | Cycle::Resend { .. } => {}
+                Cycle::Sending(_) | Cycle::Early(_) | Cycle::Idle | Cycle::Rejoin { .. } | Cycle::Resend { .. } => {}
             }
             self.veto_retry = now;
             self.veto_backoff = RETRY_MIN;

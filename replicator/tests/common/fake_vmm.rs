@@ -274,6 +274,7 @@ impl FakeVmm {
                 machine.attaches += 1;
                 machine.gate_open = machine.migrates;
                 let attached = Attached {
+                    mirrored: Vec::new(),
                     generation: machine.generation,
                     ram_bytes: self.load.ram_pages * PAGE as u64,
                     arena_bytes: Self::arena_len(self.load),

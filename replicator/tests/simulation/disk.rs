@@ -7,6 +7,7 @@ use understudy_replicator::codec::{BatchError, Decoder, PAGE, Page, PageHash, Ta
 use understudy_replicator::durable::{Durable, ImageKind, Pending};
 
 use super::content::{page, seed};
+use super::mirror::Copy;
 
 /// What survives a crash of the standby's process.
 #[derive(Clone, Default)]
@@ -16,6 +17,8 @@ pub struct Disk {
     /// Decoded pages of the epoch that is arriving, in the order of their first arrival.
     pub stage: Vec<(u64, u64)>,
     pub states: BTreeMap<(u64, u64), Vec<u8>>,
+    /// Its copy of the mirrored disk.
+    pub copy: Copy,
 }
 
 /// What does not.

@@ -5,7 +5,7 @@
 //! What is checked after every event:
 //! 1. *Whole images*: what a restarted standby would find is nothing, or exactly one cut of the primary.
 //! 2. *Output commit and no stale takeover*: everything that has left the machine is in that image, or the veto stands.
-//! 3. *Disks*: a machine's disks are durable for the epoch that is in that image.
+//! 3. *Disks*: a machine's disks are durable for the epoch that is in that image, and the copy of a mirrored disk is what the disk was at that cut.
 //! 4. The floor of generations never goes down.
 //!
 //! After a take-over: the image does not change any more, nothing more leaves the old machine, and it ends itself as soon
@@ -16,12 +16,14 @@
 //! | the guest, the wire, the cluster | `world` |
 //! | who does what the sender and the receiver ask for | `primary`, `standby` |
 //! | what a crash leaves | `disk`, with pages as in `content` |
+//! | a mirrored disk and its copy | `mirror` |
 //! | the checks | `oracle` |
 //! | what happens next | `schedule` |
 //! | faults put in on purpose, each of which must be noticed | `sabotage` |
 
 mod content;
 mod disk;
+mod mirror;
 mod oracle;
 mod primary;
 mod sabotage;
@@ -96,6 +98,21 @@ fn the_simulation_notices_a_gate_that_does_not_wait_for_the_veto() {
 #[test]
 fn the_simulation_notices_an_epoch_that_ends_before_its_disks_are_sealed() {
     is_noticed(Sabotage::SealNotAwaited);
+}
+
+#[test]
+fn the_simulation_notices_copies_that_are_sealed_after_the_acknowledgement() {
+    is_noticed(Sabotage::SealOfCopiesLate);
+}
+
+#[test]
+fn the_simulation_notices_blocks_of_uncommitted_slices_that_nobody_sends_again() {
+    is_noticed(Sabotage::ForgetSlices);
+}
+
+#[test]
+fn the_simulation_notices_a_copy_that_counts_while_it_is_brought_into_step() {
+    is_noticed(Sabotage::SkipCopyBegin);
 }
 
 #[test]

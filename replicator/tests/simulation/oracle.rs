@@ -62,6 +62,7 @@ impl World {
             if self.vmm.disks && !self.vmm.sealed.contains(&epoch.0) {
                 return Err(format!("the image is epoch {epoch}, and the disks are not sealed for it"));
             }
+            self.check_copy(epoch)?;
             if state != device_state(epoch) {
                 return Err(format!("the device state is not epoch {epoch}'s"));
             }

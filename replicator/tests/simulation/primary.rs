@@ -22,7 +22,7 @@ impl World {
         self.sender.event(event, self.now);
     }
 
-    fn transmit(&mut self, frame: Frame) -> bool {
+    pub fn transmit(&mut self, frame: Frame) -> bool {
         match self.conn {
             Some(conn) => {
                 self.to_receiver.push_back((conn, frame));
@@ -67,7 +67,9 @@ impl World {
                 self.sessions += 1;
                 let bytes = PAGES * PAGE as u64;
                 let disks = self.vmm.disks;
-                let attached = Attached { generation: Generation(1), ram_bytes: bytes, arena_bytes: bytes, disks };
+                let mirrored = self.vmm.mirror.iter().map(|_| "vda".to_owned()).collect();
+                let attached =
+                    Attached { generation: Generation(1), ram_bytes: bytes, arena_bytes: bytes, disks, mirrored };
                 self.event(Event::Attached { attached, last_cut: self.vmm.cut, session: self.sessions });
             }
             Action::Detach => self.detach(),
@@ -132,6 +134,9 @@ impl World {
             }
             Action::SendPiece(captured) => self.send_piece(captured),
             Action::SealDisks(epoch) => return self.seal_disks(epoch),
+            Action::BeginCopies => return self.begin_copies(),
+            Action::CopyDisks => self.copy_disks(),
+            Action::SendDisks => return self.send_disks(),
             Action::Resend { after } => {
                 let frames = match self.sabotage {
                     Sabotage::ResendIsNotTheSame => self.encoded_again(),
@@ -148,6 +153,9 @@ impl World {
                     return Err(format!("epoch {epoch} is called committed, {cut} was cut, {committed} committed"));
                 }
                 self.vmm.committed = epoch;
+                if let Some(mirror) = &mut self.vmm.mirror {
+                    mirror.committed(epoch.0);
+                }
                 self.kept.retain(|frame| frame.epoch > epoch);
                 self.vmm.released = self.vmm.released.max(self.vmm.snapshots[&epoch.0].1);
                 self.vmm.handed_over |= self.vmm.last && epoch == self.vmm.cut;
@@ -157,11 +165,19 @@ impl World {
                 if !matches!(self.vmm.share, 0 | 100) {
                     return Err(format!("nobody waits for the guest, and it runs for {} %", self.vmm.share));
                 }
+                if let Some(mirror) = &mut self.vmm.mirror {
+                    mirror.unprotect(self.sabotage == Sabotage::ForgetSlices);
+                }
                 self.vmm.gate_open = true;
                 self.release();
                 self.event(Event::VmmDone);
             }
             Action::Connect => self.connecting = true,
+            Action::Send(_, Message::Flush) => {
+                if !self.send_flush() {
+                    self.event(Event::PeerLost("broken".into()));
+                }
+            }
             Action::Send(epoch, message) => {
                 if message == Message::SyncBegin {
                     self.digest = EpochDigest::default();
@@ -278,6 +294,9 @@ impl World {
         self.vmm.stopped = true;
         if arm {
             self.vmm.gate_open = false;
+        }
+        if let Some(mirror) = &mut self.vmm.mirror {
+            mirror.cut(epoch.0, arm);
         }
         self.vmm.snapshots.insert(epoch.0, (self.vmm.ram.clone(), self.vmm.made));
         self.begin(epoch, again);

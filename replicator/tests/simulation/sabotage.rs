@@ -15,6 +15,12 @@ pub enum Sabotage {
     ForgetRepair,
     VetoNotAwaited,
     SealNotAwaited,
+    /// The standby acknowledges an epoch before its copies are sealed for it.
+    SealOfCopiesLate,
+    /// Blocks that only uncommitted slices have count as known to the copy when protection ends.
+    ForgetSlices,
+    /// The standby does not note that a copy is being written to.
+    SkipCopyBegin,
     /// A new first copy refers to what an earlier one had sent.
     KeepShadow,
     /// The same for the device state.

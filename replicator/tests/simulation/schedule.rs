@@ -16,6 +16,12 @@ impl World {
                     let message = Message::parse(frame.kind, &frame.payload).map_err(|e| e.to_string())?;
                     let small = message.small().ok_or("the standby sent pages")?;
                     if self.listening == Some(conn) {
+                        if matches!(small, Message::Flushed(_)) {
+                            self.flushed();
+                            if self.flushes > 0 {
+                                return Ok(());
+                            }
+                        }
                         self.event(Event::Message(frame.generation, frame.epoch, small));
                     }
                 } else if self.conn.is_none() && self.random.one_in(3) {

@@ -1,5 +1,7 @@
 //! The standby: performs the receiver's steps, and dies between or inside any two of them.
 
+use understudy_disk::Tag;
+use understudy_protocol::ids::{Epoch, Generation};
 use understudy_replicator::codec::state;
 use understudy_replicator::durable::Record;
 use understudy_replicator::message::{Envelope, Message};
@@ -7,6 +9,7 @@ use understudy_replicator::receiver::{LocalVmm, Receiver, Step, Surroundings};
 
 use super::content::PAGES;
 use super::disk::{Onto, Stop, Volatile, crc};
+use super::sabotage::Sabotage;
 use super::world::{Check, Frame, IDENTITY, World};
 
 impl World {
@@ -21,6 +24,30 @@ impl World {
             self.say(format!("standby: kind {} → {steps:?}", frame.kind));
         }
         self.standby_steps(steps, Some(&frame))
+    }
+
+    fn copy_step(&mut self, step: &Step, frame: Option<&Frame>) -> Result<(), Stop> {
+        let message = frame.and_then(|frame| Message::parse(frame.kind, &frame.payload).ok());
+        let late = self.sabotages_copies();
+        let copy = &mut self.disk.copy;
+        match (step, message) {
+            (Step::BeginCopies, _) if self.sabotage == Sabotage::SkipCopyBegin => {}
+            (Step::BeginCopies, Some(Message::CopyBegin(starts))) => copy.begin(&starts),
+            (Step::ApplyPart, Some(Message::Part(part))) => copy.apply(&part),
+            (Step::StepCopies, Some(Message::InStep(tags))) => copy.into_step(&tags),
+            (Step::AppendLog, Some(Message::Log(log))) => copy.append(&log)?,
+            (Step::SealCopies, Some(Message::Seal(tags))) if !late => copy.seal(&tags),
+            (Step::CommitCopies, _) => {
+                if late {
+                    let all =
+                        Tag { serial: u64::MAX, generation: Generation(1), epoch: Epoch::ZERO, records: 0, digest: 0 };
+                    copy.seal(&[all]);
+                }
+                copy.commit();
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     pub fn standby_steps(&mut self, mut steps: Vec<Step>, frame: Option<&Frame>) -> Check {
@@ -95,6 +122,15 @@ impl World {
                 }
             }
             Step::Report(standing) => self.reports.push_back(*standing),
+            Step::FlushCopies => {
+                let (conn, mut steps) = (self.receiver.sender().map(|(conn, ..)| conn), Vec::new());
+                self.receiver.flushed(conn.unwrap_or_default(), Vec::new(), &mut steps);
+                steps.iter().try_for_each(|step| self.perform(step, None))?;
+            }
+            Step::OpenCopies { .. } => {}
+            Step::CloseCopies => self.disk.copy.crashed(),
+            Step::BeginCopies | Step::ApplyPart | Step::StepCopies => self.copy_step(step, frame)?,
+            Step::AppendLog | Step::SealCopies | Step::CommitCopies => self.copy_step(step, frame)?,
             // Nobody asks for it here: what is compared, and when, is tested beside it (verify/tests.rs).
             Step::Compare => {}
         }
@@ -109,6 +145,7 @@ impl World {
         self.ghosts.clear();
         self.reports.clear();
         self.volatile = Volatile::default();
+        self.disk.copy.crashed();
         let mut steps = Vec::new();
         let durable = self.disk.durable.clone();
         self.receiver = Receiver::recover("m", "n2", durable, Some(IDENTITY), &mut steps);

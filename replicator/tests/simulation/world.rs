@@ -13,6 +13,7 @@ use understudy_replicator::sender::{Event, Sender, SenderConfig, SlowLink, SlowP
 
 use super::content::PAGES;
 use super::disk::{Disk, Volatile};
+use super::mirror::{BLOCKS, Mirror};
 use super::sabotage::Sabotage;
 
 /// The standby's RAM file, which is never replaced.
@@ -73,6 +74,8 @@ pub struct Vmm {
     /// Whether it has disks, and for which epochs they are durable.
     pub disks: bool,
     pub sealed: BTreeSet<u64>,
+    /// One of them is mirrored.
+    pub mirror: Option<Mirror>,
 }
 
 pub struct World {
@@ -91,6 +94,10 @@ pub struct World {
     pub bitmap: BTreeSet<u64>,
     pub hooks: VecDeque<VetoCall>,
     pub sessions: u64,
+    /// The copy was brought into step once: the VMM knows what it lacks.
+    pub copy_known: bool,
+    /// Answers that the peer owes.
+    pub flushes: u32,
 
     pub receiver: Receiver,
     pub disk: Disk,
@@ -131,7 +138,12 @@ impl World {
             sabotage,
             troubled: true,
             now,
-            vmm: Vmm { ram: vec![0; PAGES as usize], disks: seed % 4 < 2, ..Vmm::default() },
+            vmm: Vmm {
+                ram: vec![0; PAGES as usize],
+                disks: seed % 4 < 3,
+                mirror: (seed % 4 > 0 && seed % 4 < 3).then(Mirror::default),
+                ..Vmm::default()
+            },
             sender: Sender::new(config, now),
             batch: BatchWriter::default(),
             state: StateEncoder::default(),
@@ -141,6 +153,8 @@ impl World {
             bitmap: BTreeSet::new(),
             hooks: VecDeque::new(),
             sessions: 0,
+            copy_known: false,
+            flushes: 0,
             receiver,
             disk,
             volatile: Volatile::default(),
@@ -186,6 +200,12 @@ impl World {
             };
             if let Some(log) = &mut self.vmm.log {
                 log.insert(page);
+            }
+        }
+        for _ in 0..self.random.below(3) {
+            let (block, content) = (self.random.below(BLOCKS), self.random.below(4));
+            if let Some(mirror) = &mut self.vmm.mirror {
+                mirror.write(block, content);
             }
         }
         self.vmm.made += 1;

@@ -217,7 +217,7 @@ impl Session {
 
     /// Before the first cut, while the guest runs: from here on the disks' writes belong to checkpoints. The gate is held first, because a flush
     /// promises nothing any more.
-    fn protect_disks(&self, request: CutRequest) -> Result<()> {
+    fn protect_disks(&mut self, request: CutRequest) -> Result<()> {
         let machine = &self.machine;
         if !machine.storage.any_written() || machine.storage.protected() {
             return Ok(());
@@ -230,7 +230,13 @@ impl Session {
             );
             hardware.set_gate(Gate::Hold);
         }
-        machine.storage.protect(&machine.core).context("the disks cannot be protected")
+        let mirrors = self.mirrors.as_mut();
+        ensure!(
+            mirrors.is_some() || machine.storage.mirrored().is_empty(),
+            "the mirrored disks have no copies to go with this checkpoint"
+        );
+        let hold = || mirrors.map_or(Ok(()), Mirrors::hold);
+        machine.storage.protect(&machine.core, hold).context("the disks cannot be protected")
     }
 
     /// Whether what was written by now is more than the arena holds.
@@ -301,8 +307,8 @@ impl Session {
             };
             let raw = match machine.storage.cut(&machine.core)? {
                 Some((number, tags)) => {
-                    self.on_disk.retain(|(cut, _)| *cut < epoch);
-                    self.on_disk.push_back((epoch, number));
+                    self.on_disk.retain(|cut| cut.epoch < epoch);
+                    self.on_disk.push_back(OnDisk { epoch, number, tags: tags.clone() });
                     raw.with(tags)?
                 }
                 None => raw,

@@ -1,0 +1,275 @@
+//! This node's copies of a machine's mirrored disks: performs the receiver's steps on them.
+//!
+//! Which files they are is asked of the machine's VMM that stands by on this node: it has the configuration, and opens them itself when it is promoted.
+//! They are open as long as a sender is connected.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use understudy_disk::mirror::{Applied, Content, Copy, CopyOptions, Item, LogPiece, PeerState, Range, Standing};
+use understudy_disk::{Format, Limits, LocalDirectory, Tag, block};
+use understudy_protocol::control::{ControlClient, VmmRequest, VmmStatus};
+use understudy_protocol::disk::{DiskFormat, DiskSpec};
+use understudy_protocol::layout::Layout;
+
+use crate::message::{CopyStart, Flushed, Log, Part, PartContent};
+
+/// The disks of this node's VMM.
+///
+/// # Errors
+/// A sentence: it does not answer, or what it says is not understood.
+pub fn local_disks(layout: &Layout, timeout: Duration) -> Result<Vec<DiskSpec>, String> {
+    let unknown = |e: String| format!("the machine's disks on this node are not known: {e}");
+    let client = ControlClient::connect(layout.vmm_socket(), timeout).map_err(|e| unknown(e.to_string()));
+    let status = client
+        .and_then(|mut client| client.call::<_, VmmStatus>(&VmmRequest::Status).map_err(|e| unknown(e.to_string())))?;
+    status.disks.iter().map(|disk| disk.spec.parse().map_err(|e| unknown(format!("{e}")))).collect()
+}
+
+/// One copy.
+struct Open {
+    name: String,
+    copy: Arc<Copy>,
+    /// Last part that was applied, and what differed since that was told last.
+    upto: u64,
+    differing: Vec<Range>,
+    /// Slices that are complete here since before this session: what comes of them again is passed over.
+    complete: BTreeMap<u64, Tag>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Copies {
+    open: Vec<Open>,
+    /// Makes something durable; and says (by hanging up) when it has done so, before it tells anybody.
+    flusher: Option<(JoinHandle<()>, Receiver<()>)>,
+    /// What was sealed last.
+    sealed: Vec<Tag>,
+}
+
+impl std::fmt::Debug for Copies {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.open.iter().map(|open| &open.name)).finish()
+    }
+}
+
+impl Copies {
+    /// Open the copies of these disks. What was open is closed before.
+    ///
+    /// # Errors
+    /// A sentence that names the disk; none is open then.
+    pub fn open(&mut self, machine: &str, node: &str, names: &[String], specs: &[DiskSpec]) -> Result<(), String> {
+        self.close();
+        let open = |name: &String| {
+            let spec = specs.iter().find(|spec| spec.name == *name);
+            let spec = spec.ok_or_else(|| {
+                format!("the machine has a disk {name} and its standby on {node} has none: configure both alike")
+            })?;
+            if !spec.mirrored {
+                return Err(format!("disk {name} is mirrored, and on {node} it is shared: configure both alike"));
+            }
+            open_copy(machine, node, spec).map_err(|why| format!("disk {name} on {node}: {why}"))
+        };
+        self.open = names.iter().map(open).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
+    /// How they are, for the sender.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn states(&self) -> Result<Vec<PeerState>, String> {
+        self.open.iter().map(|open| open.copy.state().map_err(|e| open.say(e))).collect()
+    }
+
+    /// Nothing writes to them any more when this returns; what was not sealed is thrown away.
+    pub fn close(&mut self) {
+        if let Some((_, flushed)) = self.flusher.take() {
+            // (Not for its end: it may be about to call whoever is waiting here.)
+            let _ = flushed.recv();
+        }
+        self.sealed.clear();
+        for open in self.open.drain(..) {
+            if let Err(e) = open.copy.abandon() {
+                crate::log::line(&format!("receiver: {}", open.say(e)));
+            }
+        }
+    }
+
+    /// The sender says how it goes on with each.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn begin(&mut self, starts: &[CopyStart]) -> Result<(), String> {
+        for (open, start) in self.open.iter_mut().zip(starts) {
+            let state = open.copy.state().map_err(|e| open.say(e))?;
+            match start {
+                CopyStart::Rejoin(rejoin) => {
+                    open.copy.rejoin(rejoin).map_err(|e| open.say(e))?;
+                    open.complete = complete(&state, rejoin.at);
+                }
+                CopyStart::Sync(begin) => {
+                    open.copy.begin(begin).map_err(|e| open.say(e))?;
+                    open.complete = BTreeMap::new();
+                }
+            }
+            (open.upto, open.differing) = (0, Vec::new());
+        }
+        Ok(())
+    }
+
+    fn get(&mut self, disk: u16) -> Result<&mut Open, String> {
+        let open = self.open.get_mut(usize::from(disk));
+        open.ok_or_else(|| format!("the sender speaks of a disk number {disk} that is not open here"))
+    }
+
+    /// A part of a disk.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn apply(&mut self, part: &Part<'_>) -> Result<(), String> {
+        let open = self.get(part.disk)?;
+        let content = match part.content {
+            PartContent::Data(bytes) => Content::Data(bytes.to_vec()),
+            PartContent::Zero => Content::Zero,
+            PartContent::Hash(hash) => Content::Hash(hash),
+        };
+        let item = Item { number: part.number, at: part.at, len: part.len, content };
+        if open.copy.apply(&item).map_err(|e| open.say(e))? == Applied::Differs {
+            open.differing.push(Range { at: part.at, len: part.len });
+        }
+        open.upto = part.number;
+        Ok(())
+    }
+
+    /// Make durable what was applied, in a thread, and then call `done`.
+    pub fn flush(&mut self, done: impl FnOnce(Result<Vec<Flushed>, String>) + Send + 'static) {
+        let take = |open: &mut Open| {
+            let flushed = Flushed { upto: open.upto, differing: std::mem::take(&mut open.differing) };
+            (open.name.clone(), open.copy.clone(), flushed)
+        };
+        let all: Vec<_> = self.open.iter_mut().map(take).collect();
+        let previous = self.flusher.take();
+        let (over, flushed) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            let flush = |(name, copy, flushed): (String, Arc<Copy>, Flushed)| {
+                copy.flush().map(|()| flushed).map_err(|e| format!("disk {name}: {e}"))
+            };
+            let result = all.into_iter().map(flush).collect();
+            drop::<mpsc::Sender<()>>(over);
+            if let Some((previous, _)) = previous {
+                // Answers come in the order of the questions. (It panics only if a copy does, which is reported by the panic itself.)
+                let _ = previous.join();
+            }
+            done(result);
+        });
+        self.flusher = Some((thread, flushed));
+    }
+
+    /// They are complete up to these tags.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn into_step(&mut self, tags: &[Option<Tag>]) -> Result<(), String> {
+        for (open, tag) in self.open.iter().zip(tags) {
+            if let Some(tag) = tag {
+                open.copy.into_step(*tag).map_err(|e| open.say(e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A piece of a slice's log.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn append(&mut self, log: &Log<'_>) -> Result<(), String> {
+        let open = self.get(log.disk)?;
+        if open.complete.contains_key(&log.slice.serial) {
+            return Ok(());
+        }
+        let piece = LogPiece { slice: log.slice, offset: log.offset, bytes: log.bytes.to_vec(), closed: log.closed };
+        open.copy.append(&piece).map_err(|e| open.say(e))
+    }
+
+    /// The slices up to these tags are durable when this returns.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn seal(&mut self, tags: &[Tag]) -> Result<(), String> {
+        for (open, tag) in self.open.iter().zip(tags) {
+            match open.complete.get(&tag.serial) {
+                Some(known) if known == tag => {}
+                Some(_) => return Err(open.say("what it has of a slice is not what the sender has")),
+                None => open.copy.seal(*tag).map_err(|e| open.say(e))?,
+            }
+        }
+        self.sealed = tags.to_vec();
+        Ok(())
+    }
+
+    /// What was sealed last is committed when this returns.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn commit(&mut self) -> Result<(), String> {
+        for (open, tag) in self.open.iter().zip(&self.sealed) {
+            open.copy.commit(*tag).map_err(|e| open.say(e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Open {
+    fn say(&self, why: impl std::fmt::Display) -> String {
+        format!("disk {}: {why}", self.name)
+    }
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Slices that a copy has up to `at`, which is everything that counts.
+fn complete(state: &PeerState, at: Tag) -> BTreeMap<u64, Tag> {
+    let (Standing::Follows { at: committed, sealed } | Standing::Outdated { at: committed, sealed, .. }) =
+        &state.standing
+    else {
+        return [(at.serial, at)].into();
+    };
+    let all = sealed.iter().chain([committed, &at]).filter(|tag| tag.serial <= at.serial);
+    all.map(|tag| (tag.serial, *tag)).collect()
+}
+
+fn open_copy(machine: &str, node: &str, spec: &DiskSpec) -> Result<Open, String> {
+    let path = Path::new(&spec.file);
+    let format = match spec.format {
+        DiskFormat::Raw => Format::Raw,
+        DiskFormat::Qcow2 => Format::Qcow2,
+    };
+    if format == Format::Raw && !path.exists() {
+        // The first copy fills it.
+        File::create_new(path).map_err(|e| format!("cannot create {}: {e}", spec.file))?;
+    }
+    let base = block::open(path, format, false).map_err(|e| e.to_string())?;
+    let slices = spec.slices.as_ref().map_or_else(|| LocalDirectory::beside(path), Into::into);
+    let directory =
+        LocalDirectory::make(&slices).map_err(|e| format!("cannot use {} for slices: {e}", slices.display()))?;
+    let copy = Copy::open_merging(CopyOptions {
+        base,
+        format,
+        directory: Arc::new(directory),
+        machine: machine.to_owned(),
+        node: node.to_owned(),
+        limits: Limits::default(),
+    });
+    let copy = Arc::new(copy.map_err(|e| e.to_string())?);
+    Ok(Open { name: spec.name.clone(), copy, upto: 0, differing: Vec::new(), complete: BTreeMap::new() })
+}
