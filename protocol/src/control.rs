@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Epoch, Generation};
-use crate::statistics::{Statistics, VerifyStatus};
+use crate::statistics::{DiskVerifyStatus, Statistics, VerifyStatus};
 
 /// Longest line either side accepts, in bytes.
 pub const MAX_LINE: usize = 1 << 20;
@@ -107,6 +107,12 @@ pub enum VmmRequest {
     /// (session) Read what the copies lack of the slices that are written and were not read yet into the disk arena. After
     /// [`VmmRequest::SealDisks`], until there is nothing more, that is all of the epoch. Reply: [`MirrorPieces`].
     MirrorLog,
+    /// A step of a comparison of mirrored disks with their copies, which are in step in a session on another connection. The comparison ends with this
+    /// connection. Reply: as said there.
+    VerifyDisks {
+        /// What to do.
+        step: DiskVerifyStep,
+    },
     /// (session) Make durable what the disks have of the checkpoint of `epoch`, before the standby is told the epoch's end: then a checkpoint
     /// that is committed anywhere finds its disks. Only for machines with [`Attached::disks`]. Reply: [`Sealed`].
     SealDisks {
@@ -484,6 +490,74 @@ pub struct MirrorDurable {
     pub differing: Vec<(u64, u64)>,
 }
 
+/// A step of a comparison. Disks are numbered as in [`Attached::mirrored`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum DiskVerifyStep {
+    /// Begin. Reply: the disks' names and sizes, a list of pairs.
+    Begin,
+    /// Hold a base still. Reply: where, as `understudy_disk::Tag`.
+    Pin {
+        /// Which.
+        disk: u16,
+    },
+    /// The copy holds still here: hold at the same. Reply: that tag, or `null` when it is not committed here yet.
+    PinAt {
+        /// Which.
+        disk: u16,
+        /// Where, as `understudy_disk::Tag`.
+        tag: serde_json::Value,
+    },
+    /// What to compare next. Reply: [`DiskQuestion`], or `null` at the end.
+    Ask {
+        /// Which.
+        disk: u16,
+    },
+    /// What the copy says. Reply: `null`.
+    Result {
+        /// Which.
+        disk: u16,
+        /// [`DiskQuestion::number`].
+        number: u64,
+        /// Whether it is the same.
+        same: bool,
+    },
+    /// Merging may go on. Reply: `null`.
+    Unpin {
+        /// Which.
+        disk: u16,
+    },
+    /// Reply: [`DiskCompared`].
+    Compared {
+        /// Which.
+        disk: u16,
+    },
+}
+
+/// Reply to [`DiskVerifyStep::Ask`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskQuestion {
+    /// Of the question.
+    pub number: u64,
+    /// First byte.
+    pub at: u64,
+    /// Bytes.
+    pub len: u64,
+    /// BLAKE3.
+    pub hash: [u8; 32],
+}
+
+/// Reply to [`DiskVerifyStep::Compared`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskCompared {
+    /// Bytes compared.
+    pub done: u64,
+    /// Bytes in ranges that differ.
+    pub differing: u64,
+    /// First byte and length of the first of them.
+    pub ranges: Vec<(u64, u64)>,
+}
+
 /// Reply to [`VmmRequest::SealDisks`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sealed {
@@ -552,6 +626,9 @@ pub enum ReplicatorRequest {
     /// (sender) Compare all of RAM with the standby's, while the guest runs; joins a comparison that is under way. Reply:
     /// [`VerifyStarted`], at once; what comes of it is in the status.
     Verify,
+    /// (sender) Compare the mirrored disks with their copies, all of them, while the guest runs; joins a comparison that is under way. Reply:
+    /// [`VerifyStarted`], at once; what comes of it is in the status.
+    VerifyDisks,
     /// End the process. Reply: `null`, then the socket closes.
     Quit,
 }
@@ -696,6 +773,9 @@ pub struct ReplicatorStatus {
     /// The comparison of RAM between primary and standby.
     #[serde(default)]
     pub verify: VerifyStatus,
+    /// Comparisons of mirrored disks.
+    #[serde(default)]
+    pub disk_verify: DiskVerifyStatus,
 }
 
 /// Reply to [`ReplicatorRequest::Status`] of the process that receives migrations.

@@ -147,6 +147,26 @@ pub struct VerifyStatus {
     pub last_ended_s: Option<u64>,
 }
 
+/// The comparison of mirrored disks with their copies, since the process started (sender).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskVerifyStatus {
+    /// A pass is under way.
+    pub running: bool,
+    /// Number of the newest pass, 0 if there was none.
+    pub pass: u64,
+    /// Bytes that it has compared, of all disks.
+    pub done_bytes: u64,
+    /// Bytes that are to be compared.
+    pub total_bytes: u64,
+    /// Bytes in ranges that differ: the next time that the copies are brought into step these are copied.
+    pub differing_bytes: u64,
+    /// The first of these ranges, at most 64: disk, first byte, bytes.
+    pub differing: Vec<(String, u64, u64)>,
+    /// The last pass in a sentence.
+    pub last: String,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -17,7 +17,7 @@ use understudy_protocol::control::{ControlClient, VmmRequest, VmmStatus};
 use understudy_protocol::disk::{DiskFormat, DiskSpec};
 use understudy_protocol::layout::Layout;
 
-use crate::message::{CopyStart, Flushed, Log, Part, PartContent};
+use crate::message::{CopyStart, DiskCheck, DiskChecked, Flushed, Log, Part, PartContent};
 
 /// The disks of this node's VMM.
 ///
@@ -48,6 +48,8 @@ pub struct Copies {
     open: Vec<Open>,
     /// Makes something durable; and says (by hanging up) when it has done so, before it tells anybody.
     flusher: Option<(JoinHandle<()>, Receiver<()>)>,
+    /// The same for a step of a comparison.
+    checker: Option<(JoinHandle<()>, Receiver<()>)>,
     /// What was sealed last.
     sealed: Vec<Tag>,
 }
@@ -89,9 +91,9 @@ impl Copies {
 
     /// Nothing writes to them any more when this returns; what was not sealed is thrown away.
     pub fn close(&mut self) {
-        if let Some((_, flushed)) = self.flusher.take() {
+        for (_, over) in [self.flusher.take(), self.checker.take()].into_iter().flatten() {
             // (Not for its end: it may be about to call whoever is waiting here.)
-            let _ = flushed.recv();
+            let _ = over.recv();
         }
         self.sealed.clear();
         for open in self.open.drain(..) {
@@ -169,6 +171,44 @@ impl Copies {
             done(result);
         });
         self.flusher = Some((thread, flushed));
+    }
+
+    /// A step of a comparison with the primary, in a thread; then call `done` with the answer, if there is one.
+    ///
+    /// # Errors
+    /// A sentence: there is no such disk.
+    pub fn check(
+        &mut self,
+        check: DiskCheck,
+        done: impl FnOnce(Result<DiskChecked, String>) + Send + 'static,
+    ) -> Result<(), String> {
+        let open = self.get(check.disk())?;
+        let (name, copy) = (open.name.clone(), open.copy.clone());
+        let previous = self.checker.take();
+        let (over, checked) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            let result = match check {
+                DiskCheck::Pin { disk, tag } => copy.pin(tag).map(|at| Some(DiskChecked::Pinned { disk, at })),
+                DiskCheck::Compare { disk, number, range, hash } => {
+                    let item = Item { number, at: range.at, len: range.len, content: Content::Hash(hash) };
+                    copy.compare(&item).map(|same| Some(DiskChecked::Compared { disk, number, same }))
+                }
+                DiskCheck::Unpin { .. } => {
+                    copy.unpin();
+                    Ok(None)
+                }
+            };
+            drop(copy);
+            drop::<mpsc::Sender<()>>(over);
+            if let Some((previous, _)) = previous {
+                let _ = JoinHandle::<()>::join(previous);
+            }
+            if let Some(result) = result.map_err(|e| format!("disk {name}: {e}")).transpose() {
+                done(result);
+            }
+        });
+        self.checker = Some((thread, checked));
+        Ok(())
     }
 
     /// They are complete up to these tags.

@@ -6,6 +6,7 @@
 //! sending happen after the VMM has resumed the guest.
 
 mod copies;
+mod disk_verify;
 mod pages;
 mod peer;
 
@@ -27,11 +28,12 @@ use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
 use understudy_protocol::secure::{SecureStream, SecureWriter};
-use understudy_protocol::statistics::Encoding;
 use understudy_protocol::statistics::VerifyStatus;
+use understudy_protocol::statistics::{DiskVerifyStatus, Encoding};
 use understudy_protocol::urgent;
 
 use self::copies::Copies;
+use self::disk_verify::DiskVerifier;
 use self::pages::Pages;
 use crate::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE};
 use crate::hook::Hook;
@@ -54,6 +56,10 @@ enum Input {
     HandOver(mpsc::Sender<Result<HandedOver, String>>),
     /// Compare all of RAM; the answer is the pass's number.
     Verify(mpsc::Sender<u64>),
+    /// Compare all mirrored disks.
+    VerifyDisks(mpsc::Sender<Result<u64, String>>),
+    /// Send this, if there is a connection.
+    Say(Message<'static>),
     Stop,
 }
 
@@ -122,6 +128,8 @@ pub struct SenderView {
     pub encoding: (crate::codec::writer::Statistics, Encoding),
     /// Comparisons of RAM.
     pub verify: VerifyStatus,
+    /// Comparisons of mirrored disks.
+    pub disk_verify: DiskVerifyStatus,
     /// The migration, if it is one.
     pub migration: Option<MigrationView>,
 }
@@ -179,6 +187,7 @@ impl SenderHandle {
             pauses: Vec::new(),
             stats: SenderStats::default(),
             verify: Verifier::new(config.verify_every, Instant::now()),
+            disk_verify: DiskVerifier::default(),
             published: Instant::now(),
             logged: Vec::new(),
             config,
@@ -205,6 +214,14 @@ impl SenderHandle {
         let (answer, receiver) = mpsc::channel();
         let _ = self.inputs.send(Input::HandOver(answer));
         receiver
+    }
+
+    /// Ask for a comparison of all mirrored disks: the pass's number.
+    pub fn verify_disks(&self) -> Result<u64, String> {
+        let (answer, receiver) = mpsc::channel();
+        let _ = self.inputs.send(Input::VerifyDisks(answer));
+        let late = "the sender does not answer in time; see its status";
+        receiver.recv_timeout(VMM_TIMEOUT).map_err(|_| late.to_owned())?
     }
 
     /// Ask for a comparison of all RAM; the number of the pass comes through the channel.
@@ -286,6 +303,7 @@ struct Driver {
     pauses: Vec<u64>,
     stats: SenderStats,
     verify: Verifier,
+    disk_verify: DiskVerifier,
     published: Instant,
     /// What was logged lately.
     logged: Vec<(String, Instant)>,
@@ -363,6 +381,9 @@ impl Driver {
                 self.stats.heard(&event, now);
                 self.verify.heard(&event, now);
                 self.copies.heard(&event);
+                if let Event::Message(_, _, Message::DiskChecked(checked)) = &event {
+                    self.disk_verify.heard(checked);
+                }
                 if matches!(event, Event::Message(_, _, Message::Flushed(_))) && self.copies.flushing() {
                     // Another one was asked for meanwhile: the sender waits for that.
                     return;
@@ -381,6 +402,19 @@ impl Driver {
                 // Whoever asked looks at the status next.
                 lock(&self.view).verify = self.verify.report(now);
                 let _ = answer.send(pass);
+            }
+            Input::VerifyDisks(answer) => {
+                let result = match (self.copies.joined(), self.core.streaming()) {
+                    (true, true) => Ok(self.disk_verify.request(&self.config.layout, self.post.clone())),
+                    _ => Err("the machine has no mirrored disk whose copy is in step (see the status)".into()),
+                };
+                lock(&self.view).disk_verify = self.disk_verify.report();
+                let _ = answer.send(result);
+            }
+            Input::Say(message) => {
+                if let Err(trouble) = self.send_message(Epoch::ZERO, &message) {
+                    self.core.event(trouble.event(), now);
+                }
             }
             Input::HandOver(answer) => {
                 self.answers.push(answer);
@@ -722,6 +756,7 @@ impl Driver {
         view.stats.clone_from(&self.stats);
         view.encoding = (self.batch.statistics(), encoding);
         view.verify = self.verify.report(now);
+        view.disk_verify = self.disk_verify.report();
         view.migration = self.core.migration();
     }
 }

@@ -196,6 +196,7 @@ impl Image {
             Step::Send(..) | Step::Close(_) | Step::Report(_) | Step::Compare => Ok(()),
             // Whoever has the copies does these.
             Step::OpenCopies { .. } | Step::CloseCopies | Step::BeginCopies | Step::ApplyPart => Ok(()),
+            Step::CheckCopy => Ok(()),
             Step::FlushCopies | Step::StepCopies | Step::AppendLog | Step::SealCopies | Step::CommitCopies => Ok(()),
         }
     }

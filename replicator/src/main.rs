@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
@@ -70,13 +70,16 @@ enum Command {
         #[arg(long)]
         listen: Option<String>,
     },
-    /// Compare all of RAM with the standby's while the guest runs (asked of the sender). Exit status 1 with --wait: it differs.
+    /// Compare all of RAM (or the mirrored disks) with the standby's while the guest runs (asked of the sender). Exit status 1 with --wait: it differs.
     Verify {
         #[command(flatten)]
         place: Place,
         /// Wait for the result and print it.
         #[arg(long)]
         wait: bool,
+        /// Compare the mirrored disks with their copies instead.
+        #[arg(long)]
+        disks: bool,
     },
     /// Try the image on this node out: resume a copy of it, connected to nothing, watch it, throw it away. Protection goes on
     /// meanwhile. Exit status 0: its guest lives; 1: it does not, or the drill could not be held.
@@ -321,7 +324,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             top::watch(&place.layout()?, interval, count).context("cannot show the live view")
         }
         Command::Drill { place, seconds, json, vmm } => hold_drill(&place, Duration::from_secs(seconds), json, vmm),
-        Command::Verify { place, wait } => verify(&place, wait),
+        Command::Verify { place, wait, disks: false } => verify(&place, wait),
+        Command::Verify { place, wait, disks: true } => verify_disks(&place, wait),
         Command::Metrics { place, listen } => publish(&place, listen.as_deref()),
         Command::Promote(place) => place.call(&ReplicatorRequest::Promote, SHORT),
         Command::Demote(place) => place.call(&ReplicatorRequest::Demote, LONG),
@@ -411,6 +415,34 @@ fn verify(place: &Place, wait: bool) -> anyhow::Result<()> {
         let waiting = !status.protected;
         if told.replace(waiting) != Some(waiting) && waiting {
             eprintln!("there is no whole standby to compare with yet ({}); waiting", status.note);
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn verify_disks(place: &Place, wait: bool) -> anyhow::Result<()> {
+    let VerifyStarted { pass } = place.call(&ReplicatorRequest::VerifyDisks, LONG)?;
+    if !wait {
+        println!("disk verify {pass} has begun; see the status");
+        return Ok(());
+    }
+    let mut shown = Instant::now();
+    loop {
+        let status: ReplicatorStatus = place.call(&ReplicatorRequest::Status, LONG)?;
+        let verify = &status.disk_verify;
+        if verify.pass != pass {
+            bail!("the sender that compared has ended before disk verify {pass} was finished");
+        }
+        if !verify.running {
+            if verify.last.contains(" FAILED: ") {
+                bail!("{}", verify.last);
+            }
+            println!("{}", verify.last);
+            return Ok(());
+        }
+        if shown.elapsed() > Duration::from_secs(2) {
+            shown = Instant::now();
+            eprintln!("{} of {} MiB compared", verify.done_bytes >> 20, verify.total_bytes >> 20);
         }
         thread::sleep(Duration::from_millis(100));
     }

@@ -19,6 +19,8 @@
 //!       ◄──────────────────────── Ack(e+1)
 //! Check(e+1) ──────────────────────────►   compared with the image
 //!       ◄──────────────────── Checked(e+1)
+//! DiskCheck ───────────────────────────►   a copy held still and compared, while epochs go on
+//!       ◄────────────────────── DiskChecked
 //! HandedOver ──────────────────────────►   ◄ HandedOverAck
 //! Ping ────────────────────────────────►   ◄ Pong        (at any time)
 //!       ◄───────────────── Failed | Stale    and the connection closes
@@ -122,6 +124,64 @@ pub struct Flushed {
     pub differing: Vec<Range>,
 }
 
+/// A step of a comparison of a mirrored disk with its copy, while both are in use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskCheck {
+    /// Hold the copy's base still at this tag, or where it is if that is beyond. → [`DiskChecked::Pinned`]
+    Pin {
+        /// Place in [`Hello::disks`].
+        disk: u16,
+        /// The primary's.
+        tag: Tag,
+    },
+    /// Compare. → [`DiskChecked::Compared`]
+    Compare {
+        /// Place in [`Hello::disks`].
+        disk: u16,
+        /// Of this question.
+        number: u64,
+        /// What.
+        range: Range,
+        /// BLAKE3.
+        hash: [u8; 32],
+    },
+    /// Merging may go on. No answer.
+    Unpin {
+        /// Place in [`Hello::disks`].
+        disk: u16,
+    },
+}
+
+impl DiskCheck {
+    /// Place in [`Hello::disks`].
+    pub fn disk(&self) -> u16 {
+        match self {
+            Self::Pin { disk, .. } | Self::Compare { disk, .. } | Self::Unpin { disk } => *disk,
+        }
+    }
+}
+
+/// The answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskChecked {
+    /// Where it holds; `None`: the tag is not committed here yet.
+    Pinned {
+        /// Place in [`Hello::disks`].
+        disk: u16,
+        /// Where.
+        at: Option<Tag>,
+    },
+    /// Whether it is the same.
+    Compared {
+        /// Place in [`Hello::disks`].
+        disk: u16,
+        /// The question's.
+        number: u64,
+        /// It is.
+        same: bool,
+    },
+}
+
 /// A piece of a slice's log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Log<'a> {
@@ -169,6 +229,7 @@ pub enum Message<'a> {
     End(End),
     HandedOver,
     Check(Check),
+    DiskCheck(DiskCheck),
     Ping,
     Welcome(Welcome),
     Stale,
@@ -183,6 +244,7 @@ pub enum Message<'a> {
     Checked(Vec<u64>),
     /// One for each copy.
     Flushed(Vec<Flushed>),
+    DiskChecked(DiskChecked),
 }
 
 /// A message with the two numbers that every frame carries.
@@ -241,6 +303,8 @@ pub mod kind {
     pub const HANDED_OVER_ACK: u8 = 24;
     pub const CHECKED: u8 = 25;
     pub const FLUSHED: u8 = 26;
+    pub const DISK_CHECKED: u8 = 27;
+    pub const DISK_CHECK: u8 = 32;
 }
 
 impl<'a> Message<'a> {
@@ -256,6 +320,8 @@ impl<'a> Message<'a> {
             Self::Log(_) => kind::LOG,
             Self::Seal(_) => kind::SEAL,
             Self::Flushed(_) => kind::FLUSHED,
+            Self::DiskCheck(_) => kind::DISK_CHECK,
+            Self::DiskChecked(_) => kind::DISK_CHECKED,
             Self::SyncPages(_) => kind::SYNC_PAGES,
             Self::Pages(_) => kind::PAGES,
             Self::State(_) => kind::STATE,
@@ -288,6 +354,8 @@ impl<'a> Message<'a> {
             Self::InStep(tags) => json(tags).into(),
             Self::Seal(tags) => json(tags).into(),
             Self::Flushed(flushed) => json(flushed).into(),
+            Self::DiskCheck(check) => json(check).into(),
+            Self::DiskChecked(checked) => json(checked).into(),
             Self::Part(part) => part.payload().into(),
             Self::Log(log) => log.payload().into(),
             Self::Hello(hello) => json(hello).into(),
@@ -317,6 +385,8 @@ impl<'a> Message<'a> {
             Self::InStep(tags) => Message::InStep(tags),
             Self::Seal(tags) => Message::Seal(tags),
             Self::Flushed(flushed) => Message::Flushed(flushed),
+            Self::DiskCheck(check) => Message::DiskCheck(check),
+            Self::DiskChecked(checked) => Message::DiskChecked(checked),
             Self::Hello(hello) => Message::Hello(hello),
             Self::SyncBegin => Message::SyncBegin,
             Self::End(end) => Message::End(end),
@@ -352,6 +422,8 @@ impl<'a> Message<'a> {
             kind::PART => Self::Part(Part::parse(payload).ok_or_else(|| malformed("it is no part of a disk".into()))?),
             kind::LOG => Self::Log(Log::parse(payload).ok_or_else(|| malformed("it is no piece of a slice".into()))?),
             kind::FLUSH => Self::Flush,
+            kind::DISK_CHECK => Self::DiskCheck(json(number, payload)?),
+            kind::DISK_CHECKED => Self::DiskChecked(json(number, payload)?),
             kind::FLUSHED => Self::Flushed(json(number, payload)?),
             kind::REFUSED => Self::Refused(text()),
             kind::FAILED => Self::Failed(text()),
@@ -542,6 +614,16 @@ mod tests {
             Message::Log(Log { disk: 1, slice, offset: 64, closed: None, bytes: b"records" }),
             Message::Log(Log { disk: 1, slice, offset: 71, closed: Some(tag), bytes: b"" }),
             Message::Seal(vec![tag]),
+            Message::DiskCheck(DiskCheck::Pin { disk: 0, tag }),
+            Message::DiskCheck(DiskCheck::Compare {
+                disk: 0,
+                number: 1,
+                range: Range { at: 0, len: 512 },
+                hash: [3; 32],
+            }),
+            Message::DiskCheck(DiskCheck::Unpin { disk: 0 }),
+            Message::DiskChecked(DiskChecked::Pinned { disk: 0, at: Some(tag) }),
+            Message::DiskChecked(DiskChecked::Compared { disk: 0, number: 1, same: false }),
             Message::SyncPages(b"batch"),
             Message::Pages(b"batch"),
             Message::State(b"state"),

@@ -174,10 +174,10 @@ impl Replicator {
                 }
             },
         );
-        let for_flushes = Arc::downgrade(&shared);
-        shared.standby().on_flushed(Arc::new(move |conn, copies| {
-            if let Some(shared) = for_flushes.upgrade() {
-                shared.standby().copies_flushed(conn, copies);
+        let for_copies = Arc::downgrade(&shared);
+        shared.standby().on_copies_answered(Arc::new(move |conn, answer| {
+            if let Some(shared) = for_copies.upgrade() {
+                shared.standby().copies_answered(conn, answer);
             }
         }));
         shared.standby().set_reporter(reporter);
@@ -396,6 +396,7 @@ impl Shared {
             ReplicatorRequest::TakeOver { generation } => answer(self.take_over(*generation)),
             ReplicatorRequest::CopyImage { dir } => answer(self.copy_image(Path::new(dir))),
             ReplicatorRequest::Verify => answer(self.verify()),
+            ReplicatorRequest::VerifyDisks => answer(self.verify_disks()),
             ReplicatorRequest::Quit => answer(Ok(())),
         }
     }
@@ -463,6 +464,13 @@ impl Shared {
         let late = "the sender does not answer in time; see its status";
         let pass = started.recv_timeout(VERIFY_TIMEOUT).map_err(|_| late.to_owned())?;
         Ok(VerifyStarted { pass })
+    }
+
+    fn verify_disks(&self) -> Result<VerifyStarted, String> {
+        match lock(&self.sender).as_ref() {
+            Some(sender) => sender.verify_disks().map(|pass| VerifyStarted { pass }),
+            None => Err("this replicator is a receiver: ask that of the node that runs the machine".into()),
+        }
     }
 
     fn take_over(&self, generation: Generation) -> Result<TakenOver, String> {

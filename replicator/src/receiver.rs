@@ -20,7 +20,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::codec::{PAGE, batch};
 use crate::durable::{Durable, ImageKind, RamIdentity, Record, Taken};
-use crate::message::{CopyStart, End, Envelope, Flushed, Hello, Message, VERSION, Welcome};
+use crate::message::{CopyStart, DiskChecked, End, Envelope, Flushed, Hello, Message, VERSION, Welcome};
 use crate::verify::names;
 
 /// Names a connection; never used twice in a process.
@@ -80,6 +80,8 @@ pub enum Step {
     FlushCopies,
     /// The copies have everything up to the message's tags: make that durable.
     StepCopies,
+    /// Do what the message says with a copy, and answer with [`Receiver::copy_checked`].
+    CheckCopy,
     /// Append the message's piece to a slice of a copy.
     AppendLog,
     /// Make the slices durable, up to the message's tags.
@@ -316,6 +318,9 @@ impl Receiver {
             }
             Message::Part(part) if session.syncing && usize::from(part.disk) < session.disks => {
                 steps.push(Step::ApplyPart);
+            }
+            Message::DiskCheck(check) if session.in_step && usize::from(check.disk()) < session.disks => {
+                steps.push(Step::CheckCopy);
             }
             Message::Flush if session.disks > 0 => steps.push(Step::FlushCopies),
             Message::InStep(tags) if session.syncing && tags.len() == session.disks => {
@@ -599,6 +604,13 @@ impl Receiver {
         steps.push(Step::Send(conn, generation, epoch, Message::Checked(differing)));
         if !fit {
             self.fail(conn, why, steps);
+        }
+    }
+
+    /// The answer to [`Step::CheckCopy`].
+    pub fn copy_checked(&self, conn: Conn, checked: DiskChecked, steps: &mut Vec<Step>) {
+        if let Some(session) = self.session.as_ref().filter(|s| s.conn == conn) {
+            steps.push(Step::Send(conn, session.generation, Epoch::ZERO, Message::DiskChecked(checked)));
         }
     }
 

@@ -25,7 +25,7 @@ use crate::image::{Image, ImageError};
 use crate::link;
 use crate::local::local_vmm;
 use crate::log;
-use crate::message::{Envelope, Flushed, Message, Welcome};
+use crate::message::{DiskChecked, Envelope, Flushed, Message, Welcome};
 use crate::receiver::{Conn, Receiver, Standing, Step, Surroundings};
 use crate::stats::ReceiverStats;
 use crate::verify::{self, Check, PageSet};
@@ -33,8 +33,17 @@ use crate::verify::{self, Check, PageSet};
 /// How long the local VMM may think about a status request before it counts as using its RAM.
 const VMM_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Is told what has become durable in the copies, for which connection.
-pub type OnFlushed = Arc<dyn Fn(Conn, Result<Vec<Flushed>, String>) + Send + Sync>;
+/// Is told what was done with the copies, for which connection.
+pub type OnCopiesAnswered = Arc<dyn Fn(Conn, Result<CopyAnswer, String>) + Send + Sync>;
+
+/// What was done with the copies of mirrored disks.
+#[derive(Debug, Clone)]
+pub enum CopyAnswer {
+    /// What was sent is durable.
+    Flushed(Vec<Flushed>),
+    /// A step of a comparison.
+    Checked(DiskChecked),
+}
 
 /// One connection as the standby needs it.
 #[derive(Debug)]
@@ -90,9 +99,9 @@ pub struct Standby {
     copying: bool,
     /// It receives a machine that moves here.
     migration: bool,
-    /// Copies of mirrored disks, and who is told when what was written to them is durable.
+    /// Copies of mirrored disks, and who is told of what is done with them in other threads.
     copies: Copies,
-    flushed: Option<OnFlushed>,
+    answer: Option<OnCopiesAnswered>,
     /// For the status.
     pub counters: Counters,
 }
@@ -118,7 +127,7 @@ impl Standby {
             copying: false,
             migration: false,
             copies: Copies::default(),
-            flushed: None,
+            answer: None,
             counters: Counters::default(),
         };
         this.recover()?;
@@ -476,6 +485,7 @@ impl Standby {
                 | Step::CloseCopies
                 | Step::BeginCopies
                 | Step::ApplyPart
+                | Step::CheckCopy
                 | Step::FlushCopies
                 | Step::StepCopies
                 | Step::AppendLog
@@ -503,8 +513,14 @@ impl Standby {
             (Step::BeginCopies, Some(Message::CopyBegin(starts))) => self.copies.begin(&starts),
             (Step::ApplyPart, Some(Message::Part(part))) => self.copies.apply(&part),
             (Step::FlushCopies, _) => {
-                if let (Some(flushed), Some((conn, ..))) = (self.flushed.clone(), self.core.sender()) {
-                    self.copies.flush(move |copies| flushed(conn, copies));
+                if let (Some(tell), Some((conn, ..))) = (self.answer.clone(), self.core.sender()) {
+                    self.copies.flush(move |copies| tell(conn, copies.map(CopyAnswer::Flushed)));
+                }
+                Ok(())
+            }
+            (Step::CheckCopy, Some(Message::DiskCheck(check))) => {
+                if let (Some(tell), Some((conn, ..))) = (self.answer.clone(), self.core.sender()) {
+                    self.copies.check(check, move |checked| tell(conn, checked.map(CopyAnswer::Checked)))?;
                 }
                 Ok(())
             }
@@ -516,24 +532,23 @@ impl Standby {
         }
     }
 
-    /// Whoever is to be told what has become durable in the copies of mirrored disks; it answers with [`Standby::copies_flushed`].
-    pub fn on_flushed(&mut self, flushed: OnFlushed) {
-        self.flushed = Some(flushed);
+    /// Whoever is to be told what was done with the copies of mirrored disks, from other threads; it comes back with [`Standby::copies_answered`].
+    pub fn on_copies_answered(&mut self, answer: OnCopiesAnswered) {
+        self.answer = Some(answer);
     }
 
-    /// What was written to the copies is durable, or is not.
-    pub fn copies_flushed(&mut self, conn: Conn, copies: Result<Vec<Flushed>, String>) {
+    /// Something was done with the copies, or could not be done.
+    pub fn copies_answered(&mut self, conn: Conn, answer: Result<CopyAnswer, String>) {
         if self.core.sender().is_none_or(|(current, ..)| current != conn) {
             return;
         }
-        match copies {
-            Ok(copies) => {
-                let mut steps = Vec::new();
-                self.core.flushed(conn, copies, &mut steps);
-                self.run(steps, None);
-            }
-            Err(why) => self.start_over(&why),
+        let mut steps = Vec::new();
+        match answer {
+            Ok(CopyAnswer::Flushed(copies)) => self.core.flushed(conn, copies, &mut steps),
+            Ok(CopyAnswer::Checked(checked)) => self.core.copy_checked(conn, checked, &mut steps),
+            Err(why) => return self.start_over(&why),
         }
+        self.run(steps, None);
     }
 
     fn send(&mut self, conn: Conn, generation: Generation, epoch: Epoch, message: &Message<'_>) {

@@ -18,6 +18,7 @@ use understudy_protocol::control::{Gate, OutputHeld, Reply, VmmRequest, encode_l
 use crate::core::Event;
 use crate::machine::Machine;
 use crate::session::{CutRequest, Session, SharedArena};
+use crate::storage::verify::DiskVerify;
 
 /// More connections than any use needs; the next ones are closed at once.
 const MAX_CONNECTIONS: usize = 64;
@@ -42,7 +43,7 @@ pub fn serve(socket: PathBuf, machine: Arc<Machine>, arena: SharedArena) -> Resu
                 let (machine, arena, open) = (machine.clone(), arena.clone(), open.clone());
                 let spawned =
                     std::thread::Builder::new().name("client".into()).stack_size(512 * 1024).spawn(move || {
-                        Connection { machine, arena, session: None }.serve(stream);
+                        Connection { machine, arena, session: None, verify: DiskVerify::default() }.serve(stream);
                         open.fetch_sub(1, Ordering::Relaxed);
                     });
                 if let Err(e) = spawned {
@@ -70,6 +71,7 @@ struct Connection {
     machine: Arc<Machine>,
     arena: SharedArena,
     session: Option<Session>,
+    verify: DiskVerify,
 }
 
 impl Connection {
@@ -169,6 +171,7 @@ impl Connection {
                 ok(self.session()?.cut(CutRequest { epoch, arm, last, again })?)
             }
             VmmRequest::CutContinue => ok(self.session()?.cut_continue()?),
+            VmmRequest::VerifyDisks { step } => encode_line(&Reply::Ok(self.verify.step(&machine.storage, step)?)),
             VmmRequest::MirrorBegin { copies, resume } => ok(self.session()?.mirror_begin(&copies, resume)?),
             VmmRequest::MirrorRead => ok(self.session()?.mirrors()?.read()?),
             VmmRequest::MirrorDurable { copies } => ok(self.session()?.mirrors()?.durable(&copies)?),

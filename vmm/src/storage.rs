@@ -30,6 +30,7 @@ use crate::devices::{Payload, Payloads};
 
 pub mod lane;
 pub mod mirror;
+pub mod verify;
 mod worker;
 
 use lane::{Closed, Lane};

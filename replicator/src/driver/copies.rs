@@ -65,6 +65,11 @@ impl Copies {
         self.flushes > 0
     }
 
+    /// Whether they are in step.
+    pub(super) fn joined(&self) -> bool {
+        self.joined
+    }
+
     /// The connection or the VMM is gone.
     pub(super) fn forget(&mut self) {
         *self = Self::default();

@@ -134,6 +134,7 @@ impl Driver {
         self.connection += 1;
         self.writer = None;
         self.verify.interrupted();
+        self.disk_verify.interrupted();
         if let Some(peer) = lock(&self.peer_twin).take() {
             let _ = peer.shutdown(Shutdown::Both);
         }

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use understudy_protocol::control::{ReplicaState, ReplicatorStatus, Role, SourceState};
+use understudy_protocol::statistics::DiskVerifyStatus;
 
 use super::{Shared, lock};
 use crate::driver::{SenderHandle, SenderView};
@@ -56,6 +57,7 @@ impl Shared {
             note: view.facts.note,
             statistics,
             verify: view.verify,
+            disk_verify: view.disk_verify,
         }
     }
 
@@ -98,6 +100,7 @@ impl Shared {
             note: counters.note.clone(),
             statistics: counters.stats.report(counters.raw_bytes, counters.wire_bytes),
             verify: counters.verify.clone(),
+            disk_verify: DiskVerifyStatus::default(),
         }
     }
 }

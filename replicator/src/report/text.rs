@@ -65,6 +65,18 @@ pub fn status(status: &ReplicatorStatus, vmm: Option<&VmmStatus>) -> String {
     );
     line(format!("  bytes      {bytes}"));
     line(format!("  verify     {}", verify(&status.verify, status.role)));
+    if status.disk_verify.pass > 0 {
+        let verify = &status.disk_verify;
+        line(match verify.running {
+            true => format!(
+                "  disks      comparing with the copies: {} of {} MiB, {} bytes differ",
+                verify.done_bytes >> 20,
+                verify.total_bytes >> 20,
+                verify.differing_bytes
+            ),
+            false => format!("  disks      {}", verify.last),
+        });
+    }
     line(format!("  since start {} epochs, {} losses", status.epochs, status.losses));
     line(format!("  note       {}", status.note));
     out

@@ -127,7 +127,7 @@ impl World {
                 self.receiver.flushed(conn.unwrap_or_default(), Vec::new(), &mut steps);
                 steps.iter().try_for_each(|step| self.perform(step, None))?;
             }
-            Step::OpenCopies { .. } => {}
+            Step::OpenCopies { .. } | Step::CheckCopy => {}
             Step::CloseCopies => self.disk.copy.crashed(),
             Step::BeginCopies | Step::ApplyPart | Step::StepCopies => self.copy_step(step, frame)?,
             Step::AppendLog | Step::SealCopies | Step::CommitCopies => self.copy_step(step, frame)?,
