@@ -35,14 +35,19 @@ use understudy_protocol::ids::Epoch;
 use crate::block::{Block, Format, Gather, SECTOR, Scatter, admit};
 use crate::error::{Doing, Error, Result};
 use crate::index::{Index, Piece, Source};
+use crate::mirror::peers::{MirrorStatus, Mirroring};
 use crate::owner::{self, BASE_LOCK, Identity, Ownership};
 use crate::record::{DATA_SECTORS, Kind, RECORD, SliceId, Tag};
 use crate::recover::{self, Memory};
 use crate::slice::{Slice, SliceName};
 use crate::store::{Directory, Lock};
 
+mod follow;
 mod guest;
 mod merging;
+mod mirrored;
+
+pub(crate) use follow::{Following, Incoming};
 
 /// Bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +89,11 @@ pub struct Options {
 enum Mode {
     Direct,
     Solo,
-    Protected { open: Epoch },
+    Protected {
+        open: Epoch,
+    },
+    /// A standby's copy ([`crate::mirror::Copy`]).
+    Follows,
 }
 
 /// Slices that are not merged.
@@ -134,6 +143,12 @@ pub struct Disk {
     /// A flush of what was written directly failed: no later one proves anything.
     unflushed: OnceLock<String>,
     discarded: Vec<String>,
+    /// What peers have, if it is mirrored.
+    pub(crate) mirror: Option<Mirroring>,
+    /// Held while a batch is merged.
+    merging: Mutex<()>,
+    /// Nothing above this slice is merged now.
+    limit: AtomicU64,
 }
 
 /// What [`Disk::merge`] did.
@@ -177,6 +192,19 @@ pub struct Status {
     pub problem: Option<String>,
     /// Slices that were thrown away when it was opened.
     pub discarded: Vec<String>,
+    /// What peers have, if it is mirrored.
+    pub mirror: Option<MirrorStatus>,
+}
+
+/// What a [`Disk`] is made of, whoever makes it.
+struct Opened {
+    base: Arc<dyn Block>,
+    dir: Arc<dyn Directory>,
+    me: Identity,
+    id: u64,
+    limits: Limits,
+    mirror: Option<Mirroring>,
+    base_lock: Option<Box<dyn Lock>>,
 }
 
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
@@ -194,52 +222,7 @@ impl Disk {
     /// # Errors
     /// It is somebody else's; it is not in the state that the memory needs; it is damaged. Each says what and why.
     pub fn open(options: Options) -> Result<Disk> {
-        let Options { base, format, directory: dir, identity: me, memory, limits } = options;
-        if base.read_only() {
-            return Err(Error::ReadOnly { disk: base.name().to_owned() });
-        }
-        let found = recover::take(&*base, &*dir, format, &me, memory)?;
-        if found.base_lock.is_some() {
-            base.take_charge()?;
-            // A process that was killed leaves writes in the kernel's cache. What the machine boots from must not vanish later.
-            base.flush()?;
-        }
-        let (mut index, mut slices, mut waiting) = (Index::default(), BTreeMap::new(), 0);
-        let mut closed = found.owner.newest;
-        for (slice, scan) in found.slices {
-            for (record, data) in &scan.records {
-                index.insert(piece(slice.id.serial, record.kind, record.sector, record.sectors, *data));
-            }
-            waiting += slice.bytes();
-            closed = slice.tag();
-            slices.insert(slice.id.serial, slice);
-        }
-        Ok(Disk {
-            base,
-            dir,
-            me,
-            id: found.owner.disk,
-            limits,
-            mode: RwLock::new(if found.owner.direct { Mode::Direct } else { Mode::Solo }),
-            table: Mutex::new(Table {
-                slices,
-                open: None,
-                next: closed.serial + 1,
-                closed,
-                merged: found.owner.newest,
-                problem: None,
-            }),
-            room: Condvar::new(),
-            index: RwLock::new(index),
-            base_lock: Mutex::new(found.base_lock),
-            waiting: AtomicU64::new(waiting),
-            merged_bytes: AtomicU64::new(0),
-            halted: OnceLock::new(),
-            names_made: AtomicU64::new(0),
-            names_durable: Mutex::new(0),
-            unflushed: OnceLock::new(),
-            discarded: found.discarded,
-        })
+        Self::open_as(options, false)
     }
 
     /// As [`Disk::open`], of a disk of which every node has its own copy: see [`crate::mirror`].
@@ -247,7 +230,62 @@ impl Disk {
     /// # Errors
     /// As there; and this copy is not usable: it was being synchronised, or somebody went on without it.
     pub fn open_mirrored(options: Options) -> Result<Disk> {
-        Disk::open(options)
+        Self::open_as(options, true)
+    }
+
+    fn open_as(options: Options, mirrored: bool) -> Result<Disk> {
+        let Options { base, format, directory: dir, identity: me, memory, limits } = options;
+        if base.read_only() {
+            return Err(Error::ReadOnly { disk: base.name().to_owned() });
+        }
+        let found = recover::take(&*base, &dir, format, &me, memory, mirrored)?;
+        if found.base_lock.is_some() {
+            base.take_charge()?;
+            // A process that was killed leaves writes in the kernel's cache. What the machine boots from must not vanish later.
+            base.flush()?;
+        }
+        let mode = if found.owner.direct { Mode::Direct } else { Mode::Solo };
+        let (mut index, mut slices) = (Index::default(), Vec::new());
+        for (slice, scan) in found.slices {
+            for (record, data) in &scan.records {
+                index.insert(piece(slice.id.serial, record.kind, record.sector, record.sectors, *data));
+            }
+            slices.push(slice);
+        }
+        let mirror = found.owner.mirror.filter(|_| mirrored).map(|mirror| Mirroring::new(found.peers, mirror.history));
+        let merged = found.owner.newest;
+        let opened = Opened { base, dir, me, id: found.owner.disk, limits, mirror, base_lock: found.base_lock };
+        Ok(Disk { discarded: found.discarded, ..Disk::with(opened, mode, index, slices, merged) })
+    }
+
+    /// From what was found.
+    fn with(opened: Opened, mode: Mode, index: Index, slices: Vec<Arc<Slice>>, merged: Tag) -> Disk {
+        let Opened { base, dir, me, id, limits, mirror, base_lock } = opened;
+        let closed = slices.last().map_or(merged, |slice| slice.tag());
+        let waiting = slices.iter().map(|slice| slice.bytes()).sum();
+        let slices = slices.into_iter().map(|slice| (slice.id.serial, slice)).collect();
+        Disk {
+            base,
+            dir,
+            me,
+            id,
+            limits,
+            mode: RwLock::new(mode),
+            table: Mutex::new(Table { slices, open: None, next: closed.serial + 1, closed, merged, problem: None }),
+            room: Condvar::new(),
+            index: RwLock::new(index),
+            base_lock: Mutex::new(base_lock),
+            waiting: AtomicU64::new(waiting),
+            merged_bytes: AtomicU64::new(0),
+            halted: OnceLock::new(),
+            names_made: AtomicU64::new(0),
+            names_durable: Mutex::new(0),
+            unflushed: OnceLock::new(),
+            discarded: Vec::new(),
+            mirror,
+            merging: Mutex::new(()),
+            limit: AtomicU64::new(u64::MAX),
+        }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -298,7 +336,7 @@ impl Disk {
         }
         let epoch = match mode {
             Mode::Protected { open } => open,
-            Mode::Direct | Mode::Solo => Epoch::ZERO,
+            Mode::Direct | Mode::Solo | Mode::Follows => Epoch::ZERO,
         };
         let id = SliceId { disk: self.id, generation: self.me.generation, epoch, serial: table.next };
         let name =
@@ -325,11 +363,21 @@ impl Disk {
         self.alive()?;
         let crc = if kind == Kind::Data { crc32fast::hash(&bytes[RECORD..]) } else { 0 };
         let mode = read(&self.mode);
+        if *mode == Mode::Follows {
+            return Err(Error::ReadOnly { disk: self.base.name().to_owned() });
+        }
         if *mode == Mode::Direct {
-            return match kind {
+            if let Some(mirror) = &self.mirror {
+                mirror.before_direct(at, len)?;
+            }
+            let written = match kind {
                 Kind::Data => self.base.write_at(at, &bytes[RECORD..]),
                 _ => self.base.write_zeroes(at, len, kind == Kind::Discard),
             };
+            if let Some(mirror) = &self.mirror {
+                mirror.after_direct(at, len);
+            }
+            return written;
         }
         let waiting = self.waiting.load(Ordering::Relaxed);
         if waiting >= self.limits.backlog || read(&self.index).len() >= self.limits.extents {
@@ -389,6 +437,7 @@ impl Disk {
             Mode::Protected { open } => {
                 return Err(Error::Refused(format!("{} is protected already, epoch {open} is open", self.base.name())));
             }
+            Mode::Follows => return Err(Error::ReadOnly { disk: self.base.name().to_owned() }),
             Mode::Solo => {
                 self.close();
                 self.seal_upto(None)?;
@@ -396,6 +445,9 @@ impl Disk {
             }
             Mode::Direct => {
                 self.flush_direct()?;
+                if let Some(mirror) = &self.mirror {
+                    mirror.cool()?;
+                }
                 let newest = self.owner_update(|owner| {
                     owner.direct = false;
                     // What was written directly is a state of its own.
@@ -434,6 +486,9 @@ impl Disk {
         let before = self.check_owner()?;
         let mut owner = before.clone();
         change(&mut owner);
+        if let Some(mirror) = &self.mirror {
+            mirror.record(&mut owner);
+        }
         if let Err(e) = owner.store(&*self.dir, &claim) {
             // It may have changed all the same, if only its last flush failed. This process goes on from the old one, so that must be what
             // stands there. (Most often it does: a file system that is full refuses before anything is renamed.)
@@ -477,6 +532,9 @@ impl Disk {
         match *mode {
             Mode::Protected { open } if open == epoch => {
                 let tag = self.close();
+                if let Some(mirror) = &self.mirror {
+                    mirror.cut(epoch, tag);
+                }
                 *mode = Mode::Protected { open: epoch.next() };
                 Ok(tag)
             }
@@ -505,7 +563,11 @@ impl Disk {
     }
 
     fn seal_upto(&self, epoch: Option<Epoch>) -> Result<()> {
-        for slice in self.closed_upto(epoch, |s| !s.is_committed() && !s.is_sealed()) {
+        self.seal_these(self.closed_upto(epoch, |s| !s.is_committed() && !s.is_sealed()))
+    }
+
+    fn seal_these(&self, slices: Vec<Arc<Slice>>) -> Result<()> {
+        for slice in slices {
             // It may take a new file.
             self.names_made.fetch_add(1, Ordering::AcqRel);
             slice.seal(&*self.dir)?;
@@ -544,6 +606,10 @@ impl Disk {
     /// It was not sealed; the disk is not ours any more; what the storage says.
     pub fn commit(&self, epoch: Epoch) -> Result<()> {
         self.check_owner()?;
+        if let Some(mirror) = &self.mirror {
+            // First, so that what is merged then is not marked.
+            mirror.commit(epoch);
+        }
         self.mark_upto(Some(epoch))
     }
 
@@ -591,7 +657,7 @@ impl Disk {
     pub fn settle(&self) -> Result<bool> {
         match *read(&self.mode) {
             Mode::Direct => return Ok(true),
-            Mode::Protected { .. } => return Ok(false),
+            Mode::Protected { .. } | Mode::Follows => return Ok(false),
             Mode::Solo => {}
         }
         if self.waiting.load(Ordering::Relaxed) > 1 << 20 || !self.hold_base()? {
@@ -605,6 +671,10 @@ impl Disk {
         self.seal_upto(None)?;
         self.mark_upto(None)?;
         while self.merge()? != Merged::Nothing {}
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            // Merging is held for a while.
+            return Ok(false);
+        }
         let newest = self.owner_update(|owner| {
             owner.direct = true;
             owner.newest.serial += 1;
@@ -631,7 +701,11 @@ impl Disk {
         loop {
             match self.merge()? {
                 Merged::Slices { .. } => {}
-                Merged::Nothing => return self.flush_direct(),
+                Merged::Nothing => {
+                    self.flush_direct()?;
+                    // The guest has ended: nobody writes.
+                    return self.mirror.as_ref().map_or(Ok(()), Mirroring::cool);
+                }
                 Merged::Waiting(why) => return Err(Error::Owned(why)),
             }
         }
@@ -656,7 +730,8 @@ impl Disk {
     /// Wait for something to merge, at most so long.
     pub(crate) fn wait_for_work(&self, patience: Duration) {
         let table = self.table();
-        if table.slices.values().next().is_some_and(|s| s.is_committed()) {
+        let limit = self.limit.load(Ordering::Acquire);
+        if table.slices.values().next().is_some_and(|s| s.is_committed() && s.id.serial <= limit) {
             return;
         }
         drop(self.room.wait_timeout(table, patience));
@@ -673,8 +748,10 @@ impl Disk {
             Mode::Direct => "direct",
             Mode::Solo => "solo",
             Mode::Protected { .. } => "protected",
+            Mode::Follows => "follows",
         };
         let holds_base = self.base_lock.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        let mirror = self.mirror.as_ref().map(Mirroring::status);
         let table = self.table();
         // Before the index is locked: see the order of locks.
         let open_bytes = table.open.as_ref().map_or(0, |s| s.bytes());
@@ -691,6 +768,7 @@ impl Disk {
             holds_base,
             problem: table.problem.clone(),
             discarded: self.discarded.clone(),
+            mirror,
         }
     }
 

@@ -12,6 +12,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::block::{Block, Format, SECTOR, open};
 use crate::error::{Doing, Error, Result};
+use crate::mirror::record::{Mirror, Role, Turn};
 use crate::owner::{self, BASE_LOCK, Claim, Ownership};
 use crate::record::{Kind, Standing, scan};
 use crate::recover::{self, Examined, Memory};
@@ -300,5 +301,63 @@ pub fn release(slices: &Path, machine: &str) -> Result<()> {
     }
     still.refuse_waiting("releasing it")?;
     still.owner.machine = String::new();
+    still.owner.store(&still.dir, &still.claim)
+}
+
+/// What this copy wrote alone may be overwritten by another node's disk, once.
+///
+/// # Errors
+/// It was never claimed, or a process holds it.
+pub fn discard(slices: &Path, in_favour_of: &str) -> Result<()> {
+    let Some(mut still) = still(None, slices)? else {
+        return Err(Error::Refused(format!(
+            "nobody has claimed the disk of {}: there is nothing to give up",
+            slices.display()
+        )));
+    };
+    if still.owner.node == in_favour_of {
+        return Err(Error::Refused(format!(
+            "{} is {in_favour_of}'s own copy: say the node whose disk is to overwrite it; nothing was done",
+            still.owner.base
+        )));
+    }
+    let newest = still.owner.newest;
+    let mirror = still.owner.mirror.get_or_insert_with(|| {
+        let history = vec![Turn { generation: newest.generation, from: newest.serial }];
+        Mirror { role: Role::Ran, history, peers: Vec::new(), discard: None }
+    });
+    mirror.discard = Some(in_favour_of.to_owned());
+    still.owner.store(&still.dir, &still.claim)
+}
+
+/// Set or clear the mark that a copy is outdated. Clearing it means: this old state is what is wanted.
+///
+/// # Errors
+/// It is nobody's copy, or is incomplete; a process holds it.
+pub fn outdate(slices: &Path, by: Option<&str>) -> Result<()> {
+    let Some(mut still) = still(None, slices)? else {
+        return Err(Error::Refused(format!("nobody has claimed the disk of {}", slices.display())));
+    };
+    let role = still.owner.mirror.as_ref().map(|mirror| mirror.role.clone());
+    let role = match (role, by) {
+        (Some(Role::Follows { of }), Some(by)) => Role::Outdated { of, by: by.to_owned() },
+        (Some(Role::Outdated { of, .. }), None) => Role::Follows { of },
+        (Some(Role::Follows { .. }), None) | (Some(Role::Outdated { .. }), Some(_)) => return Ok(()),
+        (Some(Role::Syncing { from, .. }), _) => {
+            return Err(Error::Refused(format!(
+                "{} is being synchronised from {from} and is not complete: no mark makes it usable or less so",
+                still.owner.base
+            )));
+        }
+        (Some(Role::Ran) | None, _) => {
+            return Err(Error::Refused(format!(
+                "the machine ran from {} last, so it is nobody's copy; nothing was done",
+                still.owner.base
+            )));
+        }
+    };
+    if let Some(mirror) = &mut still.owner.mirror {
+        mirror.role = role;
+    }
     still.owner.store(&still.dir, &still.claim)
 }

@@ -25,7 +25,6 @@ pub mod error;
 pub mod index;
 pub mod inspect;
 pub mod merger;
-#[allow(clippy::todo, dead_code, reason = "being written")]
 pub mod mirror;
 pub mod owner;
 pub mod record;

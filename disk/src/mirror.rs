@@ -30,6 +30,8 @@
 pub mod bitmap;
 pub mod copy;
 pub mod log;
+pub(crate) mod peers;
+mod plan;
 pub mod record;
 pub mod sync;
 pub mod verify;
@@ -39,6 +41,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 
 pub use copy::{Applied, Copy, CopyOptions, CopyStatus};
 pub use log::{LogPiece, LogReader};
+pub use peers::{MirrorStatus, PeerStatus};
 pub use record::Turn;
 pub use sync::{Next, Progress, Sync};
 pub use verify::{Checked, Verify};

@@ -12,6 +12,7 @@ use understudy_protocol::ids::Generation;
 
 use crate::block::Format;
 use crate::error::{Doing, Error, Result};
+use crate::mirror::record::Mirror;
 use crate::record::Tag;
 use crate::store::{Directory, Lock};
 
@@ -23,6 +24,8 @@ pub const CLAIM_LOCK: &str = "claim.lock";
 pub const BASE_LOCK: &str = "base.lock";
 
 const VERSION: u32 = 1;
+/// Of a mirrored disk: a program that does not know what [`Mirror`] is must not open it.
+const MIRRORED: u32 = 2;
 
 /// How long a claim is waited for: whoever holds it has a few small writes to do.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -41,7 +44,7 @@ pub struct Identity {
 /// The record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ownership {
-    /// Of this structure: 1.
+    /// Of this structure: 1, or 2 with [`Ownership::mirror`].
     pub version: u32,
     /// Drawn at random when the disk was first claimed; stands in every record of its slices.
     pub disk: u64,
@@ -64,13 +67,17 @@ pub struct Ownership {
     /// File names of an earlier owner's slices that count. Every other file of an earlier owner is to be thrown away.
     #[serde(default)]
     pub accepted: Vec<String>,
+    /// Only of a mirrored disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<Mirror>,
 }
 
 impl Ownership {
     /// As it stands in its file: one line of JSON, one with the CRC-32 of the first.
     pub fn encode(&self) -> Vec<u8> {
+        let version = if self.mirror.is_some() { MIRRORED } else { VERSION };
         // Plain data: it serialises.
-        let mut line = serde_json::to_vec(self).unwrap_or_default();
+        let mut line = serde_json::to_vec(&Ownership { version, ..self.clone() }).unwrap_or_default();
         line.push(b'\n');
         let crc = crc32fast::hash(&line);
         line.extend(format!("{crc:08x}\n").into_bytes());
@@ -88,10 +95,12 @@ impl Ownership {
             return Err("has a wrong checksum".into());
         }
         let record: Ownership = serde_json::from_slice(line).map_err(|e| format!("cannot be understood: {e}"))?;
-        if record.version != VERSION {
-            return Err(format!("is of version {}, this program knows version {VERSION}", record.version));
+        let expected = if record.mirror.is_some() { MIRRORED } else { VERSION };
+        if record.version != expected {
+            return Err(format!("is of version {}, this program knows {VERSION} and {MIRRORED}", record.version));
         }
-        Ok(record)
+        // Written back it has its own version again; in memory all are alike.
+        Ok(Ownership { version: VERSION, ..record })
     }
 
     /// A record for a disk that has none.
@@ -108,6 +117,7 @@ impl Ownership {
             direct: false,
             newest: Tag { serial: 0, generation: Generation::ZERO, epoch: Default::default(), records: 0, digest: 0 },
             accepted: Vec::new(),
+            mirror: None,
         }
     }
 

@@ -15,8 +15,11 @@
 
 use std::sync::Arc;
 
-use crate::block::{Block, Format};
+use crate::block::{Block, Format, SECTOR};
 use crate::error::{Doing, Error, Result};
+use crate::mirror::bitmap::Bitmap;
+use crate::mirror::peers::{self, Live};
+use crate::mirror::record::{Mirror, Peer, Role, take_turn};
 use crate::owner::{self, BASE_LOCK, Identity, Ownership};
 use crate::record::{Scan, SliceId, Standing, Tag, scan};
 use crate::slice::{RESCUE, Slice, SliceName};
@@ -40,6 +43,8 @@ pub(crate) struct Recovered {
     pub discarded: Vec<String>,
     /// The right to write to the base, unless somebody still has it.
     pub base_lock: Option<Box<dyn Lock>>,
+    /// Peers, if the disk is mirrored.
+    pub peers: Vec<Live>,
 }
 
 /// A slice that counts, as far as names tell.
@@ -84,10 +89,10 @@ pub(crate) struct Examined {
 }
 
 impl Examined {
-    fn tag(&self) -> Tag {
+    pub fn tag(&self) -> Tag {
         self.scan.digest.tag(self.id)
     }
-    fn whole(&self) -> bool {
+    pub fn whole(&self) -> bool {
         matches!(self.scan.standing, Standing::Sealed | Standing::Committed)
     }
 }
@@ -187,7 +192,7 @@ pub(crate) fn decide(dir: &dyn Directory, owner: &Ownership, slices: &[Examined]
 }
 
 /// Nothing missing, nothing damaged.
-fn chain(dir: &dyn Directory, owner: &Ownership, slices: &[Examined]) -> Result<()> {
+pub(crate) fn chain(dir: &dyn Directory, owner: &Ownership, slices: &[Examined]) -> Result<()> {
     let mut expected = owner.newest.serial;
     for slice in slices {
         expected += 1;
@@ -260,14 +265,80 @@ fn admit(disk: &str, owner: &Ownership, me: &Identity, alone: bool) -> Result<()
     Ok(())
 }
 
+/// A copy that is part this and part that, or known to be old, is not run from.
+fn usable(dir: &dyn Directory, owner: &Ownership) -> Result<()> {
+    #[cfg(test)]
+    if crate::sim::sabotaged(crate::sim::Sabotage::UseUnfinished) {
+        return Ok(());
+    }
+    match owner.mirror.as_ref().map(|mirror| &mirror.role) {
+        Some(Role::Syncing { from, .. }) => Err(Error::Refused(format!(
+            "the copy in {} is being synchronised from {from} and is not complete: it is part old and part new, and no machine can run from it. \
+             Run the machine on {from}, and let the synchronisation end; if {from}'s disk is lost, restore this one from a backup",
+            dir.name()
+        ))),
+        Some(Role::Outdated { of, by }) => Err(Error::Refused(format!(
+            "the copy in {} is outdated: {by} said that the machine went on without it; it followed {of}. Run the machine where it ran last, and \
+             this copy is synchronised from there; if that disk is lost and this old state is to be used: understudy-disk outdate --clear",
+            dir.name()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// What a mirrored disk remembers of others when its machine begins to run from it.
+fn mirror(
+    dir: &Arc<dyn Directory>,
+    before: &Ownership,
+    discarded: &[Examined],
+    me: &Identity,
+    size: u64,
+    kept: Tag,
+) -> Result<(Mirror, Vec<Live>)> {
+    let mut mirror = before.mirror.clone().unwrap_or_else(|| {
+        let mut history = Vec::new();
+        take_turn(&mut history, before.newest.generation, before.newest.serial);
+        Mirror { role: Role::Ran, history, peers: Vec::new(), discard: None }
+    });
+    let peers = match &mirror.role {
+        // It sent what is here, so it has it. Nothing was written here meanwhile but what it sent.
+        Role::Follows { of } | Role::Outdated { of, .. } => {
+            let peer = Peer { node: of.clone(), has: Some(kept), also: Vec::new(), sync: None, full: false };
+            vec![Live { bits: Bitmap::create(dir, of, before.disk, size, false)?, peer, lost: None }]
+        }
+        Role::Ran | Role::Syncing { .. } => {
+            let mut peers = peers::load(dir, &mirror, before.disk, size)?;
+            // A peer may have (and have merged) what was sealed here and does not count.
+            for slice in discarded.iter().filter(|slice| slice.whole()) {
+                let records = &slice.scan.records;
+                for live in &mut peers {
+                    let ranges =
+                        records.iter().map(|(record, _)| (record.sector * SECTOR, u64::from(record.sectors) * SECTOR));
+                    live.bits.mark_durably(ranges)?;
+                    live.also(slice.tag());
+                }
+            }
+            peers
+        }
+    };
+    take_turn(&mut mirror.history, me.generation, kept.serial + 1);
+    mirror.role = Role::Ran;
+    mirror.discard = None;
+    mirror.peers = peers.iter().map(|live| live.peer.clone()).collect();
+    Ok((mirror, peers))
+}
+
 /// Take the disk over.
 pub(crate) fn take(
     base: &dyn Block,
-    dir: &dyn Directory,
+    dir: &Arc<dyn Directory>,
     format: Format,
     me: &Identity,
     memory: Memory,
+    mirrored: bool,
 ) -> Result<Recovered> {
+    let shared = dir;
+    let dir = &**dir;
     if me.machine.is_empty() || me.node.is_empty() || me.generation.0 == 0 {
         return Err(Error::Refused("a disk is opened by a machine on a node in a generation above zero".into()));
     }
@@ -319,9 +390,25 @@ pub(crate) fn take(
     if base.size() < before.size {
         return Err(Error::Shrank { path: disk.to_owned(), was: before.size, is: base.size() });
     }
+    usable(dir, &before)?;
     let (mut slices, strays) = examine(dir, &before, |_| {})?;
     let keep = decide(dir, &before, &slices, memory)?;
-    let discarded: Vec<_> = slices.drain(keep..).map(|s| s.file_name).collect();
+    let discarded: Vec<_> = slices.drain(keep..).collect();
+    let kept = slices.last().map_or(before.newest, Examined::tag);
+    let (mirror, peers) = match &before.mirror {
+        _ if mirrored => {
+            let (mirror, peers) = mirror(shared, &before, &discarded, me, base.size(), kept)?;
+            (Some(mirror), peers)
+        }
+        // Not mirrored any more: what peers have is not kept account of.
+        Some(mirror) => {
+            let mut mirror = Mirror { role: Role::Ran, peers: Vec::new(), ..mirror.clone() };
+            take_turn(&mut mirror.history, me.generation, kept.serial + 1);
+            (Some(mirror), Vec::new())
+        }
+        None => (None, Vec::new()),
+    };
+    let discarded: Vec<_> = discarded.into_iter().map(|s| s.file_name).collect();
 
     let mut owner = Ownership {
         machine: me.machine.clone(),
@@ -333,6 +420,7 @@ pub(crate) fn take(
         // the checkpoint can be tried again as long as nothing was committed since.
         direct: memory == Memory::None && keep == 0,
         accepted: slices.iter().map(|s| s.file_name.clone()).collect(),
+        mirror,
         ..before
     };
     // Direct writes are a state of their own, that no older tag names.
@@ -365,6 +453,7 @@ pub(crate) fn take(
     }
     dir.sync().doing(|| format!("flushing the directory {}", dir.name()))?;
     drop(claim);
-    let slices = slices.into_iter().map(|s| (Arc::new(Slice::found(s.id, s.name, s.file, &s.scan)), s.scan)).collect();
-    Ok(Recovered { owner, slices, discarded, base_lock })
+    let slices =
+        slices.into_iter().map(|s| (Arc::new(Slice::found(s.id, s.name, s.file, &s.scan, true)), s.scan)).collect();
+    Ok(Recovered { owner, slices, discarded, base_lock, peers })
 }

@@ -46,6 +46,20 @@ pub(crate) enum Sabotage {
     WithoutRedirect,
     /// A standby commits epochs that were not sealed.
     CommitUnsealed,
+    /// A block is marked as different after it was written.
+    MarkAfterWrite,
+    /// Merges of what a peer has not are not marked.
+    MergeUnmarked,
+    /// A copy that is being synchronised is run from.
+    UseUnfinished,
+    /// A copy does not remember that it is being synchronised.
+    BeginForgotten,
+    /// Blocks count as sent before they are durable there.
+    ClearedEarly,
+    /// A copy says that blocks are durable and they are not.
+    CopyNotFlushed,
+    /// A copy acknowledges an epoch whose slice is not durable.
+    CopyNotSealed,
 }
 
 thread_local! {

@@ -88,11 +88,11 @@ impl Slice {
         Slice { id, name, file, log: Mutex::default(), committed: AtomicBool::new(false), failed: OnceLock::new() }
     }
 
-    /// One that was found, complete and accepted.
-    pub fn found(id: SliceId, name: SliceName, file: Arc<dyn LogFile>, scan: &Scan) -> Self {
+    /// One that was found, complete.
+    pub fn found(id: SliceId, name: SliceName, file: Arc<dyn LogFile>, scan: &Scan, committed: bool) -> Self {
         let log = Log { end: scan.end, digest: scan.digest.clone(), sealed: true, broken: None };
         let file = RwLock::new(file);
-        Slice { id, name, file, log: Mutex::new(log), committed: AtomicBool::new(true), failed: OnceLock::new() }
+        Slice { id, name, file, log: Mutex::new(log), committed: AtomicBool::new(committed), failed: OnceLock::new() }
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
@@ -234,6 +234,29 @@ fn is_full(e: &io::Error) -> bool {
 }
 
 impl Appending<'_> {
+    /// Records so far, and bytes.
+    pub fn position(&self) -> (u32, u64) {
+        (self.log.digest.records(), self.log.end)
+    }
+
+    /// Append records that another node's slice has: they were checked. When it fails the log is as before.
+    pub fn append_encoded(&mut self, heads: &[[u8; RECORD]], bytes: &[u8]) -> Result<()> {
+        if let Some(why) = &self.log.broken {
+            return Err(Error::Refused(why.clone()));
+        }
+        let (at, file) = (self.log.end, self.slice.file());
+        if let Err(e) = file.write_at(at, bytes) {
+            let doing = format!("writing {} bytes to the slice {}", bytes.len(), self.slice.name);
+            if let Err(again) = file.truncate(at) {
+                self.log.broken = Some(format!("{doing}: {e}; cutting it off again: {again}"));
+            }
+            return Err(Error::io(doing, e));
+        }
+        heads.iter().for_each(|head| self.log.digest.add(head));
+        self.log.end += bytes.len() as u64;
+        Ok(())
+    }
+
     /// Append one record. `bytes` begins with room for the record; its data follows, whose CRC-32 is `crc`. Returns where in the file the data
     /// is. When it fails the log is as before.
     pub fn append(&mut self, kind: Kind, sector: u64, sectors: u32, crc: u32, bytes: &mut [u8]) -> Result<u64> {

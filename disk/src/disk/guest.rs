@@ -85,7 +85,7 @@ impl Block for Disk {
             Mode::Direct => self.flush_direct(),
             Mode::Solo => self.commit_solo(),
             // See the module: it is durable with its epoch, and nobody outside learns of it before.
-            Mode::Protected { .. } => Ok(()),
+            Mode::Protected { .. } | Mode::Follows => Ok(()),
         }
     }
 
@@ -106,6 +106,9 @@ impl Block for Disk {
             )));
         }
         self.base.resize(size)?;
+        if let Some(mirror) = &self.mirror {
+            mirror.resize(size)?;
+        }
         self.owner_update(|owner| owner.size = size).map(|_| ())
     }
 

@@ -7,13 +7,18 @@ impl Disk {
     /// Merge the oldest committed slices into the base, one batch: verified, written, flushed, recorded, removed, in this order. Repeating it after a
     /// crash at any point gives the same base.
     ///
-    /// One thread at a time. What is merged is read from the base afterwards.
+    /// What is merged is read from the base afterwards.
     ///
     /// # Errors
     /// A slice is damaged (then what is in it cannot be read any more either); the disk is not ours any more; what the storage says.
     /// Nothing is lost by an error: the slices stay.
     pub fn merge(&self) -> Result<Merged> {
+        let one = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
         let result = self.merge_batch();
+        if let (Err(_), Some(mirror)) = (&result, &self.mirror) {
+            mirror.merge_ended();
+        }
+        drop(one);
         self.table().problem = match &result {
             Ok(Merged::Waiting(why)) => Some(why.clone()),
             Ok(_) => None,
@@ -26,8 +31,12 @@ impl Disk {
         self.alive()?;
         let mut batch = Vec::new();
         let mut bytes = 0;
+        let limit = self.limit.load(Ordering::Acquire);
         for slice in self.table().slices.values() {
-            if !slice.is_committed() || (bytes > 0 && bytes + slice.bytes() > self.limits.batch) {
+            if slice.id.serial > limit
+                || !slice.is_committed()
+                || (bytes > 0 && bytes + slice.bytes() > self.limits.batch)
+            {
                 break;
             }
             bytes += slice.bytes();
@@ -62,8 +71,20 @@ impl Disk {
                 content.insert(piece(slice.id.serial, record.kind, record.sector, record.sectors, *data));
             }
         }
+        if let Some(mirror) = &self.mirror {
+            let piece = |piece: Piece| match piece.source {
+                Source::Base => None,
+                Source::Slice { serial, .. } | Source::Zero { serial, .. } => {
+                    Some((serial, piece.sector * SECTOR, piece.sectors * SECTOR))
+                }
+            };
+            mirror.before_merge(&content.pieces().filter_map(piece).collect::<Vec<_>>())?;
+        }
         self.write_base(&batch, &content)?;
         self.flush_base()?;
+        if let Some(mirror) = &self.mirror {
+            mirror.after_merge(&batch.iter().map(|slice| slice.tag()).collect::<Vec<_>>());
+        }
         let newest = last.tag();
         self.owner_update(|owner| {
             owner.newest = newest;
@@ -90,6 +111,41 @@ impl Disk {
         self.merged_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.room.notify_all();
         Ok(Merged::Slices { slices: batch.len(), bytes })
+    }
+
+    /// Merge nothing above this slice from now on (`None`: everything again). What is being merged ends first.
+    pub(crate) fn hold_merging(&self, above: Option<u64>) -> Tag {
+        self.limit.store(above.unwrap_or(u64::MAX), Ordering::Release);
+        drop(self.merging.lock().unwrap_or_else(PoisonError::into_inner));
+        self.room.notify_all();
+        self.table().merged
+    }
+
+    /// Hold the base still, and say where.
+    pub(crate) fn hold_base_still(&self) -> Tag {
+        let tag = self.hold_merging(Some(0));
+        self.hold_merging(Some(tag.serial))
+    }
+
+    /// Merge up to this state and hold there; `None`: it is not committed yet.
+    pub(crate) fn hold_base_at(&self, tag: Tag) -> Result<Option<Tag>> {
+        self.hold_merging(Some(tag.serial));
+        while let Merged::Slices { .. } = self.merge()? {}
+        let merged = self.table().merged;
+        if merged.serial < tag.serial {
+            return Ok(None);
+        }
+        if merged != tag {
+            return Err(Error::Refused(format!(
+                "{} is at slice {} (digest {:08x}), its peer at slice {} (digest {:08x}): they do not agree at one state",
+                self.base.name(),
+                merged.serial,
+                merged.digest,
+                tag.serial,
+                tag.digest
+            )));
+        }
+        Ok(Some(merged))
     }
 
     #[cfg(not(test))]

@@ -41,7 +41,7 @@ impl LogReader {
     ///
     /// # Errors
     /// What the storage says; what is wanted was merged already.
-    pub fn next(&mut self, _disk: &Disk, _most: usize) -> Result<Option<LogPiece>> {
-        todo!()
+    pub fn next(&mut self, disk: &Disk, most: usize) -> Result<Option<LogPiece>> {
+        disk.read_log(self, most)
     }
 }
