@@ -193,6 +193,7 @@ mod tests {
             pause_max_us: 0,
             statistics: Default::default(),
             verify: Default::default(),
+            disk_verify: Default::default(),
             note: String::new(),
         }
     }

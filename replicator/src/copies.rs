@@ -35,6 +35,8 @@ pub fn local_disks(layout: &Layout, timeout: Duration) -> Result<Vec<DiskSpec>, 
 struct Open {
     name: String,
     copy: Arc<Copy>,
+    /// It is being brought into step.
+    syncing: bool,
     /// Last part that was applied, and what differed since that was told last.
     upto: u64,
     differing: Vec<Range>,
@@ -97,9 +99,7 @@ impl Copies {
         }
         self.sealed.clear();
         for open in self.open.drain(..) {
-            if let Err(e) = open.copy.abandon() {
-                crate::log::line(&format!("receiver: {}", open.say(e)));
-            }
+            open.copy.abandon();
         }
     }
 
@@ -113,10 +113,12 @@ impl Copies {
             match start {
                 CopyStart::Rejoin(rejoin) => {
                     open.copy.rejoin(rejoin).map_err(|e| open.say(e))?;
+                    open.syncing = false;
                     open.complete = complete(&state, rejoin.at);
                 }
                 CopyStart::Sync(begin) => {
                     open.copy.begin(begin).map_err(|e| open.say(e))?;
+                    open.syncing = true;
                     open.complete = BTreeMap::new();
                 }
             }
@@ -153,14 +155,14 @@ impl Copies {
     pub fn flush(&mut self, done: impl FnOnce(Result<Vec<Flushed>, String>) + Send + 'static) {
         let take = |open: &mut Open| {
             let flushed = Flushed { upto: open.upto, differing: std::mem::take(&mut open.differing) };
-            (open.name.clone(), open.copy.clone(), flushed)
+            (open.name.clone(), open.syncing.then(|| open.copy.clone()), flushed)
         };
         let all: Vec<_> = self.open.iter_mut().map(take).collect();
         let previous = self.flusher.take();
         let (over, flushed) = mpsc::channel();
         let thread = thread::spawn(move || {
-            let flush = |(name, copy, flushed): (String, Arc<Copy>, Flushed)| {
-                copy.flush().map(|()| flushed).map_err(|e| format!("disk {name}: {e}"))
+            let flush = |(name, copy, flushed): (String, Option<Arc<Copy>>, Flushed)| {
+                copy.map_or(Ok(()), |copy| copy.flush()).map(|()| flushed).map_err(|e| format!("disk {name}: {e}"))
             };
             let result = all.into_iter().map(flush).collect();
             drop::<mpsc::Sender<()>>(over);
@@ -216,9 +218,10 @@ impl Copies {
     /// # Errors
     /// A sentence.
     pub fn into_step(&mut self, tags: &[Option<Tag>]) -> Result<(), String> {
-        for (open, tag) in self.open.iter().zip(tags) {
+        for (open, tag) in self.open.iter_mut().zip(tags) {
             if let Some(tag) = tag {
                 open.copy.into_step(*tag).map_err(|e| open.say(e))?;
+                open.syncing = false;
             }
         }
         Ok(())
@@ -311,5 +314,12 @@ fn open_copy(machine: &str, node: &str, spec: &DiskSpec) -> Result<Open, String>
         limits: Limits::default(),
     });
     let copy = Arc::new(copy.map_err(|e| e.to_string())?);
-    Ok(Open { name: spec.name.clone(), copy, upto: 0, differing: Vec::new(), complete: BTreeMap::new() })
+    Ok(Open {
+        name: spec.name.clone(),
+        copy,
+        syncing: false,
+        upto: 0,
+        differing: Vec::new(),
+        complete: BTreeMap::new(),
+    })
 }

@@ -7,7 +7,8 @@
 //!        └──── serial session ────► understudy-serial ◄────┘ (after a takeover)
 //!                                        │ TCP line
 //!                                     device: every record once and in order, or it is over
-//!  a, b ──► one disk and its slices; the guest says nothing that is not on it, and compares what it holds with what it knows
+//!  a, b ──► one disk and its slices, or each its own (mirrored); the guest says nothing that is not on it, and compares what it holds with what
+//!           it knows
 //! ```
 //! A cut kills both processes of a host in one moment, at a random one, and takes away what a reboot takes away (its tmpfs). If the machine
 //! ran there the other side takes over, unless the veto stands: this program keeps the rules that the agents keep. The host comes back
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
+use understudy_disk::LocalDirectory;
 use understudy_protocol::control::{PromoteFrom, ReplicatorRequest, Role, TakenOver, VmmRequest, VmmState, call_once};
 use understudy_protocol::ids::Generation;
 
@@ -68,12 +70,26 @@ pub struct Report {
     pub protected_ms: Spread,
 }
 
-/// Cut `count` times. `unredirected`: after each as if writes had gone to the disk itself, which must be noticed.
-pub fn run(count: usize, seed: Option<u64>, unredirected: bool, say: &dyn Fn(&str)) -> Result<Report> {
+/// How the guest's disk is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disks {
+    /// Both hosts see one disk.
+    Shared,
+    /// Each has its own. One cut in [`LOST`] takes the disk of the host away too.
+    Mirrored,
+    /// Shared, and after each cut as if writes had gone to the disk itself, which must be noticed.
+    Unredirected,
+}
+
+/// See [`Disks::Mirrored`].
+const LOST: u64 = 5;
+
+/// Cut `count` times.
+pub fn run(count: usize, seed: Option<u64>, disks: Disks, say: &dyn Fn(&str)) -> Result<Report> {
     let seed = seed_or_new(seed)?;
     let mut random = Random(seed | 1);
     say(&format!("{count} power cuts (--seed {seed})"));
-    let mut world = World::start(unredirected)?;
+    let mut world = World::start(disks)?;
     let (mut takeovers, mut silences, mut protected) = (Vec::new(), Vec::new(), Vec::new());
     let (mut primary_cuts, mut standby_cuts) = (0, 0);
     let mut said = Instant::now();
@@ -146,7 +162,7 @@ struct World {
     primary: usize,
     generation: u64,
     setup: Setup,
-    unredirected: bool,
+    disks: Disks,
     peers: String,
     _board: Process,
     // Last, so that it outlives the processes.
@@ -154,7 +170,7 @@ struct World {
 }
 
 impl World {
-    fn start(unredirected: bool) -> Result<Self> {
+    fn start(disks: Disks) -> Result<Self> {
         let dir = tempfile::tempdir_in("/dev/shm").context("making a directory in /dev/shm")?;
         let at = dir.path();
         fs::write(at.join("code"), guest::program()).context("writing the guest's program")?;
@@ -168,21 +184,17 @@ impl World {
         let device = Device::start(line.accept().context("waiting for the board's line")?.0)?;
         let hook = format!("/bin/sh {}", at.join("hook").display());
         let serial = format!("board:127.0.0.1:{port}/com1,key={}", at.join("key").display());
-        let disk = at.join("disk");
-        fs::write(&disk, vec![0; DISK_BYTES]).context("making the disk")?;
-        let disk = format!("name=vda,file={},format=raw", disk.display()).parse().context("naming the disk")?;
+        fs::write(disk_of(at, disks, 0), vec![0; DISK_BYTES]).context("making the disk")?;
         let more = ["--pipeline", "3", "--peer-timeout-ms"].map(str::to_owned);
         let setup = Setup {
             serial: Some(serial),
-            disk: Some(disk),
             hook: Some(hook),
             replicator: more.into_iter().chain([PEER_TIMEOUT_MS.to_string()]).collect(),
             ..Setup::new(MEMORY_MIB)
         };
         let peers = format!("a=127.0.0.1:{} b=127.0.0.1:{}", free_port()?, free_port()?);
         let sides = [Side::new(at, NAMES[0])?, Side::new(at, NAMES[1])?];
-        let mut this =
-            Self { device, sides, primary: 0, generation: 1, setup, unredirected, peers, _board: board, dir };
+        let mut this = Self { device, sides, primary: 0, generation: 1, setup, disks, peers, _board: board, dir };
         this.boot(1)?;
         this.boot(0)?;
         this.generation = this.sides[0].vmm()?.generation.0;
@@ -194,6 +206,10 @@ impl World {
     /// Start what runs on a host; as a standby, unless it is the primary.
     fn boot(&mut self, side: usize) -> Result<()> {
         let (dir, name) = (self.dir.path(), NAMES[side]);
+        let mode = if self.disks == Disks::Mirrored { ",mode=mirrored" } else { "" };
+        let disk = disk_of(dir, self.disks, side);
+        let disk = format!("name=vda,file={},format=raw{mode}", disk.display());
+        self.setup.disk = Some(disk.parse().context("naming the disk")?);
         self.sides[side].start_vmm(dir, name, &self.setup, side != self.primary)?;
         self.sides[side].start_replicator(dir, name, &self.peers, &self.setup)
     }
@@ -226,8 +242,9 @@ impl World {
             let next = &self.sides[standby];
             let taken: TakenOver = next.ask_replicator(&ReplicatorRequest::TakeOver { generation })?;
             let image = taken.image.context("the standby has no image of a protected machine")?;
-            if self.unredirected {
-                unredirected::forget_redirection(&self.dir.path().join("disk"), Path::new(&image.state_file))?;
+            if self.disks == Disks::Unredirected {
+                let disk = disk_of(self.dir.path(), self.disks, standby);
+                unredirected::forget_redirection(&disk, Path::new(&image.state_file))?;
             }
             let from = PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch };
             call_once::<_, ()>(next.layout.vmm_socket(), &VmmRequest::Promote { generation, from }, BOUND)?;
@@ -238,6 +255,11 @@ impl World {
         let from = self.device.seen().number;
         self.device.wait("records after the cut", BOUND, |seen| seen.number > from + 3)?;
         let silence = self.device.take_silence();
+        if self.disks == Disks::Mirrored && random.below(LOST) == 0 {
+            let disk = disk_of(self.dir.path(), self.disks, victim);
+            fs::remove_file(&disk).context("taking a disk away")?;
+            fs::remove_dir_all(LocalDirectory::beside(&disk)).context("taking its slices away")?;
+        }
         self.boot(victim)?;
         self.wait_protected()?;
         let state = self.sides[self.primary].vmm()?.state;
@@ -261,6 +283,11 @@ impl World {
         let seen = self.device.seen();
         e.context(format!("{}\n--- device\n{seen:?}\n", logs.join("\n")))
     }
+}
+
+/// The file of a host's disk.
+fn disk_of(dir: &Path, disks: Disks, side: usize) -> PathBuf {
+    dir.join(if disks == Disks::Mirrored { format!("disk-{}", NAMES[side]) } else { "disk".to_owned() })
 }
 
 fn veto(dir: &Path) -> PathBuf {

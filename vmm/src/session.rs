@@ -302,7 +302,12 @@ impl Session {
     pub fn seal_disks(&mut self, epoch: Epoch) -> Result<Sealed> {
         let cut = self.on_disk(epoch).with_context(|| format!("epoch {epoch} was never cut, or has no disks"))?;
         self.machine.storage.seal(&self.machine.core, cut.number)?;
-        Ok(Sealed { tags: self.machine.storage.tags_of_mirrored(&cut.tags)? })
+        let tags = self.machine.storage.tags_of_mirrored(&cut.tags)?;
+        if let Some(mirrors) = &mut self.mirrors {
+            mirrors.sealed(&tags);
+        }
+        let tags = tags.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
+        Ok(Sealed { tags })
     }
 
     /// Begin with the copies of the mirrored disks, which are so.

@@ -267,8 +267,8 @@ impl Storage {
     }
 
     /// What the mirrored disks were at a cut.
-    pub fn tags_of_mirrored(&self, tags: &Tags) -> Result<Vec<serde_json::Value>> {
-        self.mirrored().iter().map(|name| Ok(serde_json::to_value(tags.of(name)?)?)).collect()
+    pub fn tags_of_mirrored(&self, tags: &Tags) -> Result<Vec<Tag>> {
+        self.mirrored().iter().map(|name| tags.of(name)).collect()
     }
 
     /// Every disk that can be written, with its lane; none if nothing is open.

@@ -63,6 +63,9 @@ enum Cmd {
         /// Negative control: each takeover finds the disk as if writes were not redirected; the guest must notice
         #[arg(long, hide = true)]
         unredirected: bool,
+        /// Each host has its own copy of the disk, and loses it now and then
+        #[arg(long, conflicts_with = "unredirected")]
+        mirrored: bool,
     },
     /// On this host's own KVM, in a real cluster (corosync, Pacemaker, our agents, fencing): power cuts by the hundred, of a guest that any
     /// KVM can run
@@ -120,9 +123,14 @@ fn run(command: Cmd) -> Result<i32> {
             write(&report, &measured)?;
             Ok(0)
         }
-        Cmd::PowerCuts { report, count, seed, unredirected } => {
+        Cmd::PowerCuts { report, count, seed, unredirected, mirrored } => {
+            let disks = match (unredirected, mirrored) {
+                (true, _) => power_cuts::Disks::Unredirected,
+                (false, true) => power_cuts::Disks::Mirrored,
+                (false, false) => power_cuts::Disks::Shared,
+            };
             let started = std::time::Instant::now();
-            let measured = power_cuts::run(count, seed, unredirected, &|text| {
+            let measured = power_cuts::run(count, seed, disks, &|text| {
                 println!("  {:>4} s … {text}", started.elapsed().as_secs())
             })?;
             println!("{}", measured.kvm_backend);

@@ -45,6 +45,8 @@ struct Mirrored {
     name: String,
     disk: Arc<Disk>,
     peer: Peer,
+    /// The log is read up to this slice: what is beyond is another epoch's.
+    upto: u64,
 }
 
 /// The copies of one session, in the order of the machine's mirrored disks.
@@ -105,7 +107,7 @@ impl Mirrors {
             let (peer, start, left) = started;
             begun.starts.push(to_json(&start)?);
             begun.left += left;
-            all.push(Mirrored { name, disk, peer });
+            all.push(Mirrored { name, disk, peer, upto: 0 });
         }
         Ok((Self { all, arena }, begun))
     }
@@ -114,7 +116,7 @@ impl Mirrors {
     fn resume(self, states: &[PeerState]) -> Result<(Self, MirrorBegun)> {
         let mut begun = MirrorBegun { starts: Vec::new(), left: 0 };
         for (mirrored, state) in self.all.iter().zip(states) {
-            let Mirrored { name, disk, peer } = mirrored;
+            let Mirrored { name, disk, peer, .. } = mirrored;
             ensure!(matches!(peer, Peer::Joined(_)), "disk {name}: its copy was not in step before");
             disk.leave();
             match disk.plan(state).with_context(|| format!("disk {name}"))? {
@@ -197,7 +199,7 @@ impl Mirrors {
     /// All of them have confirmed that they are in step.
     pub fn done(&mut self) -> Result<()> {
         let mut all = Vec::new();
-        for Mirrored { name, disk, peer } in std::mem::take(&mut self.all) {
+        for Mirrored { name, disk, peer, upto } in std::mem::take(&mut self.all) {
             let peer = match peer {
                 Peer::Stepping(sync, tag) => {
                     sync.done(tag).with_context(|| format!("disk {name}"))?;
@@ -206,19 +208,24 @@ impl Mirrors {
                 Peer::Syncing(_) => bail!("disk {name}: its copy is not in step yet"),
                 joined => joined,
             };
-            all.push(Mirrored { name, disk, peer });
+            all.push(Mirrored { name, disk, peer, upto });
         }
         self.all = all;
         Ok(())
     }
 
-    /// What of the slices was not read yet.
+    /// The disks are sealed up to these tags.
+    pub fn sealed(&mut self, tags: &[Tag]) {
+        self.all.iter_mut().zip(tags).for_each(|(mirrored, tag)| mirrored.upto = tag.serial);
+    }
+
+    /// What of the slices was not read yet, up to what is sealed.
     pub fn log(&mut self) -> Result<MirrorPieces> {
         let mut room = Room { arena: &self.arena, used: 0 };
         let mut reply = MirrorPieces::default();
         for (i, mirrored) in self.all.iter_mut().enumerate() {
             let Peer::Joined(reader) = &mut mirrored.peer else { continue };
-            while reply.pieces.len() < PIECES && room.left() >= PIECE {
+            while reader.after < mirrored.upto && reply.pieces.len() < PIECES && room.left() >= PIECE {
                 let next = reader.next(&mirrored.disk, PIECE).with_context(|| format!("disk {}", mirrored.name))?;
                 let Some(piece) = next else { break };
                 let closed = piece.closed.as_ref().map(to_json).transpose()?;
