@@ -41,6 +41,7 @@ use crate::recover::{self, Memory};
 use crate::slice::{Slice, SliceName};
 use crate::store::{Directory, Lock};
 
+mod begun;
 mod guest;
 mod merging;
 
@@ -133,6 +134,8 @@ pub struct Disk {
     names_durable: Mutex<u64>,
     /// A flush of what was written directly failed: no later one proves anything.
     unflushed: OnceLock<String>,
+    /// Direct writes that were begun and have not ended.
+    flying: Arc<begun::Flying>,
     discarded: Vec<String>,
 }
 
@@ -238,6 +241,7 @@ impl Disk {
             names_made: AtomicU64::new(0),
             names_durable: Mutex::new(0),
             unflushed: OnceLock::new(),
+            flying: Arc::default(),
             discarded: found.discarded,
         })
     }
@@ -387,6 +391,7 @@ impl Disk {
                 self.mark_upto(None)?;
             }
             Mode::Direct => {
+                self.flying.land();
                 self.flush_direct()?;
                 let newest = self.owner_update(|owner| {
                     owner.direct = false;

@@ -32,7 +32,7 @@ mod sim;
 pub mod slice;
 pub mod store;
 
-pub use block::{Block, Format, Gather, Qcow2, Raw, SECTOR, Scatter};
+pub use block::{Aio, Block, Buffer, Cache, Format, Gather, Op, Qcow2, Raw, SECTOR, Scatter, Tuning};
 pub use disk::{Disk, Limits, Merged, Options, Status};
 pub use error::{Error, Result};
 pub use merger::Merger;

@@ -9,6 +9,7 @@
 //! Nothing here decides anything: what is read, written, reserved or tried again is for `understudy-disk` to say.
 
 pub mod buffer;
+pub mod device;
 pub mod ring;
 
 pub use buffer::Buffer;

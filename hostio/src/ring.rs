@@ -119,7 +119,7 @@ impl Ring {
         };
         let fd = types::Fd(file.as_raw_fd());
         // Longer ones would be cut short, which the caller copes with.
-        let len = u32::try_from(buffer.len()).unwrap_or(u32::MAX & !4095);
+        let len = u32::try_from(buffer.len()).unwrap_or(!4095);
         let entry = if read {
             opcode::Read::new(fd, buffer.as_mut_ptr(), len).offset(at).build()
         } else {
@@ -203,8 +203,11 @@ impl Shared {
             let Some(Slot { buffer, done, _file }) = slots.used.get_mut(slot).and_then(Option::take) else { continue };
             slots.free.push(slot);
             drop(slots);
-            let result =
-                if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result.unsigned_abs() as usize) };
+            let result = if result < 0 {
+                Err(io::Error::from_raw_os_error(-result))
+            } else {
+                Ok(result.unsigned_abs() as usize)
+            };
             done(result, buffer);
             self.under_way.fetch_sub(1, Ordering::AcqRel);
         }
@@ -222,7 +225,12 @@ impl Shared {
             drop(slots);
             // SAFETY: no argument is passed.
             let waited = unsafe {
-                self.ring.submitter().enter::<libc::sigset_t>(DEPTH as u32, 1, io_uring::EnterFlags::GETEVENTS.bits(), None)
+                self.ring.submitter().enter::<libc::sigset_t>(
+                    DEPTH as u32,
+                    1,
+                    io_uring::EnterFlags::GETEVENTS.bits(),
+                    None,
+                )
             };
             match waited {
                 Err(e) if e.raw_os_error() != Some(libc::EINTR) => std::thread::yield_now(),
@@ -269,7 +277,8 @@ mod tests {
         let (sender, read) = mpsc::channel();
         for i in 0..COUNT {
             let sender = sender.clone();
-            let done: Done = Box::new(move |result, buffer| sender.send((i, result.unwrap(), buffer[0], buffer[4095])).unwrap());
+            let done: Done =
+                Box::new(move |result, buffer| sender.send((i, result.unwrap(), buffer[0], buffer[4095])).unwrap());
             if let Err((_, done)) = ring.submit(&file, Op::Read { at: i * 4096, to: Buffer::new(4096) }, done) {
                 done(Ok(4096), Buffer::copy(&[i as u8; 4096]));
             }
