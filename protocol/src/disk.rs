@@ -1,7 +1,7 @@
 //! How a machine's disk is written in configuration: on the VMM's command line, in the agent's parameter `disks`, in a policy.
 //!
 //! ```text
-//! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,queues=4][,readonly]
+//! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,queues=4][,cache=none][,aio=io_uring][,readonly]
 //! ```
 //! Parsing opens nothing; whether the files are there is for the node to say that runs the machine.
 
@@ -27,6 +27,29 @@ pub enum DiskFormat {
     Qcow2,
 }
 
+/// Whether a raw disk is read and written through the host's page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskCache {
+    /// Past it.
+    None,
+    /// Through it; a guest's flush is a flush all the same.
+    Writeback,
+}
+
+/// Who waits for a raw disk's reads and writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskAio {
+    /// io_uring without the page cache, threads with it.
+    #[default]
+    Auto,
+    /// io_uring, if the host allows it.
+    IoUring,
+    /// Threads.
+    Threads,
+}
+
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
@@ -40,13 +63,21 @@ pub struct DiskSpec {
     pub slices: Option<String>,
     /// Queues; `None`: one for each vCPU.
     pub queues: Option<u16>,
+    /// The host's page cache; `None`: for files, not for block devices.
+    #[serde(default)]
+    pub cache: Option<DiskCache>,
+    /// Who waits.
+    #[serde(default)]
+    pub aio: DiskAio,
     /// The guest may only read it. It has no slices and no owner.
     pub read_only: bool,
 }
 
 /// Why a text is no disk.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no disk: {why}; write name=vda,file=/path,format=raw[,slices=/directory][,queues=N][,readonly]")]
+#[error(
+    "{text:?} is no disk: {why}; write name=vda,file=/path,format=raw[,slices=/directory][,queues=N][,cache=none|writeback][,aio=auto|io_uring|threads][,readonly]"
+)]
 pub struct NoDisk {
     text: String,
     why: String,
@@ -61,6 +92,7 @@ impl FromStr for DiskSpec {
 }
 
 fn parse(text: &str) -> Result<DiskSpec, String> {
+    let (mut cache, mut aio) = (None, None);
     let (mut name, mut file, mut format, mut slices, mut queues, mut read_only) = (None, None, None, None, None, false);
     for part in text.split(',') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
@@ -81,6 +113,23 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
                 let number = value.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
                 let Some(number) = number else { return Err(format!("it can have 1 to {MAX_QUEUES} queues")) };
                 queues.replace(number).is_some()
+            }
+            "cache" => {
+                let parsed = match value {
+                    "none" => DiskCache::None,
+                    "writeback" => DiskCache::Writeback,
+                    _ => return Err(format!("{value:?} is no cache, there are none and writeback")),
+                };
+                cache.replace(parsed).is_some()
+            }
+            "aio" => {
+                let parsed = match value {
+                    "auto" => DiskAio::Auto,
+                    "io_uring" => DiskAio::IoUring,
+                    "threads" => DiskAio::Threads,
+                    _ => return Err(format!("{value:?} is no aio, there are auto, io_uring and threads")),
+                };
+                aio.replace(parsed).is_some()
             }
             "readonly" if !part.contains('=') => std::mem::replace(&mut read_only, true),
             _ => return Err(format!("it has no property {key:?}")),
@@ -104,12 +153,15 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
     if read_only && slices.is_some() {
         return Err("what is only read has no slices".into());
     }
-    Ok(DiskSpec { name, file, format, slices, queues, read_only })
+    if format == DiskFormat::Qcow2 && (cache.is_some() || aio.is_some()) {
+        return Err("cache and aio can be chosen for raw disks only".into());
+    }
+    Ok(DiskSpec { name, file, format, slices, queues, cache, aio: aio.unwrap_or_default(), read_only })
 }
 
 impl fmt::Display for DiskSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, file, format, slices, queues, read_only } = self;
+        let Self { name, file, format, slices, queues, cache, aio, read_only } = self;
         let format = match format {
             DiskFormat::Raw => "raw",
             DiskFormat::Qcow2 => "qcow2",
@@ -121,6 +173,17 @@ impl fmt::Display for DiskSpec {
         if let Some(queues) = queues {
             write!(f, ",queues={queues}")?;
         }
+        if let Some(cache) = cache {
+            f.write_str(match cache {
+                DiskCache::None => ",cache=none",
+                DiskCache::Writeback => ",cache=writeback",
+            })?;
+        }
+        f.write_str(match aio {
+            DiskAio::Auto => "",
+            DiskAio::IoUring => ",aio=io_uring",
+            DiskAio::Threads => ",aio=threads",
+        })?;
         if *read_only { f.write_str(",readonly") } else { Ok(()) }
     }
 }
@@ -170,6 +233,8 @@ mod tests {
         for text in [
             "name=vda,file=/vm/a.raw,format=raw",
             "name=vda,file=/vm/a.raw,format=qcow2,slices=/vm/row,queues=4",
+            "name=vda,file=/vm/a.raw,format=raw,cache=none,aio=io_uring",
+            "name=vda,file=/vm/a.raw,format=raw,cache=writeback,aio=threads",
             "name=cd,file=/vm/a.iso,format=raw,readonly",
         ] {
             assert_eq!(text.parse::<DiskSpec>().unwrap().to_string(), text);
@@ -193,7 +258,10 @@ mod tests {
             ("name=a,file=/x,format=raw,queues=0", "1 to 32"),
             ("name=a,file=/x,format=raw,queues=many", "1 to 32"),
             ("name=a,file=/x,format=raw,readonly=no", "no property"),
-            ("name=a,file=/x,format=raw,cache=none", "no property"),
+            ("name=a,file=/x,format=raw,cache=unsafe", "none and writeback"),
+            ("name=a,file=/x,format=raw,aio=native", "auto, io_uring"),
+            ("name=a,file=/x,format=qcow2,cache=none", "raw disks only"),
+            ("name=a,file=/x,format=raw,discard=on", "no property"),
             ("name=a,name=b,file=/x,format=raw", "twice"),
             ("name=a,file=/x,format=raw,readonly,slices=/y", "no slices"),
         ] {

@@ -19,10 +19,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use understudy_disk::{
-    Block, Disk, Error, Format, Identity, Limits, LocalDirectory, Memory, Merger, Options, Tag, block,
+    Aio, Block, Cache, Disk, Error, Format, Identity, Limits, LocalDirectory, Memory, Merger, Options, Tag, Tuning,
+    block,
 };
 use understudy_protocol::control::{DiskShape, DiskStatus};
-use understudy_protocol::disk::{DiskFormat, DiskSpec, check_list};
+use understudy_protocol::disk::{DiskAio, DiskCache, DiskFormat, DiskSpec, check_list};
 use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::core::{Core, Event};
@@ -32,7 +33,7 @@ pub mod lane;
 mod worker;
 
 use lane::{Closed, Lane};
-use worker::Complaint;
+use worker::{Bench, Complaint};
 
 /// Threads of a disk.
 const WORKERS: usize = 4;
@@ -40,6 +41,8 @@ const WORKERS: usize = 4;
 pub const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// The same where protection begins: a flush of the base may be under way.
 pub const PROTECT_PATIENCE: Duration = Duration::from_secs(5);
+/// A request that is under way for so long is worth a sentence in the status.
+const SLOW: Duration = Duration::from_secs(2);
 /// A machine that was switched off merges so much before its process ends; more waits for the next opening.
 const FINISH_BYTES: u64 = 64 << 20;
 
@@ -163,6 +166,20 @@ fn format(spec: &DiskSpec) -> Format {
     }
 }
 
+fn tuning(spec: &DiskSpec) -> Tuning {
+    let cache = match spec.cache {
+        None => Cache::Auto,
+        Some(DiskCache::None) => Cache::None,
+        Some(DiskCache::Writeback) => Cache::Writeback,
+    };
+    let aio = match spec.aio {
+        DiskAio::Auto => Aio::Auto,
+        DiskAio::IoUring => Aio::IoUring,
+        DiskAio::Threads => Aio::Threads,
+    };
+    Tuning { cache, aio }
+}
+
 impl Storage {
     /// Disks that are not open. `lanes` are the devices', in the same order.
     pub fn new(machine: &str, node: &str, specs: &[DiskSpec], lanes: Vec<Arc<Lane>>) -> Self {
@@ -208,7 +225,13 @@ impl Storage {
                     None => base.clone(),
                 };
                 let complaint = Arc::new(Complaint::default());
-                let workers = start_workers(lane, &served, &complaint, core)?;
+                let how = served.how();
+                if let Some(note) = how.note {
+                    eprintln!("note: disk {}: {note}", spec.name);
+                }
+                let bench =
+                    Bench { lane: lane.clone(), disk: served, complaint: complaint.clone(), core: core.clone() };
+                let workers = start_workers(&bench)?;
                 let merger = disk.clone().map(Merger::start).transpose()?;
                 Ok(Open { disk, base, complaint, workers, merger })
             });
@@ -227,7 +250,7 @@ impl Storage {
 
     fn open_one(&self, spec: &DiskSpec, generation: Generation, tags: Option<&Tags>) -> Result<Opened> {
         check_file(spec, &std::fs::metadata(&spec.file).with_context(|| spec.file.clone())?)?;
-        let base = block::open(Path::new(&spec.file), format(spec), spec.read_only)?;
+        let base = block::open_with(Path::new(&spec.file), format(spec), spec.read_only, tuning(spec))?;
         if spec.read_only {
             return Ok((None, base));
         }
@@ -412,38 +435,42 @@ impl Storage {
                 (None, None) => "closed",
             };
             let complaint = open(i).and_then(|(_, _, complaint)| complaint.now());
+            let waits = open(i).and_then(|(_, base, _)| base.trouble()).or_else(|| {
+                let (since, what) = load.slowest.filter(|(since, _)| *since >= SLOW)?;
+                Some(format!(
+                    "the storage of {} has not answered a {what} for {} s: the guest's request waits, nothing is lost",
+                    spec.file,
+                    since.as_secs()
+                ))
+            });
             DiskStatus {
                 name: spec.name.clone(),
                 file: spec.file.clone(),
                 mode: mode.into(),
+                io: open(i).map_or_else(String::new, |(_, base, _)| base.how().io),
                 size_bytes: open(i).map_or(0, |(_, base, _)| base.size()),
                 backlog_bytes: disk.as_ref().map_or(0, |disk| disk.backlog_bytes),
                 in_flight: load.in_flight as u64,
                 held: load.held as u64,
-                problem: complaint.or(disk.and_then(|disk| disk.problem)),
+                problem: waits.or(complaint).or(disk.and_then(|disk| disk.problem)),
             }
         };
         specs.map(status).collect()
     }
 }
 
-fn start_workers(
-    lane: &Arc<Lane>,
-    disk: &Arc<dyn Block>,
-    complaint: &Arc<Complaint>,
-    core: &Arc<Core>,
-) -> Result<Vec<JoinHandle<()>>> {
+fn start_workers(bench: &Bench) -> Result<Vec<JoinHandle<()>>> {
     let mut workers = Vec::new();
     for _ in 0..WORKERS {
-        let (lane_, disk, complaint, core) = (lane.clone(), disk.clone(), complaint.clone(), core.clone());
+        let theirs = bench.clone();
         let spawned = std::thread::Builder::new()
-            .name(format!("disk-{}", lane.name.chars().take(10).collect::<String>()))
+            .name(format!("disk-{}", bench.lane.name.chars().take(10).collect::<String>()))
             .stack_size(512 * 1024)
-            .spawn(move || worker::work(&lane_, &*disk, &complaint, &core));
+            .spawn(move || theirs.work());
         match spawned {
             Ok(worker) => workers.push(worker),
             Err(e) => {
-                lane.stop();
+                bench.lane.stop();
                 return Err(e).context("cannot start a disk's thread");
             }
         }

@@ -203,6 +203,11 @@ pub trait Block: Send + Sync {
         Some((op, ended))
     }
 
+    /// Whether [`Block::begin`] is worth a try now, for a read or for a write. Cheap.
+    fn begins(&self, _write: bool) -> bool {
+        false
+    }
+
     /// How it is read and written, for the status.
     fn how(&self) -> How {
         How::default()

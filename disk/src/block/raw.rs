@@ -206,6 +206,10 @@ impl Block for Raw {
         }
     }
 
+    fn begins(&self, _write: bool) -> bool {
+        self.ring.is_some()
+    }
+
     fn how(&self) -> How {
         let (cache, aio) =
             (if self.direct { "none" } else { "writeback" }, if self.ring.is_some() { "io_uring" } else { "threads" });
