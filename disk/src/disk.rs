@@ -34,6 +34,7 @@ use understudy_protocol::ids::Epoch;
 
 use crate::block::{Block, Format, Gather, SECTOR, Scatter, admit};
 use crate::error::{Doing, Error, Result};
+use crate::fenced;
 use crate::index::{Index, Piece, Source};
 use crate::owner::{self, BASE_LOCK, Identity, Ownership};
 use crate::record::{DATA_SECTORS, Kind, RECORD, SliceId, Tag};
@@ -136,6 +137,7 @@ pub struct Disk {
     unflushed: OnceLock<String>,
     /// Direct writes that were begun and have not ended.
     flying: Arc<begun::Flying>,
+    fence: Option<String>,
     discarded: Vec<String>,
 }
 
@@ -178,6 +180,8 @@ pub struct Status {
     pub holds_base: bool,
     /// What the merger complains of, if it does.
     pub problem: Option<String>,
+    /// What a device itself does against an earlier owner's writes: its reservation, or that it has none. `None`: it is no device.
+    pub fence: Option<String>,
     /// Slices that were thrown away when it was opened.
     pub discarded: Vec<String>,
 }
@@ -202,6 +206,8 @@ impl Disk {
             return Err(Error::ReadOnly { disk: base.name().to_owned() });
         }
         let found = recover::take(&*base, &*dir, format, &me, memory)?;
+        // The record is ours; before the first write, so is the device.
+        let (base, fence) = fenced::fence(base, &dir, &me)?;
         if found.base_lock.is_some() {
             base.take_charge()?;
             // A process that was killed leaves writes in the kernel's cache. What the machine boots from must not vanish later.
@@ -242,6 +248,7 @@ impl Disk {
             names_durable: Mutex::new(0),
             unflushed: OnceLock::new(),
             flying: Arc::default(),
+            fence,
             discarded: found.discarded,
         })
     }
@@ -687,6 +694,7 @@ impl Disk {
             merged_bytes: self.merged_bytes.load(Ordering::Relaxed),
             holds_base,
             problem: table.problem.clone(),
+            fence: self.fence.clone(),
             discarded: self.discarded.clone(),
         }
     }

@@ -3,13 +3,14 @@
 //! ```text
 //!  buffer   memory that O_DIRECT accepts, used again          (buffer.rs)
 //!  ring     io_uring: reads and writes without a thread each  (ring.rs)
-//!  device   block devices: ioctls, persistent reservations    (device.rs)
+//!  device   block devices: ioctls                              (device.rs)
 //!  iscsi    SCSI commands to an iSCSI target over libiscsi    (iscsi.rs, iscsi/library.rs)
 //! ```
 //! Nothing here decides anything: what is read, written, reserved or tried again is for `understudy-disk` to say.
 
 pub mod buffer;
 pub mod device;
+pub mod iscsi;
 pub mod ring;
 
 pub use buffer::Buffer;

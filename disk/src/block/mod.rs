@@ -1,13 +1,15 @@
 //! What a guest's disk is read from and written to: an array of bytes in sectors of 512.
 //!
-//! [`Block`] is implemented by [`Raw`] and [`Qcow2`] (the *base*) and by [`crate::Disk`], which redirects writes in front of one. A
+//! [`Block`] is implemented by [`Raw`], [`Qcow2`] and [`Iscsi`] (the *base*) and by [`crate::Disk`], which redirects writes in front of one. A
 //! device holds an `Arc<dyn Block>` and need not know which it is.
 //!
 //! Calls block, and may come from several threads at once. Requests that overlap and are in flight together take effect in some order, as on
 //! a real disk; when a write has returned, every later read sees it.
 
+mod iscsi;
 mod qcow2;
 mod raw;
+pub mod scsi;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
@@ -16,15 +18,20 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use iscsi::{Iscsi, read_chap};
 pub use qcow2::{Qcow2, Report};
 pub use raw::{Raw, overwrite_check};
 
 use crate::error::{Error, Result};
+use crate::reservation::Reservations;
 
 pub use understudy_hostio::{Buffer, Op};
 
 /// Called with the outcome of what was begun: the buffer, of a read with what was read.
 pub type Ended = Box<dyn FnOnce(Result<Buffer>) + Send>;
+
+/// See [`Block::guard`].
+pub type Guard = Arc<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// How a disk is read and written.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -212,6 +219,20 @@ pub trait Block: Send + Sync {
     fn how(&self) -> How {
         How::default()
     }
+
+    /// Its persistent reservations, if it is a device that has them.
+    fn reservations(&self) -> Option<Arc<dyn Reservations>> {
+        None
+    }
+
+    /// Whether other nodes may see the same device, past every file system's locks.
+    fn shared_device(&self) -> bool {
+        false
+    }
+
+    /// `check` is called before anything is written over a new connection to a device, as that may have forgotten our registration; from any thread, and it may take
+    /// its time. If it says no, nothing is written any more.
+    fn guard(&self, _check: Guard) {}
 
     /// What its requests wait for, and since when, if they do: a sentence for the status.
     fn trouble(&self) -> Option<String> {

@@ -15,13 +15,15 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use understudy_hostio::{Buffer, Op, Ring, device};
 
-use super::{Aio, Block, Cache, Ended, How, SECTOR, Tuning, admit};
+use super::{Aio, Block, Cache, Ended, How, SECTOR, Tuning, admit, scsi};
 use crate::error::{Doing, Error, Result};
+use crate::reservation::{Held, Key, Reservations, parse_held, parse_keys};
 
 /// A raw disk.
 pub struct Raw {
@@ -210,6 +212,19 @@ impl Block for Raw {
         self.ring.is_some()
     }
 
+    fn reservations(&self) -> Option<Arc<dyn Reservations>> {
+        if !self.device || self.read_only {
+            return None;
+        }
+        let device = Arc::new(DeviceReservations { file: self.file.clone(), name: self.name.clone() });
+        // A device that cannot tell its keys has none for us.
+        device.keys().is_ok().then_some(device as Arc<dyn Reservations>)
+    }
+
+    fn shared_device(&self) -> bool {
+        self.device
+    }
+
     fn how(&self) -> How {
         let (cache, aio) =
             (if self.direct { "none" } else { "writeback" }, if self.ring.is_some() { "io_uring" } else { "threads" });
@@ -268,6 +283,53 @@ impl Block for Raw {
         Ok(())
     }
 }
+
+/// What the kernel does for a device with persistent reservations.
+struct DeviceReservations {
+    file: Arc<File>,
+    name: String,
+}
+
+impl DeviceReservations {
+    fn read<T>(&self, action: u8, parse: impl Fn(&[u8]) -> std::result::Result<T, &'static str>) -> Result<T> {
+        let mut data = vec![0; 8 << 10];
+        let doing = || format!("reading the reservations of {}", self.name);
+        let got =
+            device::scsi_read(&self.file, &scsi::reserve_in(action, data.len()), &mut data, PATIENCE).doing(doing)?;
+        parse(&data[..got]).map_err(|why| Error::Io { doing: doing(), source: std::io::Error::other(why) })
+    }
+    fn conflict(&self, result: std::io::Result<()>, doing: &str) -> Result<()> {
+        result.map_err(|e| match e.raw_os_error() {
+            Some(nix::libc::EBADE) => Error::Preempted { disk: self.name.clone() },
+            _ => Error::io(format!("{doing} {}", self.name), e),
+        })
+    }
+}
+
+impl Reservations for DeviceReservations {
+    fn keys(&self) -> Result<Vec<Key>> {
+        self.read(scsi::READ_KEYS, parse_keys)
+    }
+    fn held(&self) -> Result<Option<Held>> {
+        self.read(scsi::READ_RESERVATION, parse_held)
+    }
+    fn register(&self, key: Key) -> Result<bool> {
+        // (The kernel asks for APTPL; a device without it refuses.)
+        self.conflict(device::register(&self.file, key.0), "registering with").map(|()| true)
+    }
+    fn reserve(&self, key: Key) -> Result<()> {
+        self.conflict(device::reserve(&self.file, key.0), "reserving")
+    }
+    fn preempt_and_abort(&self, key: Key, other: Key) -> Result<()> {
+        self.conflict(device::preempt_and_abort(&self.file, key.0, other.0), "preempting an earlier owner of")
+    }
+    fn unregister(&self, _: Key) -> Result<()> {
+        self.conflict(device::register(&self.file, 0), "withdrawing from")
+    }
+}
+
+/// How long a device may take to tell its reservations.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn doing(write: bool, len: usize, at: u64, name: &str) -> String {
     format!("{} {len} bytes at {at} of {name}", if write { "writing" } else { "reading" })
