@@ -25,7 +25,7 @@ use nix::sys::socket::{MsgFlags, recv};
 
 use crate::Buffer;
 use library::{ALIVE, CONNECTED, Connection, Said};
-pub use library::{ENV_LIBRARY, present};
+pub use library::{ENV_LIBRARY, load_from, present};
 
 /// A logical unit, and as whom to log in.
 #[derive(Clone, PartialEq, Eq)]
@@ -88,10 +88,19 @@ pub enum Status {
 /// Called from the session's thread; it must not wait for other commands.
 pub type Done = Box<dyn FnOnce(Status, Data) + Send>;
 
+/// What a target is asked to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// A command: its descriptor block, 6 to 16 bytes.
+    Cdb(Vec<u8>),
+    /// End what anybody has under way in the logical unit (LOGICAL UNIT RESET). What this session itself has under way is sent again.
+    ResetUnit,
+}
+
 /// A command.
 pub struct Command {
-    /// Its descriptor block, 6 to 16 bytes.
-    pub cdb: Vec<u8>,
+    /// What.
+    pub what: What,
     /// Its data.
     pub data: Data,
     /// It is sent while the guard has not yet answered, too.
@@ -252,7 +261,7 @@ const ATTENTIONS: u32 = 8;
 const UNIT_ATTENTION: i32 = 6;
 
 struct Sent {
-    cdb: Vec<u8>,
+    what: What,
     urgent: bool,
     done: Done,
     attentions: u32,
@@ -291,10 +300,10 @@ impl Run {
         loop {
             let (admitted, refused, stop) = {
                 let mut state = self.shared.state();
-                for Command { cdb, data, urgent, done } in state.arrived.drain(..) {
+                for Command { what, data, urgent, done } in state.arrived.drain(..) {
                     self.queue.push_back(Waiting {
                         id: self.next,
-                        sent: Sent { cdb, urgent, done, attentions: 0 },
+                        sent: Sent { what, urgent, done, attentions: 0 },
                         data,
                     });
                     self.next += 1;
@@ -335,7 +344,11 @@ impl Run {
             && let Some(at) = self.queue.iter().position(may)
             && let Some(Waiting { id, sent, data }) = self.queue.remove(at)
         {
-            match live.connection.send(id, &sent.cdb, data) {
+            let begun = match &sent.what {
+                What::Cdb(cdb) => live.connection.send(id, cdb, data),
+                What::ResetUnit => live.connection.reset_unit(id).map_err(|why| (why, data)),
+            };
+            match begun {
                 Ok(()) => drop(self.sent.insert(id, sent)),
                 Err((why, data)) => {
                     self.queue.push_front(Waiting { id, sent, data });
@@ -462,6 +475,10 @@ impl Run {
                 if let Some(sent) = self.sent.remove(&id) {
                     self.queue.push_back(Waiting { id, sent, data });
                 }
+            }
+            // What has no data: resets.
+            for (id, sent) in std::mem::take(&mut self.sent) {
+                self.queue.push_back(Waiting { id, sent, data: Data::None });
             }
         }
         self.queue.make_contiguous().sort_by_key(|waiting| waiting.id);

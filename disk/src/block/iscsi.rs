@@ -10,7 +10,7 @@ use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use understudy_hostio::iscsi::{Command, Data, Patience, Session, Status, Target};
+use understudy_hostio::iscsi::{Command, Data, Patience, Session, Status, Target, What};
 use understudy_hostio::{Buffer, Op};
 use understudy_protocol::iscsi::Url;
 
@@ -147,12 +147,26 @@ fn blocks(len: u64) -> u32 {
 impl Inner {
     /// One command, and wait for its end. Returns its data and how much of it was not used.
     fn execute(&self, cdb: Vec<u8>, data: Data, urgent: bool) -> Result<(Data, usize)> {
+        let operation = cdb.first().copied().unwrap_or(0);
+        let (status, data) = self.ask(What::Cdb(cdb), data, urgent);
+        judge(&self.name, operation, status).map(|residual| (data, residual))
+    }
+
+    fn ask(&self, what: What, data: Data, urgent: bool) -> (Status, Data) {
         let (sender, ended) = sync_channel(1);
         let done = Box::new(move |status, data| drop(sender.send((status, data))));
-        let operation = cdb.first().copied().unwrap_or(0);
-        self.session.send(Command { cdb, data, urgent, done });
-        let (status, data) = ended.recv().unwrap_or((Status::Ended, Data::None));
-        judge(&self.name, operation, status).map(|residual| (data, residual))
+        self.session.send(Command { what, data, urgent, done });
+        ended.recv().unwrap_or((Status::Ended, Data::None))
+    }
+
+    fn reset_unit(&self) -> Result<()> {
+        match self.ask(What::ResetUnit, Data::None, true).0 {
+            Status::Good { .. } => Ok(()),
+            other => Err(Error::Io {
+                doing: format!("ending what an earlier owner of {} has under way (LOGICAL UNIT RESET)", self.name),
+                source: std::io::Error::other(format!("{other:?}")),
+            }),
+        }
     }
 
     fn capacity(&self) -> Result<scsi::Capacity> {
@@ -322,7 +336,7 @@ impl Block for Iscsi {
             });
             ended(result);
         });
-        self.inner.session.send(Command { cdb, data, urgent: false, done });
+        self.inner.session.send(Command { what: What::Cdb(cdb), data, urgent: false, done });
         None
     }
 
@@ -408,7 +422,14 @@ impl Reservations for Inner {
         self.reserve_out(scsi::RESERVE, key.0, 0, false)
     }
     fn preempt_and_abort(&self, key: Key, other: Key) -> Result<()> {
-        self.reserve_out(scsi::PREEMPT_AND_ABORT, key.0, other.0, false)
+        match self.reserve_out(scsi::PREEMPT_AND_ABORT, key.0, other.0, false) {
+            // A target that has only half of it (tgt) does the other half when it is asked for it.
+            Err(e) if is_unsupported(&e) => {
+                self.reserve_out(scsi::PREEMPT, key.0, other.0, false)?;
+                self.reset_unit()
+            }
+            other => other,
+        }
     }
     fn unregister(&self, _: Key) -> Result<()> {
         if self.session.trouble().is_some() {

@@ -79,6 +79,7 @@ functions! {
     iscsi_get_error: fn(*mut Context) -> *const c_char;
     iscsi_nop_out_async: fn(*mut Context, Callback, *mut c_uchar, c_int, *mut c_void) -> c_int;
     iscsi_scsi_command_async: fn(*mut Context, c_int, *mut Task, Callback, *mut c_void, *mut c_void) -> c_int;
+    iscsi_task_mgmt_lun_reset_async: fn(*mut Context, u32, Callback, *mut c_void) -> c_int;
     scsi_create_task: fn(c_int, *mut c_uchar, c_int, c_int) -> *mut Task;
     scsi_free_scsi_task: fn(*mut Task);
     scsi_task_add_data_in_buffer: fn(*mut Task, c_int, *mut c_uchar) -> c_int;
@@ -90,8 +91,15 @@ fn functions() -> Result<&'static Functions, String> {
     LIBRARY.get_or_init(load).as_ref().map_err(Clone::clone)
 }
 
+static PATH: OnceLock<String> = OnceLock::new();
+
+/// Take the library from this path; counts only before the first use.
+pub fn load_from(path: &str) {
+    let _ = PATH.set(path.to_owned());
+}
+
 fn load() -> Result<Functions, String> {
-    let own = std::env::var(ENV_LIBRARY).ok();
+    let own = PATH.get().cloned().or_else(|| std::env::var(ENV_LIBRARY).ok());
     let names = own.iter().map(String::as_str).chain(NAMES.into_iter().filter(|_| own.is_none()));
     let mut why = String::new();
     for name in names {
@@ -132,6 +140,18 @@ thread_local! {
 }
 
 unsafe extern "C" fn called_back(_: *mut Context, status: c_int, _: *mut c_void, id: *mut c_void) {
+    let said = Said { status, key: 0, ascq: 0, residual: 0 };
+    let _ = CALLED.try_with(|called| called.borrow_mut().push((id.addr(), said)));
+}
+
+/// The outcome of a task management function: a number of its own, zero is "function complete" (RFC 7143 §11.6.1).
+unsafe extern "C" fn managed(_: *mut Context, status: c_int, response: *mut c_void, id: *mut c_void) {
+    let status = if status == 0 && !response.is_null() {
+        // SAFETY: libiscsi passes a pointer to 32 bits, which is good for the time of the call.
+        unsafe { response.cast::<u32>().read_unaligned() as c_int }
+    } else {
+        status
+    };
     let said = Said { status, key: 0, ascq: 0, residual: 0 };
     let _ = CALLED.try_with(|called| called.borrow_mut().push((id.addr(), said)));
 }
@@ -226,6 +246,15 @@ impl Connection {
         let id = std::ptr::without_provenance_mut(ALIVE);
         // SAFETY: the context is alive; there is no data.
         let refused = unsafe { (self.library.iscsi_nop_out_async)(self.context, called_back, null_mut(), 0, id) };
+        if refused == 0 { Ok(()) } else { Err(self.error()) }
+    }
+
+    /// LOGICAL UNIT RESET: end what anybody has under way there.
+    pub fn reset_unit(&mut self, id: usize) -> Result<(), String> {
+        let tag = std::ptr::without_provenance_mut(id);
+        // SAFETY: the context is alive; there is no data.
+        let refused =
+            unsafe { (self.library.iscsi_task_mgmt_lun_reset_async)(self.context, self.lun as u32, managed, tag) };
         if refused == 0 { Ok(()) } else { Err(self.error()) }
     }
 
