@@ -417,7 +417,13 @@ impl Run {
         if events.contains(PollFlags::POLLIN) {
             (live.heard, live.asked) = (Instant::now(), None);
         }
-        live.connection.service(events.bits())?;
+        let ready = live.ready;
+        live.connection.service(events.bits()).map_err(|why| match ready {
+            true => why,
+            // Of a connection that was refused libiscsi says only that it cannot make another.
+            false if why.contains("reconnect") => format!("nobody answers at {}", self.target.portal),
+            false => why,
+        })?;
         self.answered()
     }
 

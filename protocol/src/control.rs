@@ -339,6 +339,9 @@ pub struct DiskStatus {
     /// How the base is read and written: `cache=none,aio=io_uring`; empty if it is not open.
     #[serde(default)]
     pub io: String,
+    /// What a shared device itself does against an earlier owner's writes; empty: it is no device, or not open.
+    #[serde(default)]
+    pub fence: String,
     /// Its size, 0 while it is closed.
     pub size_bytes: u64,
     /// Bytes in slices that are not merged into the base.

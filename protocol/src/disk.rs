@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,queues=4][,cache=none][,aio=io_uring][,readonly]
+//! name=vda,file=iscsi://HOST[:PORT]/TARGET/LUN,format=raw,slices=/vm/db.row[,chap=/etc/understudy/chap][,queues=4][,readonly]
 //! ```
 //! Parsing opens nothing; whether the files are there is for the node to say that runs the machine.
 
@@ -9,6 +10,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::iscsi;
 
 /// Most disks of a machine.
 pub const MAX_DISKS: usize = 8;
@@ -55,7 +58,7 @@ pub enum DiskAio {
 pub struct DiskSpec {
     /// What status, errors and the guest (as its id) call it.
     pub name: String,
-    /// The base: a file or a block device, absolute.
+    /// The base: a file or a block device, absolute, or the address of an iSCSI disk ([`crate::iscsi::Url`]).
     pub file: String,
     /// Its format. Never guessed: a guest can write any header to its disk.
     pub format: DiskFormat,
@@ -69,6 +72,9 @@ pub struct DiskSpec {
     /// Who waits.
     #[serde(default)]
     pub aio: DiskAio,
+    /// The file with user and secret for an iSCSI target.
+    #[serde(default)]
+    pub chap: Option<String>,
     /// The guest may only read it. It has no slices and no owner.
     pub read_only: bool,
 }
@@ -76,7 +82,7 @@ pub struct DiskSpec {
 /// Why a text is no disk.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is no disk: {why}; write name=vda,file=/path,format=raw[,slices=/directory][,queues=N][,cache=none|writeback][,aio=auto|io_uring|threads][,readonly]"
+    "{text:?} is no disk: {why}; write name=vda,file=/path|iscsi://HOST/TARGET/LUN,format=raw[,slices=/directory][,queues=N][,cache=none|writeback][,aio=auto|io_uring|threads][,chap=/file][,readonly]"
 )]
 pub struct NoDisk {
     text: String,
@@ -92,7 +98,7 @@ impl FromStr for DiskSpec {
 }
 
 fn parse(text: &str) -> Result<DiskSpec, String> {
-    let (mut cache, mut aio) = (None, None);
+    let (mut cache, mut aio, mut chap) = (None, None, None);
     let (mut name, mut file, mut format, mut slices, mut queues, mut read_only) = (None, None, None, None, None, false);
     for part in text.split(',') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
@@ -114,6 +120,7 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
                 let Some(number) = number else { return Err(format!("it can have 1 to {MAX_QUEUES} queues")) };
                 queues.replace(number).is_some()
             }
+            "chap" => std::mem::replace(&mut chap, text()).is_some(),
             "cache" => {
                 let parsed = match value {
                     "none" => DiskCache::None,
@@ -145,7 +152,23 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
     }
     let file = file.ok_or("it has no file")?;
     let format = format.ok_or("it has no format")?;
-    for path in [Some(&file), slices.as_ref()].into_iter().flatten() {
+    let iscsi = file.starts_with(iscsi::SCHEME);
+    if iscsi {
+        file.parse::<iscsi::Url>()?;
+        if format != DiskFormat::Raw || cache.is_some() || aio.is_some() {
+            return Err("an iSCSI disk is raw, and neither cache nor aio can be chosen for it".into());
+        }
+        if slices.is_none() && !read_only {
+            return Err(
+                "an iSCSI disk has no place for slices: say slices=/directory, on a file system that every node sees"
+                    .into(),
+            );
+        }
+    } else if chap.is_some() {
+        return Err("chap is for iSCSI disks".into());
+    }
+    let paths = [Some(&file).filter(|_| !iscsi), slices.as_ref(), chap.as_ref()];
+    for path in paths.into_iter().flatten() {
         if !path.starts_with('/') || path.contains(';') {
             return Err(format!("{path:?} must be an absolute path, without commas and semicolons"));
         }
@@ -156,12 +179,12 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
     if format == DiskFormat::Qcow2 && (cache.is_some() || aio.is_some()) {
         return Err("cache and aio can be chosen for raw disks only".into());
     }
-    Ok(DiskSpec { name, file, format, slices, queues, cache, aio: aio.unwrap_or_default(), read_only })
+    Ok(DiskSpec { name, file, format, slices, queues, cache, aio: aio.unwrap_or_default(), chap, read_only })
 }
 
 impl fmt::Display for DiskSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, file, format, slices, queues, cache, aio, read_only } = self;
+        let Self { name, file, format, slices, queues, cache, aio, chap, read_only } = self;
         let format = match format {
             DiskFormat::Raw => "raw",
             DiskFormat::Qcow2 => "qcow2",
@@ -184,6 +207,9 @@ impl fmt::Display for DiskSpec {
             DiskAio::IoUring => ",aio=io_uring",
             DiskAio::Threads => ",aio=threads",
         })?;
+        if let Some(chap) = chap {
+            write!(f, ",chap={chap}")?;
+        }
         if *read_only { f.write_str(",readonly") } else { Ok(()) }
     }
 }
@@ -235,6 +261,8 @@ mod tests {
             "name=vda,file=/vm/a.raw,format=qcow2,slices=/vm/row,queues=4",
             "name=vda,file=/vm/a.raw,format=raw,cache=none,aio=io_uring",
             "name=vda,file=/vm/a.raw,format=raw,cache=writeback,aio=threads",
+            "name=vda,file=iscsi://san/iqn.2026-11.org.example:db/1,format=raw,slices=/vm/row,chap=/etc/understudy/chap",
+            "name=cd,file=iscsi://san/iqn.2026-11.org.example:cd/1,format=raw,readonly",
             "name=cd,file=/vm/a.iso,format=raw,readonly",
         ] {
             assert_eq!(text.parse::<DiskSpec>().unwrap().to_string(), text);
@@ -262,6 +290,11 @@ mod tests {
             ("name=a,file=/x,format=raw,aio=native", "auto, io_uring"),
             ("name=a,file=/x,format=qcow2,cache=none", "raw disks only"),
             ("name=a,file=/x,format=raw,discard=on", "no property"),
+            ("name=a,file=/x,format=raw,chap=/y", "for iSCSI"),
+            ("name=a,file=iscsi://san/iqn.a/1,format=raw", "slices="),
+            ("name=a,file=iscsi://san/iqn.a/1,format=raw,slices=/y,chap=z", "absolute"),
+            ("name=a,file=iscsi://san/iqn.a/1,format=raw,slices=/y,cache=none", "neither cache"),
+            ("name=a,file=iscsi://me%x@san/iqn.a/1,format=raw,slices=/y", "chap="),
             ("name=a,name=b,file=/x,format=raw", "twice"),
             ("name=a,file=/x,format=raw,readonly,slices=/y", "no slices"),
         ] {

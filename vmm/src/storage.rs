@@ -19,12 +19,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use understudy_disk::{
-    Aio, Block, Cache, Disk, Error, Format, Identity, Limits, LocalDirectory, Memory, Merger, Options, Tag, Tuning,
-    block,
+    Aio, Block, Cache, Disk, Error, Format, Identity, Iscsi, Limits, LocalDirectory, Memory, Merger, Options, Tag,
+    Tuning, block,
 };
 use understudy_protocol::control::{DiskShape, DiskStatus};
 use understudy_protocol::disk::{DiskAio, DiskCache, DiskFormat, DiskSpec, check_list};
 use understudy_protocol::ids::{Epoch, Generation};
+use understudy_protocol::iscsi;
 
 use crate::core::{Core, Event};
 use crate::devices::{Payload, Payloads};
@@ -132,6 +133,12 @@ pub fn shapes(specs: &[DiskSpec], vcpus: u32) -> Vec<DiskShape> {
 pub fn validate(specs: &[DiskSpec]) -> Result<()> {
     check_list(specs)?;
     for spec in specs {
+        if spec.file.starts_with(iscsi::SCHEME) {
+            if let Err(why) = understudy_disk::block::iscsi_is_possible() {
+                eprintln!("warning: disk {}: {why}", spec.name);
+            }
+            continue;
+        }
         let file = match std::fs::metadata(&spec.file) {
             Ok(file) => file,
             Err(e) => {
@@ -249,8 +256,7 @@ impl Storage {
     }
 
     fn open_one(&self, spec: &DiskSpec, generation: Generation, tags: Option<&Tags>) -> Result<Opened> {
-        check_file(spec, &std::fs::metadata(&spec.file).with_context(|| spec.file.clone())?)?;
-        let base = block::open_with(Path::new(&spec.file), format(spec), spec.read_only, tuning(spec))?;
+        let base = self.base(spec)?;
         if spec.read_only {
             return Ok((None, base));
         }
@@ -271,6 +277,15 @@ impl Storage {
             limits: Limits::default(),
         })?;
         Ok((Some(Arc::new(disk)), base))
+    }
+
+    fn base(&self, spec: &DiskSpec) -> Result<Arc<dyn Block>> {
+        if let Ok(url) = spec.file.parse::<iscsi::Url>() {
+            let chap = spec.chap.as_ref().map(|file| block::read_chap(Path::new(file))).transpose()?;
+            return Ok(Arc::new(Iscsi::open(&url, &self.node, chap, spec.read_only, Default::default())?));
+        }
+        check_file(spec, &std::fs::metadata(&spec.file).with_context(|| spec.file.clone())?)?;
+        Ok(block::open_with(Path::new(&spec.file), format(spec), spec.read_only, tuning(spec))?)
     }
 
     /// Every disk that can be written, with its lane; none if nothing is open.
@@ -448,6 +463,7 @@ impl Storage {
                 file: spec.file.clone(),
                 mode: mode.into(),
                 io: open(i).map_or_else(String::new, |(_, base, _)| base.how().io),
+                fence: disk.as_ref().and_then(|disk| disk.fence.clone()).unwrap_or_default(),
                 size_bytes: open(i).map_or(0, |(_, base, _)| base.size()),
                 backlog_bytes: disk.as_ref().map_or(0, |disk| disk.backlog_bytes),
                 in_flight: load.in_flight as u64,

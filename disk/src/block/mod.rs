@@ -25,6 +25,7 @@ pub use raw::{Raw, overwrite_check};
 use crate::error::{Error, Result};
 use crate::reservation::Reservations;
 
+pub use understudy_hostio::iscsi::present as iscsi_is_possible;
 pub use understudy_hostio::{Buffer, Op};
 
 /// Called with the outcome of what was begun: the buffer, of a read with what was read.
