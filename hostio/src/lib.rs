@@ -5,12 +5,14 @@
 //!  ring     io_uring: reads and writes without a thread each  (ring.rs)
 //!  device   block devices: ioctls                              (device.rs)
 //!  iscsi    SCSI commands to an iSCSI target over libiscsi    (iscsi.rs, iscsi/library.rs)
+//!  plain    what measurements are compared with           (plain.rs)
 //! ```
 //! Nothing here decides anything: what is read, written, reserved or tried again is for `understudy-disk` to say.
 
 pub mod buffer;
 pub mod device;
 pub mod iscsi;
+pub mod plain;
 pub mod ring;
 
 pub use buffer::Buffer;
