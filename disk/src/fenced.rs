@@ -135,6 +135,10 @@ impl Block for Fenced {
         let (op, _) = self.inner.begin(op, watched)?;
         take(&ended).map(|ended| (op, ended))
     }
+    fn submit(&self) {
+        self.inner.submit();
+    }
+
     fn begins(&self, write: bool) -> bool {
         !(write && self.suspect.load(Ordering::Acquire)) && self.inner.begins(write)
     }

@@ -1,7 +1,7 @@
 //! io_uring for reads and writes: one queue a disk, its submitters never wait, one thread hands in what has ended.
 //!
 //! ```text
-//!  submit(op, done) ─► slot (owns buffer, file, done) ─► submission queue ─► kernel
+//!  queue(op, done) ─► slot (owns buffer, file, done) ─► submission queue ── submit() ─► kernel
 //!  done(result, buffer) ◄── reaper, or the submitter itself ◄── completion queue
 //! ```
 //! What must hold: a buffer and its file belong to the slot from before the kernel hears of them until it said that it is through with them. So nothing that
@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -68,6 +68,8 @@ struct Shared {
     /// There is something under way, or the ring is to end.
     begun: Condvar,
     under_way: AtomicUsize,
+    /// There is something of which the kernel has not heard.
+    queued: AtomicBool,
 }
 
 /// See the [module](self).
@@ -98,18 +100,20 @@ impl Ring {
             reaping: Mutex::new(()),
             begun: Condvar::new(),
             under_way: AtomicUsize::new(0),
+            queued: AtomicBool::new(false),
         });
         let theirs = shared.clone();
         let reaper = std::thread::Builder::new().name("disk-ring".into()).spawn(move || theirs.run())?;
         Ok(Self { shared, reaper: Some(reaper) })
     }
 
-    /// Begin it. What cannot be begun now (all slots are taken, the kernel has no memory) is given back, for the caller to do in another way.
+    /// Queue it. The kernel hears of it at the next [`Ring::submit`]: of many at once, which costs one call and lets neighbours be merged. What cannot be queued
+    /// (all slots are taken) is given back, for the caller to do in another way.
     ///
     /// # Errors
     /// What was given back.
     #[allow(clippy::result_large_err, reason = "it is the request itself")]
-    pub fn submit(&self, file: &Arc<File>, op: Op, done: Done) -> Result<(), (Op, Done)> {
+    pub fn queue(&self, file: &Arc<File>, op: Op, done: Done) -> Result<(), (Op, Done)> {
         let shared = &*self.shared;
         let mut slots = shared.slots();
         let Some(slot) = slots.free.pop() else { return Err((op, done)) };
@@ -135,6 +139,17 @@ impl Ring {
             return Err((op, done));
         }
         shared.under_way.fetch_add(1, Ordering::AcqRel);
+        shared.queued.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Tell the kernel of everything that was queued.
+    pub fn submit(&self) {
+        let shared = &*self.shared;
+        if !shared.queued.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let slots = shared.slots();
         shared.enter_submit();
         drop(slots);
         // What a page cache answered has ended already: no other thread need wake for it.
@@ -144,7 +159,6 @@ impl Ring {
         if shared.under_way.load(Ordering::Acquire) > 0 {
             shared.begun.notify_one();
         }
-        Ok(())
     }
 }
 
@@ -264,13 +278,15 @@ mod tests {
                 let sender = sender.clone();
                 Box::new(move |result, _| sender.send(result.unwrap()).unwrap())
             };
-            while let Err(back) = ring.submit(&file, op, done) {
+            while let Err(back) = ring.queue(&file, op, done) {
                 (op, done) = back;
+                ring.submit();
                 assert_eq!(ended.recv().unwrap(), 4096, "all slots are taken, so one ends");
                 begun -= 1;
             }
             begun += 1;
         }
+        ring.submit();
         for _ in 0..begun {
             assert_eq!(ended.recv().unwrap(), 4096);
         }
@@ -279,7 +295,7 @@ mod tests {
             let sender = sender.clone();
             let done: Done =
                 Box::new(move |result, buffer| sender.send((i, result.unwrap(), buffer[0], buffer[4095])).unwrap());
-            if let Err((_, done)) = ring.submit(&file, Op::Read { at: i * 4096, to: Buffer::new(4096) }, done) {
+            if let Err((_, done)) = ring.queue(&file, Op::Read { at: i * 4096, to: Buffer::new(4096) }, done) {
                 done(Ok(4096), Buffer::copy(&[i as u8; 4096]));
             }
         }
@@ -299,8 +315,9 @@ mod tests {
         let only_read = Arc::new(File::open(file.path()).unwrap());
         for op in [Op::Read { at: 0, to: Buffer::new(512) }, Op::Write { at: 0, from: Buffer::new(512) }] {
             let sender = sender.clone();
-            assert!(ring.submit(&only_read, op, Box::new(move |result, _| sender.send(result).unwrap())).is_ok());
+            assert!(ring.queue(&only_read, op, Box::new(move |result, _| sender.send(result).unwrap())).is_ok());
         }
+        ring.submit();
         let (read, write) = (ended.recv().unwrap(), ended.recv().unwrap());
         assert_eq!(read.unwrap(), 100);
         assert_eq!(write.unwrap_err().raw_os_error(), Some(libc::EBADF));

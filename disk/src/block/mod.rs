@@ -211,6 +211,9 @@ pub trait Block: Send + Sync {
         Some((op, ended))
     }
 
+    /// The storage need hear of what was begun only now: many requests at once cost less. To be called after the last one, before waiting for anything.
+    fn submit(&self) {}
+
     /// Whether [`Block::begin`] is worth a try now, for a read or for a write. Cheap.
     fn begins(&self, _write: bool) -> bool {
         false

@@ -202,9 +202,15 @@ impl Block for Raw {
             };
             ended(result.map(|()| buffer));
         });
-        match ring.submit(&self.file, op, done) {
+        match ring.queue(&self.file, op, done) {
             Ok(()) => None,
             Err((op, _)) => take(&ended).map(|ended| (op, ended)),
+        }
+    }
+
+    fn submit(&self) {
+        if let Some(ring) = &self.ring {
+            ring.submit();
         }
     }
 

@@ -79,6 +79,10 @@ impl Block for Disk {
         self.begin_in_base(op, ended)
     }
 
+    fn submit(&self) {
+        self.base.submit();
+    }
+
     fn begins(&self, write: bool) -> bool {
         (!write || *read(&self.mode) == Mode::Direct) && self.base.begins(write)
     }

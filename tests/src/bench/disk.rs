@@ -33,28 +33,15 @@ struct Extent {
     file: u64,
     time: Duration,
     turns: usize,
-    protected: Duration,
     unmerged: u64,
 }
 
 impl Extent {
     fn of(quick: bool) -> Self {
         if quick {
-            Extent {
-                file: 256 << 20,
-                time: Duration::from_millis(120),
-                turns: 3,
-                protected: Duration::from_secs(1),
-                unmerged: 256 << 20,
-            }
+            Extent { file: 256 << 20, time: Duration::from_millis(120), turns: 3, unmerged: 256 << 20 }
         } else {
-            Extent {
-                file: 1 << 30,
-                time: Duration::from_millis(400),
-                turns: 5,
-                protected: Duration::from_secs(4),
-                unmerged: 1 << 30,
-            }
+            Extent { file: 1 << 30, time: Duration::from_millis(400), turns: 5, unmerged: 1 << 30 }
         }
     }
 }
@@ -226,12 +213,16 @@ fn with_begin(disk: &Disk, case: Case, time: Duration, places: &mut Places) -> R
     }
     let (mut done, mut under_way) = (0_u64, DEPTH);
     while under_way > 0 {
-        let buffer = ended.recv().context("a request has no end")??;
-        done += 1;
-        under_way -= 1;
-        if started.elapsed() < time {
-            begin(buffer, places.next())?;
-            under_way += 1;
+        disk.submit();
+        let first = ended.recv().context("a request has no end")?;
+        for result in std::iter::once(first).chain(ended.try_iter()) {
+            let buffer = result?;
+            done += 1;
+            under_way -= 1;
+            if started.elapsed() < time {
+                begin(buffer, places.next())?;
+                under_way += 1;
+            }
         }
     }
     Ok(Some(done as f64 / started.elapsed().as_secs_f64()))
@@ -321,8 +312,8 @@ fn beside_plain(
     Ok(lowest)
 }
 
-/// Writes of one writer, in MB/s; protected with cuts, seals and commits as a session makes them, and the merger at work.
-fn write_rate(disk: &Arc<Disk>, protected: bool, case: Case, size: u64, time: Duration) -> Result<f64> {
+/// One writer writes as much as the file has, durably, in MB/s; protected with cuts, seals and commits as a session makes them, and the merger at work.
+fn write_rate(disk: &Arc<Disk>, protected: bool, case: Case, size: u64) -> Result<f64> {
     let stop = AtomicBool::new(false);
     let merger = Merger::start(disk.clone())?;
     if protected {
@@ -331,20 +322,25 @@ fn write_rate(disk: &Arc<Disk>, protected: bool, case: Case, size: u64, time: Du
     let rate = std::thread::scope(|scope| -> Result<f64> {
         let epochs = scope.spawn(|| -> Result<()> {
             let mut epoch = Epoch(1);
-            while protected && !stop.load(Ordering::Acquire) {
-                std::thread::sleep(INTERVAL);
+            if !protected {
+                return Ok(());
+            }
+            loop {
+                let last = stop.load(Ordering::Acquire);
                 disk.cut(epoch)?;
                 disk.seal(epoch)?;
                 disk.commit(epoch)?;
                 epoch = epoch.next();
+                if last {
+                    return Ok(());
+                }
+                std::thread::sleep(INTERVAL);
             }
-            Ok(())
         });
         let mut places = case.places(size);
         let buffer = Buffer::copy(&vec![7; case.len]);
-        let (started, mut bytes) = (Instant::now(), 0);
-        let mut result = Ok(());
-        while started.elapsed() < time {
+        let (started, mut result) = (Instant::now(), Ok(()));
+        for _ in 0..places.count {
             let at = places.next();
             result = loop {
                 match disk.write_at(at, &buffer) {
@@ -355,17 +351,15 @@ fn write_rate(disk: &Arc<Disk>, protected: bool, case: Case, size: u64, time: Du
             if result.is_err() {
                 break;
             }
-            bytes += case.len;
         }
-        // What is counted is durable: it is the guest's to wait for without protection, and everybody's with it.
+        // What is counted is durable: by a flush without protection, with the last epoch with it.
+        stop.store(true, Ordering::Release);
+        epochs.join().unwrap_or_else(|_| anyhow::bail!("a thread panicked"))?;
         if !protected {
             disk.flush()?;
         }
-        let rate = bytes as f64 / started.elapsed().as_secs_f64() / 1e6;
-        stop.store(true, Ordering::Release);
-        epochs.join().unwrap_or_else(|_| anyhow::bail!("a thread panicked"))?;
         result?;
-        Ok(rate)
+        Ok(size as f64 / started.elapsed().as_secs_f64() / 1e6)
     })?;
     if protected {
         disk.unprotect()?;
@@ -388,7 +382,7 @@ fn protected(report: &mut Report, bars: &mut Vec<Bar>, dir: &Path, extent: &Exte
                 }
                 let disk = open_disk(&file, dir, Tuning::default(), Memory::None, generation, Limits::default())?;
                 generation += 1;
-                rates.push(write_rate(&Arc::new(disk), protected, case, extent.file, extent.protected)?);
+                rates.push(write_rate(&Arc::new(disk), protected, case, extent.file)?);
             }
         }
         let [direct, with] = rates.map(median);

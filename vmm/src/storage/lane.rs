@@ -71,6 +71,12 @@ struct State {
     stop: bool,
 }
 
+impl State {
+    fn may_begin(&self) -> bool {
+        self.before == 0 && self.done_bytes < DONE_BYTES
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Lane {
@@ -136,6 +142,11 @@ impl Lane {
         done
     }
 
+    /// The next thing to do, if there is one now.
+    pub fn try_next(&self) -> Option<Job> {
+        Self::take(&mut self.state(), Instant::now())
+    }
+
     /// The next thing to do; waits for it. `None`: the worker is to end.
     pub fn next(&self) -> Option<Job> {
         let mut state = self.state();
@@ -144,23 +155,10 @@ impl Lane {
                 return None;
             }
             let now = Instant::now();
-            let may_begin = state.before == 0 && state.done_bytes < DONE_BYTES;
-            if may_begin {
-                let closed = state.closed;
-                let ready = |job: &Job| !(closed && job.changes());
-                let job = match state.held.iter().position(|(at, job)| *at <= now && ready(job)) {
-                    Some(at) => state.held.remove(at).map(|(_, job)| job),
-                    None => state.jobs.iter().position(ready).and_then(|at| state.jobs.remove(at)),
-                };
-                if let Some(mut job) = job {
-                    job.number = state.next;
-                    state.next += 1;
-                    state.begun.insert(job.number, (now, job.what()));
-                    state.running += 1;
-                    state.changing += usize::from(job.changes());
-                    return Some(job);
-                }
+            if let Some(job) = Self::take(&mut state, now) {
+                return Some(job);
             }
+            let may_begin = state.may_begin();
             let due = state.held.iter().map(|(at, _)| *at).min().filter(|_| may_begin && !state.closed);
             state = match due {
                 Some(at) => {
@@ -170,6 +168,24 @@ impl Lane {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
         }
+    }
+
+    fn take(state: &mut State, now: Instant) -> Option<Job> {
+        if state.stop || !state.may_begin() {
+            return None;
+        }
+        let closed = state.closed;
+        let ready = |job: &Job| !(closed && job.changes());
+        let mut job = match state.held.iter().position(|(at, job)| *at <= now && ready(job)) {
+            Some(at) => state.held.remove(at).map(|(_, job)| job),
+            None => state.jobs.iter().position(ready).and_then(|at| state.jobs.remove(at)),
+        }?;
+        job.number = state.next;
+        state.next += 1;
+        state.begun.insert(job.number, (now, job.what()));
+        state.running += 1;
+        state.changing += usize::from(job.changes());
+        Some(job)
     }
 
     /// Whether what a job is about to do is still wanted. Its data was read before: RAM belonged to the request all the time if it is.

@@ -65,8 +65,15 @@ pub struct Bench {
 impl Bench {
     /// Work until the lane is stopped.
     pub fn work(&self) {
-        while let Some(job) = self.lane.next() {
+        loop {
+            // What was begun goes to the storage together, before this thread waits for anything.
+            let next = self.lane.try_next().or_else(|| {
+                self.disk.submit();
+                self.lane.next()
+            });
+            let Some(job) = next else { return };
             if let Some(job) = self.begin(job) {
+                self.disk.submit();
                 let result = perform(&job, &self.lane, &*self.disk, &self.core.ram.mem);
                 self.conclude(job, result);
             }
