@@ -31,6 +31,7 @@ bench: needs-root build lab-guest ## the figures; JSON under target/bench (BENCH
 	@mkdir -p target/bench
 	$(CARGO) build --release --workspace --bins
 	$(dir $(BIN))release/understudy-bench replication $(BENCH)
+	$(dir $(BIN))release/understudy-bench disk $(BENCH)
 	$(dir $(BIN))release/understudy-bench host
 	$(dir $(BIN))release/understudy-bench power-cuts
 	$(dir $(BIN))release/understudy-bench cluster-cuts --count 20

@@ -34,6 +34,7 @@ use understudy_protocol::ids::Epoch;
 
 use crate::block::{Block, Format, Gather, SECTOR, Scatter, admit};
 use crate::error::{Doing, Error, Result};
+use crate::fenced;
 use crate::index::{Index, Piece, Source};
 use crate::mirror::peers::{MirrorStatus, Mirroring};
 use crate::owner::{self, BASE_LOCK, Identity, Ownership};
@@ -42,6 +43,7 @@ use crate::recover::{self, Memory};
 use crate::slice::{Slice, SliceName};
 use crate::store::{Directory, Lock};
 
+mod begun;
 mod follow;
 mod guest;
 mod merging;
@@ -142,6 +144,9 @@ pub struct Disk {
     names_durable: Mutex<u64>,
     /// A flush of what was written directly failed: no later one proves anything.
     unflushed: OnceLock<String>,
+    /// Direct writes that were begun and have not ended.
+    flying: Arc<begun::Flying>,
+    fence: Option<String>,
     discarded: Vec<String>,
     /// What peers have, if it is mirrored.
     pub(crate) mirror: Option<Mirroring>,
@@ -190,6 +195,8 @@ pub struct Status {
     pub holds_base: bool,
     /// What the merger complains of, if it does.
     pub problem: Option<String>,
+    /// What a device itself does against an earlier owner's writes: its reservation, or that it has none. `None`: it is no device.
+    pub fence: Option<String>,
     /// Slices that were thrown away when it was opened.
     pub discarded: Vec<String>,
     /// What peers have, if it is mirrored.
@@ -239,6 +246,8 @@ impl Disk {
             return Err(Error::ReadOnly { disk: base.name().to_owned() });
         }
         let found = recover::take(&*base, &dir, format, &me, memory, mirrored)?;
+        // The record is ours; before the first write, so is the device.
+        let (base, fence) = fenced::fence(base, &dir, &me)?;
         if found.base_lock.is_some() {
             base.take_charge()?;
             // A process that was killed leaves writes in the kernel's cache. What the machine boots from must not vanish later.
@@ -255,7 +264,9 @@ impl Disk {
         let mirror = found.owner.mirror.filter(|_| mirrored).map(|mirror| Mirroring::new(found.peers, mirror.history));
         let merged = found.owner.newest;
         let opened = Opened { base, dir, me, id: found.owner.disk, limits, mirror, base_lock: found.base_lock };
-        Ok(Disk { discarded: found.discarded, ..Disk::with(opened, mode, index, slices, merged) })
+        let mut disk = Disk::with(opened, mode, index, slices, merged);
+        (disk.discarded, disk.fence) = (found.discarded, fence);
+        Ok(disk)
     }
 
     /// From what was found.
@@ -281,6 +292,8 @@ impl Disk {
             names_made: AtomicU64::new(0),
             names_durable: Mutex::new(0),
             unflushed: OnceLock::new(),
+            flying: Arc::default(),
+            fence: None,
             discarded: Vec::new(),
             mirror,
             merging: Mutex::new(()),
@@ -444,6 +457,7 @@ impl Disk {
                 self.mark_upto(None)?;
             }
             Mode::Direct => {
+                self.flying.land();
                 self.flush_direct()?;
                 if let Some(mirror) = &self.mirror {
                     mirror.cool()?;
@@ -767,6 +781,7 @@ impl Disk {
             merged_bytes: self.merged_bytes.load(Ordering::Relaxed),
             holds_base,
             problem: table.problem.clone(),
+            fence: self.fence.clone(),
             discarded: self.discarded.clone(),
             mirror,
         }

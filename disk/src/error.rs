@@ -75,6 +75,12 @@ pub enum Error {
         /// Ours.
         ours: Generation,
     },
+    /// The device refused a write: it is reserved by another, or has forgotten our registration.
+    #[error("{disk}: the device is reserved by somebody else, and refuses what this node writes")]
+    Preempted {
+        /// The disk.
+        disk: String,
+    },
     /// The disk is somebody else's.
     #[error("{0}")]
     Owned(String),
@@ -99,13 +105,15 @@ impl Error {
         let doing = doing.into();
         match source.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => Error::Full { doing },
+            // What Linux makes of RESERVATION CONFLICT.
+            Some(libc::EBADE) => Error::Preempted { disk: doing },
             _ => Error::Io { doing, source },
         }
     }
 
     /// Whether the same request may succeed later without anybody's doing anything wrong.
     pub fn is_temporary(&self) -> bool {
-        matches!(self, Error::Full { .. } | Error::Backlog { .. })
+        matches!(self, Error::Full { .. } | Error::Backlog { .. } | Error::Preempted { .. })
     }
 }
 

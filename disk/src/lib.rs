@@ -11,6 +11,7 @@
 //!  index    where the newest content of a sector is               (index.rs)
 //!  owner    whose disk it is, and the two locks                   (owner.rs)
 //!  recover  takeover: what counts, what is thrown away            (recover.rs)
+//!  reservation  the device's own fence, where it has one           (reservation.rs, fenced.rs)
 //!  disk     all of it together: read, write, cut, seal, commit    (disk.rs), merged in the background (merger.rs)
 //!  mirror   each node has its own: the standby's copy, synchronisation  (mirror.rs)
 //!  inspect  by hand, with the machine stopped: understudy-disk      (inspect.rs, main.rs)
@@ -22,6 +23,7 @@
 pub mod block;
 pub mod disk;
 pub mod error;
+mod fenced;
 pub mod index;
 pub mod inspect;
 pub mod merger;
@@ -29,12 +31,13 @@ pub mod mirror;
 pub mod owner;
 pub mod record;
 pub mod recover;
+pub mod reservation;
 #[cfg(test)]
 mod sim;
 pub mod slice;
 pub mod store;
 
-pub use block::{Block, Format, Gather, Qcow2, Raw, SECTOR, Scatter};
+pub use block::{Aio, Block, Buffer, Cache, Format, Gather, Iscsi, Op, Qcow2, Raw, SECTOR, Scatter, Tuning};
 pub use disk::{Disk, Limits, Merged, Options, Status};
 pub use error::{Error, Result};
 pub use merger::Merger;

@@ -90,6 +90,7 @@ pub const TARGETS: &[Target] = &[
         about: "a directory of slices that anything may have happened to",
         run: targets::disk::takeover,
     },
+    Target { name: "storage", about: "what a SCSI target answers; addresses of disks", run: targets::disk::storage },
     Target { name: "journal", about: "a board's journal after a crash", run: targets::cluster::journal },
 ];
 

@@ -225,6 +225,20 @@ fn disks() -> Vec<Seed> {
         ("owner", "record", owner.encode()),
         ("owner", "name", b"000000000000002b-7-1f-8.slice".to_vec()),
         ("takeover", "three-slices", three),
+        ("storage", "keys", [&[0, 0, 0, 7, 0, 0, 0, 16][..], &[1; 16]].concat()),
+        (
+            "storage",
+            "held",
+            [&[0, 0, 0, 7, 0, 0, 0, 16][..], &[0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 5, 0, 0]].concat(),
+        ),
+        ("storage", "capacity", [&[0, 0, 0, 0, 0, 0, 255, 255, 0, 0, 2, 0, 0, 0, 0xc0, 0][..], &[0; 16]].concat()),
+        ("storage", "limits", [&[0, 0xb0, 0, 60][..], &[1; 60]].concat()),
+        ("storage", "address", b"iscsi://[2001:db8::1]:3261/iqn.2026-11.org.example:db/1".to_vec()),
+        (
+            "storage",
+            "disk",
+            b"name=vda,file=iscsi://san/iqn.a:b/1,format=raw,slices=/vm/row,chap=/etc/chap,queues=4".to_vec(),
+        ),
     ]
 }
 

@@ -366,6 +366,12 @@ pub struct DiskStatus {
     /// `direct`: unprotected, writes go to the base. `solo`: to slices that count at the guest's flush. `protected`: to slices that count with their
     /// checkpoint. `read-only`; `closed` on a standby.
     pub mode: String,
+    /// How the base is read and written: `cache=none,aio=io_uring`; empty if it is not open.
+    #[serde(default)]
+    pub io: String,
+    /// What a shared device itself does against an earlier owner's writes; empty: it is no device, or not open.
+    #[serde(default)]
+    pub fence: String,
     /// Its size, 0 while it is closed.
     pub size_bytes: u64,
     /// Bytes in slices that are not merged into the base.

@@ -1,7 +1,8 @@
 //! How a machine's disk is written in configuration: on the VMM's command line, in the agent's parameter `disks`, in a policy.
 //!
 //! ```text
-//! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,mode=shared|mirrored][,queues=4][,readonly]
+//! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,mode=shared|mirrored][,queues=4][,cache=none][,aio=io_uring][,readonly]
+//! name=vda,file=iscsi://HOST[:PORT]/TARGET/LUN,format=raw,slices=/vm/db.row[,chap=/etc/understudy/chap][,queues=4][,readonly]
 //! ```
 //! A *shared* disk is one file that every node sees; of a *mirrored* one each node has its own, at the same path.
 //!
@@ -11,6 +12,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::iscsi;
 
 /// Most disks of a machine.
 pub const MAX_DISKS: usize = 8;
@@ -29,12 +32,35 @@ pub enum DiskFormat {
     Qcow2,
 }
 
+/// Whether a raw disk is read and written through the host's page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskCache {
+    /// Past it.
+    None,
+    /// Through it; a guest's flush is a flush all the same.
+    Writeback,
+}
+
+/// Who waits for a raw disk's reads and writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskAio {
+    /// io_uring without the page cache, threads with it.
+    #[default]
+    Auto,
+    /// io_uring, if the host allows it.
+    IoUring,
+    /// Threads.
+    Threads,
+}
+
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
     /// What status, errors and the guest (as its id) call it.
     pub name: String,
-    /// The base: a file or a block device, absolute.
+    /// The base: a file or a block device, absolute, or the address of an iSCSI disk ([`crate::iscsi::Url`]).
     pub file: String,
     /// Its format. Never guessed: a guest can write any header to its disk.
     pub format: DiskFormat,
@@ -45,6 +71,15 @@ pub struct DiskSpec {
     pub mirrored: bool,
     /// Queues; `None`: one for each vCPU.
     pub queues: Option<u16>,
+    /// The host's page cache; `None`: for files, not for block devices.
+    #[serde(default)]
+    pub cache: Option<DiskCache>,
+    /// Who waits.
+    #[serde(default)]
+    pub aio: DiskAio,
+    /// The file with user and secret for an iSCSI target.
+    #[serde(default)]
+    pub chap: Option<String>,
     /// The guest may only read it. It has no slices and no owner.
     pub read_only: bool,
 }
@@ -52,7 +87,7 @@ pub struct DiskSpec {
 /// Why a text is no disk.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is no disk: {why}; write name=vda,file=/path,format=raw[,slices=/directory][,mode=mirrored][,queues=N][,readonly]"
+    "{text:?} is no disk: {why}; write name=vda,file=/path|iscsi://HOST/TARGET/LUN,format=raw[,slices=/directory][,mode=mirrored][,queues=N][,cache=none|writeback][,aio=auto|io_uring|threads][,chap=/file][,readonly]"
 )]
 pub struct NoDisk {
     text: String,
@@ -68,6 +103,7 @@ impl FromStr for DiskSpec {
 }
 
 fn parse(text: &str) -> Result<DiskSpec, String> {
+    let (mut cache, mut aio, mut chap) = (None, None, None);
     let (mut name, mut file, mut format, mut slices, mut queues, mut read_only) = (None, None, None, None, None, false);
     let mut mirrored = None;
     for part in text.split(',') {
@@ -98,6 +134,24 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
                 let Some(number) = number else { return Err(format!("it can have 1 to {MAX_QUEUES} queues")) };
                 queues.replace(number).is_some()
             }
+            "chap" => std::mem::replace(&mut chap, text()).is_some(),
+            "cache" => {
+                let parsed = match value {
+                    "none" => DiskCache::None,
+                    "writeback" => DiskCache::Writeback,
+                    _ => return Err(format!("{value:?} is no cache, there are none and writeback")),
+                };
+                cache.replace(parsed).is_some()
+            }
+            "aio" => {
+                let parsed = match value {
+                    "auto" => DiskAio::Auto,
+                    "io_uring" => DiskAio::IoUring,
+                    "threads" => DiskAio::Threads,
+                    _ => return Err(format!("{value:?} is no aio, there are auto, io_uring and threads")),
+                };
+                aio.replace(parsed).is_some()
+            }
             "readonly" if !part.contains('=') => std::mem::replace(&mut read_only, true),
             _ => return Err(format!("it has no property {key:?}")),
         };
@@ -112,7 +166,23 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
     }
     let file = file.ok_or("it has no file")?;
     let format = format.ok_or("it has no format")?;
-    for path in [Some(&file), slices.as_ref()].into_iter().flatten() {
+    let iscsi = file.starts_with(iscsi::SCHEME);
+    if iscsi {
+        file.parse::<iscsi::Url>()?;
+        if format != DiskFormat::Raw || cache.is_some() || aio.is_some() {
+            return Err("an iSCSI disk is raw, and neither cache nor aio can be chosen for it".into());
+        }
+        if slices.is_none() && !read_only {
+            return Err(
+                "an iSCSI disk has no place for slices: say slices=/directory, on a file system that every node sees"
+                    .into(),
+            );
+        }
+    } else if chap.is_some() {
+        return Err("chap is for iSCSI disks".into());
+    }
+    let paths = [Some(&file).filter(|_| !iscsi), slices.as_ref(), chap.as_ref()];
+    for path in paths.into_iter().flatten() {
         if !path.starts_with('/') || path.contains(';') {
             return Err(format!("{path:?} must be an absolute path, without commas and semicolons"));
         }
@@ -124,12 +194,18 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
     if read_only && mirrored {
         return Err("what is only read is not mirrored: put the same file on every node".into());
     }
-    Ok(DiskSpec { name, file, format, slices, mirrored, queues, read_only })
+    if mirrored && file.starts_with("iscsi:") {
+        return Err("a disk on an iSCSI target is one for all nodes: it is shared, not mirrored".into());
+    }
+    if format == DiskFormat::Qcow2 && (cache.is_some() || aio.is_some()) {
+        return Err("cache and aio can be chosen for raw disks only".into());
+    }
+    Ok(DiskSpec { name, file, format, slices, mirrored, queues, cache, aio: aio.unwrap_or_default(), chap, read_only })
 }
 
 impl fmt::Display for DiskSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, file, format, slices, mirrored, queues, read_only } = self;
+        let Self { name, file, format, slices, mirrored, queues, cache, aio, chap, read_only } = self;
         let format = match format {
             DiskFormat::Raw => "raw",
             DiskFormat::Qcow2 => "qcow2",
@@ -143,6 +219,20 @@ impl fmt::Display for DiskSpec {
         }
         if let Some(queues) = queues {
             write!(f, ",queues={queues}")?;
+        }
+        if let Some(cache) = cache {
+            f.write_str(match cache {
+                DiskCache::None => ",cache=none",
+                DiskCache::Writeback => ",cache=writeback",
+            })?;
+        }
+        f.write_str(match aio {
+            DiskAio::Auto => "",
+            DiskAio::IoUring => ",aio=io_uring",
+            DiskAio::Threads => ",aio=threads",
+        })?;
+        if let Some(chap) = chap {
+            write!(f, ",chap={chap}")?;
         }
         if *read_only { f.write_str(",readonly") } else { Ok(()) }
     }
@@ -193,6 +283,10 @@ mod tests {
         for text in [
             "name=vda,file=/vm/a.raw,format=raw",
             "name=vda,file=/vm/a.raw,format=qcow2,slices=/vm/row,queues=4",
+            "name=vda,file=/vm/a.raw,format=raw,cache=none,aio=io_uring",
+            "name=vda,file=/vm/a.raw,format=raw,cache=writeback,aio=threads",
+            "name=vda,file=iscsi://san/iqn.2026-11.org.example:db/1,format=raw,slices=/vm/row,chap=/etc/understudy/chap",
+            "name=cd,file=iscsi://san/iqn.2026-11.org.example:cd/1,format=raw,readonly",
             "name=cd,file=/vm/a.iso,format=raw,readonly",
             "name=vda,file=/vm/a.raw,format=raw,slices=/vm/row,mode=mirrored,queues=2",
         ] {
@@ -217,7 +311,15 @@ mod tests {
             ("name=a,file=/x,format=raw,queues=0", "1 to 32"),
             ("name=a,file=/x,format=raw,queues=many", "1 to 32"),
             ("name=a,file=/x,format=raw,readonly=no", "no property"),
-            ("name=a,file=/x,format=raw,cache=none", "no property"),
+            ("name=a,file=/x,format=raw,cache=unsafe", "none and writeback"),
+            ("name=a,file=/x,format=raw,aio=native", "auto, io_uring"),
+            ("name=a,file=/x,format=qcow2,cache=none", "raw disks only"),
+            ("name=a,file=/x,format=raw,discard=on", "no property"),
+            ("name=a,file=/x,format=raw,chap=/y", "for iSCSI"),
+            ("name=a,file=iscsi://san/iqn.a/1,format=raw", "slices="),
+            ("name=a,file=iscsi://san/iqn.a/1,format=raw,slices=/y,chap=z", "absolute"),
+            ("name=a,file=iscsi://san/iqn.a/1,format=raw,slices=/y,cache=none", "neither cache"),
+            ("name=a,file=iscsi://me%x@san/iqn.a/1,format=raw,slices=/y", "chap="),
             ("name=a,name=b,file=/x,format=raw", "twice"),
             ("name=a,file=/x,format=raw,readonly,slices=/y", "no slices"),
             ("name=a,file=/x,format=raw,mode=both", "there are shared and mirrored"),

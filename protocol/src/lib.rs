@@ -19,6 +19,7 @@ pub mod control;
 pub mod disk;
 pub mod frame;
 pub mod ids;
+pub mod iscsi;
 pub mod key;
 pub mod layout;
 pub mod secure;

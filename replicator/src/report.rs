@@ -80,6 +80,7 @@ pub(crate) mod testing {
             note: "protected: n2 holds epoch 1".into(),
             statistics,
             verify: VerifyStatus {
+            disk_verify: Default::default(),
                 pass: 2,
                 passes: 2,
                 compared_pages: 130_000,

@@ -385,8 +385,9 @@ fn readable(s: &VmmStatus) -> String {
             d.in_flight,
             d.backlog_bytes >> 10
         );
-        if let Some(problem) = &d.problem {
-            let _ = writeln!(out, "    {problem}");
+        let how = [&d.io, &d.fence].into_iter().filter(|text| !text.is_empty());
+        for text in how.chain(&d.problem) {
+            let _ = writeln!(out, "    {text}");
         }
     }
     out

@@ -19,11 +19,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use understudy_disk::{
-    Block, Disk, Error, Format, Identity, Limits, LocalDirectory, Memory, Merger, Options, Tag, block,
+    Aio, Block, Cache, Disk, Error, Format, Identity, Iscsi, Limits, LocalDirectory, Memory, Merger, Options, Tag,
+    Tuning, block,
 };
 use understudy_protocol::control::{DiskShape, DiskStatus};
-use understudy_protocol::disk::{DiskFormat, DiskSpec, check_list};
+use understudy_protocol::disk::{DiskAio, DiskCache, DiskFormat, DiskSpec, check_list};
 use understudy_protocol::ids::{Epoch, Generation};
+use understudy_protocol::iscsi;
 
 use crate::core::{Core, Event};
 use crate::devices::{Payload, Payloads};
@@ -34,7 +36,7 @@ pub mod verify;
 mod worker;
 
 use lane::{Closed, Lane};
-use worker::Complaint;
+use worker::{Bench, Complaint};
 
 /// Threads of a disk.
 const WORKERS: usize = 4;
@@ -42,6 +44,8 @@ const WORKERS: usize = 4;
 pub const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// The same where protection begins: a flush of the base may be under way.
 pub const PROTECT_PATIENCE: Duration = Duration::from_secs(5);
+/// A request that is under way for so long is worth a sentence in the status.
+const SLOW: Duration = Duration::from_secs(2);
 /// A machine that was switched off merges so much before its process ends; more waits for the next opening.
 const FINISH_BYTES: u64 = 64 << 20;
 
@@ -131,6 +135,12 @@ pub fn shapes(specs: &[DiskSpec], vcpus: u32) -> Vec<DiskShape> {
 pub fn validate(specs: &[DiskSpec]) -> Result<()> {
     check_list(specs)?;
     for spec in specs {
+        if spec.file.starts_with(iscsi::SCHEME) {
+            if let Err(why) = understudy_disk::block::iscsi_is_possible() {
+                eprintln!("warning: disk {}: {why}", spec.name);
+            }
+            continue;
+        }
         let file = match std::fs::metadata(&spec.file) {
             Ok(file) => file,
             Err(e) => {
@@ -163,6 +173,20 @@ fn format(spec: &DiskSpec) -> Format {
         DiskFormat::Raw => Format::Raw,
         DiskFormat::Qcow2 => Format::Qcow2,
     }
+}
+
+fn tuning(spec: &DiskSpec) -> Tuning {
+    let cache = match spec.cache {
+        None => Cache::Auto,
+        Some(DiskCache::None) => Cache::None,
+        Some(DiskCache::Writeback) => Cache::Writeback,
+    };
+    let aio = match spec.aio {
+        DiskAio::Auto => Aio::Auto,
+        DiskAio::IoUring => Aio::IoUring,
+        DiskAio::Threads => Aio::Threads,
+    };
+    Tuning { cache, aio }
 }
 
 impl Storage {
@@ -210,7 +234,13 @@ impl Storage {
                     None => base.clone(),
                 };
                 let complaint = Arc::new(Complaint::default());
-                let workers = start_workers(lane, &served, &complaint, core)?;
+                let how = served.how();
+                if let Some(note) = how.note {
+                    eprintln!("note: disk {}: {note}", spec.name);
+                }
+                let bench =
+                    Bench { lane: lane.clone(), disk: served, complaint: complaint.clone(), core: core.clone() };
+                let workers = start_workers(&bench)?;
                 let merger = disk.clone().map(Merger::start).transpose()?;
                 Ok(Open { disk, base, complaint, workers, merger })
             });
@@ -228,8 +258,7 @@ impl Storage {
     }
 
     fn open_one(&self, spec: &DiskSpec, generation: Generation, tags: Option<&Tags>) -> Result<Opened> {
-        check_file(spec, &std::fs::metadata(&spec.file).with_context(|| spec.file.clone())?)?;
-        let base = block::open(Path::new(&spec.file), format(spec), spec.read_only)?;
+        let base = self.base(spec)?;
         if spec.read_only {
             return Ok((None, base));
         }
@@ -251,6 +280,15 @@ impl Storage {
             limits: Limits::default(),
         })?;
         Ok((Some(Arc::new(disk)), base))
+    }
+
+    fn base(&self, spec: &DiskSpec) -> Result<Arc<dyn Block>> {
+        if let Ok(url) = spec.file.parse::<iscsi::Url>() {
+            let chap = spec.chap.as_ref().map(|file| block::read_chap(Path::new(file))).transpose()?;
+            return Ok(Arc::new(Iscsi::open(&url, &self.node, chap, spec.read_only, Default::default())?));
+        }
+        check_file(spec, &std::fs::metadata(&spec.file).with_context(|| spec.file.clone())?)?;
+        Ok(block::open_with(Path::new(&spec.file), format(spec), spec.read_only, tuning(spec))?)
     }
 
     /// Names of the mirrored disks.
@@ -435,39 +473,44 @@ impl Storage {
                 (None, None) => "closed",
             };
             let complaint = open(i).and_then(|(_, _, complaint)| complaint.now());
+            let waits = open(i).and_then(|(_, base, _)| base.trouble()).or_else(|| {
+                let (since, what) = load.slowest.filter(|(since, _)| *since >= SLOW)?;
+                Some(format!(
+                    "the storage of {} has not answered a {what} for {} s: the guest's request waits, nothing is lost",
+                    spec.file,
+                    since.as_secs()
+                ))
+            });
             DiskStatus {
                 name: spec.name.clone(),
                 file: spec.file.clone(),
                 spec: spec.to_string(),
                 mode: mode.into(),
+                io: open(i).map_or_else(String::new, |(_, base, _)| base.how().io),
+                fence: disk.as_ref().and_then(|disk| disk.fence.clone()).unwrap_or_default(),
                 size_bytes: open(i).map_or(0, |(_, base, _)| base.size()),
                 backlog_bytes: disk.as_ref().map_or(0, |disk| disk.backlog_bytes),
                 in_flight: load.in_flight as u64,
                 held: load.held as u64,
-                problem: complaint.or(disk.and_then(|disk| disk.problem)),
+                problem: waits.or(complaint).or(disk.and_then(|disk| disk.problem)),
             }
         };
         specs.map(status).collect()
     }
 }
 
-fn start_workers(
-    lane: &Arc<Lane>,
-    disk: &Arc<dyn Block>,
-    complaint: &Arc<Complaint>,
-    core: &Arc<Core>,
-) -> Result<Vec<JoinHandle<()>>> {
+fn start_workers(bench: &Bench) -> Result<Vec<JoinHandle<()>>> {
     let mut workers = Vec::new();
     for _ in 0..WORKERS {
-        let (lane_, disk, complaint, core) = (lane.clone(), disk.clone(), complaint.clone(), core.clone());
+        let theirs = bench.clone();
         let spawned = std::thread::Builder::new()
-            .name(format!("disk-{}", lane.name.chars().take(10).collect::<String>()))
+            .name(format!("disk-{}", bench.lane.name.chars().take(10).collect::<String>()))
             .stack_size(512 * 1024)
-            .spawn(move || worker::work(&lane_, &*disk, &complaint, &core));
+            .spawn(move || theirs.work());
         match spawned {
             Ok(worker) => workers.push(worker),
             Err(e) => {
-                lane.stop();
+                bench.lane.stop();
                 return Err(e).context("cannot start a disk's thread");
             }
         }

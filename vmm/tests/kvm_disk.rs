@@ -57,13 +57,19 @@ const ROUND: u64 = 64;
 struct Shared {
     dir: tempfile::TempDir,
     nodes: u32,
+    tuning: &'static str,
+}
+
+thread_local! {
+    /// How the disks of this thread's tests are read and written.
+    static TUNING: std::cell::Cell<&'static str> = const { std::cell::Cell::new("") };
 }
 
 impl Shared {
     fn new() -> Self {
         let dir = scratch();
         std::fs::write(dir.path().join("disk"), vec![0; 1 << 20]).unwrap();
-        Self { dir, nodes: 0 }
+        Self { dir, nodes: 0, tuning: TUNING.get() }
     }
     fn disk(&self) -> PathBuf {
         self.dir.path().join("disk")
@@ -72,7 +78,7 @@ impl Shared {
         self.dir.path().join("disk.row")
     }
     fn spec(&self) -> DiskSpec {
-        format!("name=vda,file={},format=raw", self.disk().display()).parse().unwrap()
+        format!("name=vda,file={},format=raw{}", self.disk().display(), self.tuning).parse().unwrap()
     }
     /// A machine on a node of its own, its RAM holding this image.
     fn node(&mut self, image: Option<&[u8]>) -> Node {
@@ -235,6 +241,27 @@ fn an_unprotected_machine_writes_its_disk_and_says_only_what_is_on_it() {
     node.machine.resume().unwrap();
     node.goes_on(ROUND);
     node.end();
+}
+
+#[test]
+fn the_same_holds_with_io_uring_past_the_page_cache() {
+    if !kvm_is_there() {
+        return;
+    }
+    TUNING.set(",cache=none,aio=io_uring");
+    let mut shared = Shared::new();
+    let node = shared.node(None).boot(1, Gate::Open);
+    let io = node.machine.status().disks[0].io.clone();
+    node.end();
+    if io != "cache=none,aio=io_uring" {
+        println!("SKIPPED: this host gives {io} instead");
+        return;
+    }
+    an_unprotected_machine_writes_its_disk_and_says_only_what_is_on_it();
+    while_the_machine_stands_still_its_disk_writes_nothing_into_its_ram();
+    after_every_takeover_disk_and_memory_agree_and_who_was_left_behind_is_fenced();
+    sessions_that_come_and_go_at_any_stage_of_an_epoch_leave_a_whole_disk();
+    the_last_cut_hands_the_disk_over();
 }
 
 #[test]

@@ -1,13 +1,15 @@
 //! What a guest's disk is read from and written to: an array of bytes in sectors of 512.
 //!
-//! [`Block`] is implemented by [`Raw`] and [`Qcow2`] (the *base*) and by [`crate::Disk`], which redirects writes in front of one. A
+//! [`Block`] is implemented by [`Raw`], [`Qcow2`] and [`Iscsi`] (the *base*) and by [`crate::Disk`], which redirects writes in front of one. A
 //! device holds an `Arc<dyn Block>` and need not know which it is.
 //!
 //! Calls block, and may come from several threads at once. Requests that overlap and are in flight together take effect in some order, as on
 //! a real disk; when a write has returned, every later read sees it.
 
+mod iscsi;
 mod qcow2;
 mod raw;
+pub mod scsi;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
@@ -16,10 +18,63 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use iscsi::{Iscsi, read_chap};
 pub use qcow2::{Qcow2, Report};
 pub use raw::{Raw, overwrite_check};
 
 use crate::error::{Error, Result};
+use crate::reservation::Reservations;
+
+pub use understudy_hostio::iscsi::present as iscsi_is_possible;
+pub use understudy_hostio::{Buffer, Op};
+
+/// Called with the outcome of what was begun: the buffer, of a read with what was read.
+pub type Ended = Box<dyn FnOnce(Result<Buffer>) + Send>;
+
+/// See [`Block::guard`].
+pub type Guard = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// How a disk is read and written.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct How {
+    /// As it is configured, most often: `cache=none,aio=io_uring`.
+    pub io: String,
+    /// Why it is not as it was to be.
+    pub note: Option<String>,
+}
+
+/// Whether the host's page cache is used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Files: yes. Block devices: no.
+    #[default]
+    Auto,
+    /// No (`O_DIRECT`), where that is possible.
+    None,
+    /// Yes. A guest's flush is a flush all the same.
+    Writeback,
+}
+
+/// Who waits for reads and writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Aio {
+    /// io_uring without the page cache, threads with it: what a cache has takes no waiting.
+    #[default]
+    Auto,
+    /// io_uring, where the host allows it.
+    IoUring,
+    /// The threads that call.
+    Threads,
+}
+
+/// How a base is to be read and written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tuning {
+    /// See there.
+    pub cache: Cache,
+    /// See there.
+    pub aio: Aio,
+}
 
 /// Bytes in a sector: what offsets and lengths are multiples of.
 pub const SECTOR: u64 = 512;
@@ -150,6 +205,44 @@ pub trait Block: Send + Sync {
     /// It cannot be opened for writing.
     fn take_charge(&self) -> Result<()>;
 
+    /// Begin a read or a write and return at once; `ended` is called when it has ended, from any thread, perhaps before this returns. What cannot be begun
+    /// that way is given back: the caller does it with the blocking calls. (So an implementor with blocking calls only has nothing to do.)
+    fn begin(&self, op: Op, ended: Ended) -> Option<(Op, Ended)> {
+        Some((op, ended))
+    }
+
+    /// The storage need hear of what was begun only now: many requests at once cost less. To be called after the last one, before waiting for anything.
+    fn submit(&self) {}
+
+    /// Whether [`Block::begin`] is worth a try now, for a read or for a write. Cheap.
+    fn begins(&self, _write: bool) -> bool {
+        false
+    }
+
+    /// How it is read and written, for the status.
+    fn how(&self) -> How {
+        How::default()
+    }
+
+    /// Its persistent reservations, if it is a device that has them.
+    fn reservations(&self) -> Option<Arc<dyn Reservations>> {
+        None
+    }
+
+    /// Whether other nodes may see the same device, past every file system's locks.
+    fn shared_device(&self) -> bool {
+        false
+    }
+
+    /// `check` is called before anything is written over a new connection to a device, as that may have forgotten our registration; from any thread, and it may take
+    /// its time. If it says no, nothing is written any more.
+    fn guard(&self, _check: Guard) {}
+
+    /// What its requests wait for, and since when, if they do: a sentence for the status.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
+
     /// Read into pieces of memory.
     ///
     /// # Errors
@@ -222,8 +315,16 @@ impl std::fmt::Display for Format {
 /// # Errors
 /// It is missing, not of this format, or its backing file is missing.
 pub fn open(path: &Path, format: Format, read_only: bool) -> Result<Arc<dyn Block>> {
+    open_with(path, format, read_only, Tuning::default())
+}
+
+/// The same, and how. (A qcow2 file is always read and written through the page cache, by threads.)
+///
+/// # Errors
+/// As [`open`].
+pub fn open_with(path: &Path, format: Format, read_only: bool, tuning: Tuning) -> Result<Arc<dyn Block>> {
     Ok(match format {
-        Format::Raw => Arc::new(Raw::open(path, read_only)?),
+        Format::Raw => Arc::new(Raw::open_with(path, read_only, tuning)?),
         Format::Qcow2 => Arc::new(Qcow2::open(path, read_only)?),
     })
 }

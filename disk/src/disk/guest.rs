@@ -1,6 +1,7 @@
 //! The guest's side: what devices do with a disk. Reads find the newest slice over older ones over the base; writes go where the disk's mode says.
 
 use super::*;
+use crate::block::{Ended, How, Op};
 
 impl Block for Disk {
     fn name(&self) -> &str {
@@ -72,6 +73,26 @@ impl Block for Disk {
         self.read_at(at, &mut bytes)?;
         to.scatter(&bytes);
         Ok(())
+    }
+
+    fn begin(&self, op: Op, ended: Ended) -> Option<(Op, Ended)> {
+        self.begin_in_base(op, ended)
+    }
+
+    fn submit(&self) {
+        self.base.submit();
+    }
+
+    fn begins(&self, write: bool) -> bool {
+        (!write || *read(&self.mode) == Mode::Direct) && self.base.begins(write)
+    }
+
+    fn how(&self) -> How {
+        self.base.how()
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.base.trouble()
     }
 
     fn write_zeroes(&self, at: u64, len: u64, unmap: bool) -> Result<()> {

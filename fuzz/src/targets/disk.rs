@@ -5,11 +5,15 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use understudy_disk::block::scsi;
 use understudy_disk::record::{Digest, Kind, RECORD, Record, SliceId, Standing, scan};
+use understudy_disk::reservation;
 use understudy_disk::slice::SliceName;
 use understudy_disk::store::{Directory, Lock, LogFile};
 use understudy_disk::{Block, Disk, Format, Identity, Limits, Memory, Merged, Options, Ownership, Result, Tag};
+use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
+use understudy_protocol::iscsi::Url;
 
 use crate::input::Input;
 
@@ -289,4 +293,23 @@ pub fn takeover(bytes: &[u8]) {
 pub fn sample() -> Vec<u8> {
     let (bytes, ..) = log(ID, &mut Input::new(&[0xc3, 2, 1, 1, 7, 0, 9, 3, 2, 4, 0, 5]));
     bytes
+}
+
+/// Answers of SCSI targets; addresses and descriptions of disks, which are written as they are read.
+pub fn storage(bytes: &[u8]) {
+    if let Ok(keys) = reservation::parse_keys(bytes) {
+        assert!(keys.len() * 8 + 8 <= bytes.len());
+    }
+    let _ = reservation::parse_held(bytes);
+    if let Some(capacity) = scsi::parse_capacity(bytes) {
+        assert!(capacity.blocks.checked_mul(capacity.block.into()).is_some());
+    }
+    let _ = scsi::parse_block_limits(bytes);
+    let text = String::from_utf8_lossy(bytes);
+    if let Ok(url) = text.parse::<Url>() {
+        assert_eq!(url.to_string().parse(), Ok(url));
+    }
+    if let Ok(disk) = text.parse::<DiskSpec>() {
+        assert_eq!(disk.to_string().parse(), Ok(disk));
+    }
 }

@@ -15,6 +15,7 @@
 //! ```
 
 pub mod contents;
+pub mod disk;
 pub mod flow;
 pub mod guest;
 pub mod host;

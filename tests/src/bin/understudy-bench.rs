@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
-use understudy_tests::bench::{host, lab, pair, pauses, replication, rows, size};
+use understudy_tests::bench::{disk, host, lab, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
 use understudy_tests::power_cuts;
 
@@ -50,6 +50,18 @@ enum Cmd {
         /// Pauses of these strategies alone, without the peer; for looking into one of them
         #[arg(long, value_delimiter = ',', value_parser = pauses::STRATEGIES)]
         strategy: Vec<String>,
+    },
+    /// The block layer alone, beside plain file I/O: no guest, no KVM
+    Disk {
+        /// An object; what this measures stands under `block_layer`, and everything else in it stays
+        #[arg(long, default_value = "target/bench/disk.json")]
+        report: PathBuf,
+        /// On this directory's file system
+        #[arg(long, default_value = "target/bench/disk")]
+        place: PathBuf,
+        /// Under a minute
+        #[arg(long)]
+        quick: bool,
     },
     /// On this host's own KVM: power cuts by the hundred, without a cluster; any byte lost, doubled or out of place ends it
     PowerCuts {
@@ -167,6 +179,19 @@ fn run(command: Cmd) -> Result<i32> {
             write(&report.with_file_name("replication-bars.json"), &bars)?;
             // A part that could not be measured is no success, though its figures are written.
             Ok(i32::from(measured.rows.iter().any(|r| r.name.ends_with("/failed"))))
+        }
+        Cmd::Disk { report, place, quick } => {
+            let started = std::time::Instant::now();
+            let say = |text: &str| println!("  {:>4} s … {text}", started.elapsed().as_secs());
+            let measured = disk::measure(quick, &place, &say)?;
+            print!("\n{}", disk::table(&measured));
+            let mut all: serde_json::Map<String, serde_json::Value> = match fs::read(&report) {
+                Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("reading {}", report.display()))?,
+                Err(_) => Default::default(),
+            };
+            all.insert("block_layer".into(), serde_json::to_value(&measured)?);
+            write(&report, &all)?;
+            Ok(0)
         }
         Cmd::ClusterCuts { report, count, seed } => {
             let measured = cluster_cuts::run(count, seed, |text| println!("  … {text}"))?;

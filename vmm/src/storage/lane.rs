@@ -13,7 +13,7 @@
 //! * *While the intake is closed* no request that changes the disk is under way: a cut can be made without waiting for storage.
 //! * What waits to be handed in is bounded; workers wait, and hold nothing meanwhile.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,12 +30,23 @@ pub struct Job {
     /// What.
     pub request: Request,
     life: u64,
+    number: u64,
 }
 
 impl Job {
     /// Whether it changes the disk, or makes changes durable.
     fn changes(&self) -> bool {
         !matches!(self.request.kind, Kind::Read { .. })
+    }
+
+    fn what(&self) -> &'static str {
+        match self.request.kind {
+            Kind::Read { .. } => "read",
+            Kind::Write { .. } => "write",
+            Kind::Flush => "flush",
+            Kind::Discard(_) => "discard",
+            Kind::WriteZeroes(_) => "write of zeroes",
+        }
     }
 }
 
@@ -47,6 +58,10 @@ struct State {
     done: Vec<(u64, Outcome)>,
     done_bytes: usize,
     life: u64,
+    /// When each was begun that has not ended, and what it is.
+    begun: BTreeMap<u64, (Instant, &'static str)>,
+    /// Number of the next.
+    next: u64,
     /// Begun and not ended: of this life, of earlier ones.
     running: usize,
     before: usize,
@@ -54,6 +69,12 @@ struct State {
     changing: usize,
     closed: bool,
     stop: bool,
+}
+
+impl State {
+    fn may_begin(&self) -> bool {
+        self.before == 0 && self.done_bytes < DONE_BYTES
+    }
 }
 
 /// See the module.
@@ -84,6 +105,8 @@ pub struct Load {
     pub in_flight: usize,
     /// Those that wait for room.
     pub held: usize,
+    /// The one that was begun first of those that have not ended: for how long, and what it is.
+    pub slowest: Option<(Duration, &'static str)>,
 }
 
 impl Lane {
@@ -109,7 +132,7 @@ impl Lane {
         }
         let full = state.done_bytes >= DONE_BYTES;
         let news = !requests.is_empty();
-        state.jobs.extend(requests.into_iter().map(|request| Job { request, life }));
+        state.jobs.extend(requests.into_iter().map(|request| Job { request, life, number: 0 }));
         state.done_bytes = 0;
         let done = std::mem::take(&mut state.done);
         drop(state);
@@ -117,6 +140,11 @@ impl Lane {
             self.changed.notify_all();
         }
         done
+    }
+
+    /// The next thing to do, if there is one now.
+    pub fn try_next(&self) -> Option<Job> {
+        Self::take(&mut self.state(), Instant::now())
     }
 
     /// The next thing to do; waits for it. `None`: the worker is to end.
@@ -127,20 +155,10 @@ impl Lane {
                 return None;
             }
             let now = Instant::now();
-            let may_begin = state.before == 0 && state.done_bytes < DONE_BYTES;
-            if may_begin {
-                let closed = state.closed;
-                let ready = |job: &Job| !(closed && job.changes());
-                let job = match state.held.iter().position(|(at, job)| *at <= now && ready(job)) {
-                    Some(at) => state.held.remove(at).map(|(_, job)| job),
-                    None => state.jobs.iter().position(ready).and_then(|at| state.jobs.remove(at)),
-                };
-                if let Some(job) = job {
-                    state.running += 1;
-                    state.changing += usize::from(job.changes());
-                    return Some(job);
-                }
+            if let Some(job) = Self::take(&mut state, now) {
+                return Some(job);
             }
+            let may_begin = state.may_begin();
             let due = state.held.iter().map(|(at, _)| *at).min().filter(|_| may_begin && !state.closed);
             state = match due {
                 Some(at) => {
@@ -152,6 +170,24 @@ impl Lane {
         }
     }
 
+    fn take(state: &mut State, now: Instant) -> Option<Job> {
+        if state.stop || !state.may_begin() {
+            return None;
+        }
+        let closed = state.closed;
+        let ready = |job: &Job| !(closed && job.changes());
+        let mut job = match state.held.iter().position(|(at, job)| *at <= now && ready(job)) {
+            Some(at) => state.held.remove(at).map(|(_, job)| job),
+            None => state.jobs.iter().position(ready).and_then(|at| state.jobs.remove(at)),
+        }?;
+        job.number = state.next;
+        state.next += 1;
+        state.begun.insert(job.number, (now, job.what()));
+        state.running += 1;
+        state.changing += usize::from(job.changes());
+        Some(job)
+    }
+
     /// Whether what a job is about to do is still wanted. Its data was read before: RAM belonged to the request all the time if it is.
     pub fn wanted(&self, job: &Job) -> bool {
         self.state().life == job.life
@@ -159,6 +195,7 @@ impl Lane {
 
     fn ended(state: &mut State, job: &Job) -> bool {
         let current = state.life == job.life;
+        state.begun.remove(&job.number);
         if current {
             state.running -= 1;
         } else {
@@ -216,7 +253,9 @@ impl Lane {
     pub fn load(&self) -> Load {
         let state = self.state();
         let waiting = state.jobs.len() + state.held.len();
-        Load { in_flight: waiting + state.running + state.before + state.done.len(), held: state.held.len() }
+        let slowest = state.begun.values().next().map(|(since, what)| (since.elapsed(), *what));
+        let in_flight = waiting + state.running + state.before + state.done.len();
+        Load { in_flight, held: state.held.len(), slowest }
     }
 
     /// Workers may work.
@@ -275,7 +314,7 @@ mod tests {
         assert_eq!(lane.exchange(0, vec![]), [(2, Outcome::Done(vec![]))]);
         lane.finish(&first, Some(Outcome::Failed));
         assert_eq!(lane.exchange(0, vec![]), [(1, Outcome::Failed)]);
-        assert_eq!(lane.load(), Load { in_flight: 0, held: 0 });
+        assert_eq!(lane.load(), Load { in_flight: 0, held: 0, slowest: None });
     }
 
     #[test]
@@ -300,6 +339,7 @@ mod tests {
         lane.exchange(0, vec![flush(1), flush(2), read(3)]);
         let first = lane.next().unwrap();
         assert!(lane.close(SHORT).is_none(), "one is under way");
+        assert!(lane.load().slowest.is_some_and(|(since, what)| since >= SHORT && what == "flush"));
         let ends = std::thread::spawn({
             let lane = lane.clone();
             move || {
@@ -321,7 +361,7 @@ mod tests {
         lane.exchange(0, vec![flush(1), flush(2)]);
         let job = lane.next().unwrap();
         lane.hold(job);
-        assert_eq!(lane.load(), Load { in_flight: 2, held: 1 });
+        assert_eq!(lane.load(), Load { in_flight: 2, held: 1, slowest: None });
         assert!(lane.close(Duration::ZERO).is_some(), "it holds up no cut");
         let mut ids = [lane.next().unwrap().request.id, lane.next().unwrap().request.id];
         ids.sort_unstable();

@@ -1,0 +1,180 @@
+//! What block devices are asked with ioctls: their node's cache, and SCSI persistent reservations.
+//!
+//! Reservations are *changed* through the kernel's own calls (`linux/pr.h`), which are there for SCSI disks, NVMe namespaces and device-mapper alike: for a
+//! multipath device they register every path, which a command sent down one path would not. The kernel asks for APTPL by itself. There is no such call to
+//! *read* them, so that is a SCSI command (`SG_IO`), which multipath passes to one of its paths. A device that does not take it (NVMe) counts as one
+//! without reservations.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use nix::libc::{c_int, c_uchar, c_uint, c_ushort, c_void};
+
+mod sys {
+    use super::{Preempt, Registration, Reservation, SgHeader};
+    // BLKFLSBUF, linux/fs.h: write back and forget what this node's page cache has of a block device.
+    nix::ioctl_none_bad!(flush_buffers, 0x1261);
+    // linux/pr.h
+    nix::ioctl_write_ptr!(pr_register, b'p', 200, Registration);
+    nix::ioctl_write_ptr!(pr_reserve, b'p', 201, Reservation);
+    nix::ioctl_write_ptr!(pr_preempt_abort, b'p', 204, Preempt);
+    // scsi/sg.h
+    nix::ioctl_readwrite_bad!(sg_io, 0x2285, SgHeader);
+}
+
+/// `struct pr_registration`
+#[repr(C)]
+struct Registration {
+    old: u64,
+    new: u64,
+    flags: u32,
+    pad: u32,
+}
+
+/// `struct pr_reservation`
+#[repr(C)]
+struct Reservation {
+    key: u64,
+    kind: u32,
+    flags: u32,
+}
+
+/// `struct pr_preempt`
+#[repr(C)]
+struct Preempt {
+    old: u64,
+    new: u64,
+    kind: u32,
+    flags: u32,
+}
+
+/// `struct sg_io_hdr`
+#[repr(C)]
+struct SgHeader {
+    interface_id: c_int,
+    dxfer_direction: c_int,
+    cmd_len: c_uchar,
+    mx_sb_len: c_uchar,
+    iovec_count: c_ushort,
+    dxfer_len: c_uint,
+    dxferp: *mut c_void,
+    cmdp: *const c_uchar,
+    sbp: *mut c_uchar,
+    timeout: c_uint,
+    flags: c_uint,
+    pack_id: c_int,
+    usr_ptr: *mut c_void,
+    status: c_uchar,
+    masked_status: c_uchar,
+    msg_status: c_uchar,
+    sb_len_wr: c_uchar,
+    host_status: c_ushort,
+    driver_status: c_ushort,
+    resid: c_int,
+    duration: c_uint,
+    info: c_uint,
+}
+
+/// `PR_WRITE_EXCLUSIVE_REG_ONLY`
+const WRITE_EXCLUSIVE_REGISTRANTS_ONLY: u32 = 3;
+/// `PR_FL_IGNORE_KEY`
+const IGNORE_KEY: u32 = 1;
+
+/// The calls return an errno, or what the device answered: a SCSI status.
+fn answered(result: nix::Result<c_int>) -> io::Result<()> {
+    match result? {
+        0 => Ok(()),
+        // RESERVATION CONFLICT.
+        0x18 => Err(io::Error::from_raw_os_error(nix::libc::EBADE)),
+        other => Err(io::Error::other(format!("the device answered with status {other:#x}"))),
+    }
+}
+
+/// REGISTER AND IGNORE EXISTING KEY; zero unregisters.
+///
+/// # Errors
+/// The device has no reservations; what it says.
+pub fn register(device: &File, key: u64) -> io::Result<()> {
+    let argument = Registration { old: 0, new: key, flags: IGNORE_KEY, pad: 0 };
+    // SAFETY: the argument has the call's layout and lives through it.
+    answered(unsafe { sys::pr_register(device.as_raw_fd(), &argument) })
+}
+
+/// RESERVE: write exclusive, registrants only.
+///
+/// # Errors
+/// `EBADE`: another has it; what the device says.
+pub fn reserve(device: &File, key: u64) -> io::Result<()> {
+    let argument = Reservation { key, kind: WRITE_EXCLUSIVE_REGISTRANTS_ONLY, flags: 0 };
+    // SAFETY: the argument has the call's layout and lives through it.
+    answered(unsafe { sys::pr_reserve(device.as_raw_fd(), &argument) })
+}
+
+/// PREEMPT AND ABORT.
+///
+/// # Errors
+/// `EBADE`: this node or the other key is not registered; what the device says.
+pub fn preempt_and_abort(device: &File, key: u64, other: u64) -> io::Result<()> {
+    let argument = Preempt { old: other, new: key, kind: WRITE_EXCLUSIVE_REGISTRANTS_ONLY, flags: 0 };
+    // SAFETY: the argument has the call's layout and lives through it.
+    answered(unsafe { sys::pr_preempt_abort(device.as_raw_fd(), &argument) })
+}
+
+/// A SCSI command that reads up to `to.len()` bytes. Returns how many came.
+///
+/// # Errors
+/// The device takes no SCSI commands; it did not do it.
+pub fn scsi_read(device: &File, cdb: &[u8], to: &mut [u8], patience: Duration) -> io::Result<usize> {
+    let mut sense = [0; 64];
+    let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
+    let mut header = SgHeader {
+        interface_id: c_int::from(b'S'),
+        // SG_DXFER_FROM_DEV
+        dxfer_direction: -3,
+        cmd_len: c_uchar::try_from(cdb.len()).map_err(|_| too_long())?,
+        mx_sb_len: 64,
+        iovec_count: 0,
+        dxfer_len: c_uint::try_from(to.len()).map_err(|_| too_long())?,
+        dxferp: to.as_mut_ptr().cast(),
+        cmdp: cdb.as_ptr(),
+        sbp: sense.as_mut_ptr(),
+        timeout: c_uint::try_from(patience.as_millis()).unwrap_or(c_uint::MAX),
+        flags: 0,
+        pack_id: 0,
+        usr_ptr: std::ptr::null_mut(),
+        status: 0,
+        masked_status: 0,
+        msg_status: 0,
+        sb_len_wr: 0,
+        host_status: 0,
+        driver_status: 0,
+        resid: 0,
+        duration: 0,
+        info: 0,
+    };
+    // SAFETY: command, data and sense are as long as the header says and live through the call.
+    unsafe { sys::sg_io(device.as_raw_fd(), &mut header) }?;
+    match (header.status, header.host_status) {
+        (0, 0) => Ok(to.len().saturating_sub(usize::try_from(header.resid).unwrap_or(0))),
+        (0x18, _) => Err(io::Error::from_raw_os_error(nix::libc::EBADE)),
+        (status, host) => {
+            let text = format!(
+                "a SCSI command ended with status {status:#x}, host status {host:#x}, sense {:02x?}",
+                &sense[..18]
+            );
+            Err(io::Error::other(text))
+        }
+    }
+}
+
+/// Forget what this node's page cache has of a block device, after writing what is dirty.
+///
+/// # Errors
+/// It needs CAP_SYS_ADMIN; what the device says.
+pub fn forget_cache(device: &File) -> io::Result<()> {
+    // SAFETY: it takes no argument, and changes no memory of this process.
+    unsafe { sys::flush_buffers(device.as_raw_fd()) }?;
+    Ok(())
+}
