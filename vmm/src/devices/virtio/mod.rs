@@ -18,6 +18,7 @@ use super::{GuestRam, Snapshot};
 pub mod block;
 pub mod console;
 pub mod queue;
+pub mod requests;
 pub mod rng;
 #[cfg(test)]
 mod testing;
