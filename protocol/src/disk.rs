@@ -1,7 +1,7 @@
 //! How a machine's disk is written in configuration: on the VMM's command line, in the agent's parameter `disks`, in a policy.
 //!
 //! ```text
-//! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,queues=4][,readonly]
+//! name=vda,file=/vm/db.raw,format=raw[,bus=virtio|scsi][,slices=/vm/db.row][,queues=4][,readonly]
 //! ```
 //! Parsing opens nothing; whether the files are there is for the node to say that runs the machine.
 
@@ -27,6 +27,24 @@ pub enum DiskFormat {
     Qcow2,
 }
 
+/// How the guest sees a disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskBus {
+    /// A device of its own, `virtio-blk`.
+    #[default]
+    Virtio,
+    /// At the machine's SCSI controller, `virtio-scsi`.
+    Scsi,
+}
+
+impl DiskBus {
+    /// Whether it is what a disk has that says nothing.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
@@ -36,9 +54,12 @@ pub struct DiskSpec {
     pub file: String,
     /// Its format. Never guessed: a guest can write any header to its disk.
     pub format: DiskFormat,
+    /// How the guest sees it.
+    #[serde(default, skip_serializing_if = "DiskBus::is_default")]
+    pub bus: DiskBus,
     /// Directory of its slices, absolute; `None`: `FILE.row`.
     pub slices: Option<String>,
-    /// Queues; `None`: one for each vCPU.
+    /// Queues of a device of its own; `None`: one for each vCPU.
     pub queues: Option<u16>,
     /// The guest may only read it. It has no slices and no owner.
     pub read_only: bool,
@@ -46,7 +67,9 @@ pub struct DiskSpec {
 
 /// Why a text is no disk.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no disk: {why}; write name=vda,file=/path,format=raw[,slices=/directory][,queues=N][,readonly]")]
+#[error(
+    "{text:?} is no disk: {why}; write name=vda,file=/path,format=raw[,bus=scsi][,slices=/directory][,queues=N][,readonly]"
+)]
 pub struct NoDisk {
     text: String,
     why: String,
@@ -62,6 +85,7 @@ impl FromStr for DiskSpec {
 
 fn parse(text: &str) -> Result<DiskSpec, String> {
     let (mut name, mut file, mut format, mut slices, mut queues, mut read_only) = (None, None, None, None, None, false);
+    let mut bus = None;
     for part in text.split(',') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         let text = || Some(value.to_owned());
@@ -77,6 +101,14 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
                 };
                 format.replace(parsed).is_some()
             }
+            "bus" => {
+                let parsed = match value {
+                    "virtio" => DiskBus::Virtio,
+                    "scsi" => DiskBus::Scsi,
+                    _ => return Err(format!("{value:?} is no bus, there are virtio and scsi")),
+                };
+                bus.replace(parsed).is_some()
+            }
             "queues" => {
                 let number = value.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
                 let Some(number) = number else { return Err(format!("it can have 1 to {MAX_QUEUES} queues")) };
@@ -90,31 +122,48 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
         }
     }
     let name = name.ok_or("it has no name")?;
-    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(good) {
-        return Err(format!("its name must be up to {MAX_NAME} letters, digits, - and _"));
-    }
+    check_name(&name)?;
     let file = file.ok_or("it has no file")?;
     let format = format.ok_or("it has no format")?;
-    for path in [Some(&file), slices.as_ref()].into_iter().flatten() {
-        if !path.starts_with('/') || path.contains(';') {
-            return Err(format!("{path:?} must be an absolute path, without commas and semicolons"));
-        }
+    [Some(&file), slices.as_ref()].into_iter().flatten().try_for_each(|path| check_path(path))?;
+    let bus = bus.unwrap_or_default();
+    if bus == DiskBus::Scsi && queues.is_some() {
+        return Err("at a SCSI controller a disk has no queues of its own".into());
     }
     if read_only && slices.is_some() {
         return Err("what is only read has no slices".into());
     }
-    Ok(DiskSpec { name, file, format, slices, queues, read_only })
+    Ok(DiskSpec { name, file, format, bus, slices, queues, read_only })
+}
+
+/// Whether this can be a disk's or a drive's name; the sentence says why not.
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(good) {
+        return Err(format!("its name must be up to {MAX_NAME} letters, digits, - and _"));
+    }
+    Ok(())
+}
+
+/// The same for a path.
+pub(crate) fn check_path(path: &str) -> Result<(), String> {
+    if !path.starts_with('/') || path.contains([';', ',']) {
+        return Err(format!("{path:?} must be an absolute path, without commas and semicolons"));
+    }
+    Ok(())
 }
 
 impl fmt::Display for DiskSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, file, format, slices, queues, read_only } = self;
+        let Self { name, file, format, bus, slices, queues, read_only } = self;
         let format = match format {
             DiskFormat::Raw => "raw",
             DiskFormat::Qcow2 => "qcow2",
         };
         write!(f, "name={name},file={file},format={format}")?;
+        if *bus == DiskBus::Scsi {
+            f.write_str(",bus=scsi")?;
+        }
         if let Some(slices) = slices {
             write!(f, ",slices={slices}")?;
         }
@@ -171,6 +220,7 @@ mod tests {
             "name=vda,file=/vm/a.raw,format=raw",
             "name=vda,file=/vm/a.raw,format=qcow2,slices=/vm/row,queues=4",
             "name=cd,file=/vm/a.iso,format=raw,readonly",
+            "name=sda,file=/vm/a.raw,format=raw,bus=scsi,slices=/vm/row",
         ] {
             assert_eq!(text.parse::<DiskSpec>().unwrap().to_string(), text);
         }
@@ -191,6 +241,8 @@ mod tests {
             ("name=a,file=/x;y,format=raw", "semicolons"),
             ("name=a,file=/x,format=vmdk", "there are raw and qcow2"),
             ("name=a,file=/x,format=raw,queues=0", "1 to 32"),
+            ("name=a,file=/x,format=raw,bus=ide", "there are virtio and scsi"),
+            ("name=a,file=/x,format=raw,bus=scsi,queues=2", "no queues of its own"),
             ("name=a,file=/x,format=raw,queues=many", "1 to 32"),
             ("name=a,file=/x,format=raw,readonly=no", "no property"),
             ("name=a,file=/x,format=raw,cache=none", "no property"),

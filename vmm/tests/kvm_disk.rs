@@ -91,6 +91,7 @@ impl Shared {
             serial: vec![BackendConfig::File(dir.join("com1"))],
             console: None,
             disks: vec![self.spec()],
+            cdroms: Vec::new(),
             node: format!("n{}", self.nodes),
             ram_file: dir.join("ram"),
         };

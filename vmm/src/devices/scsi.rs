@@ -20,6 +20,8 @@ mod cdrom;
 mod disk;
 mod primary;
 pub mod sense;
+#[cfg(test)]
+mod tests;
 
 use cdb::{COMMANDS, Cdb, Of, op};
 pub use cdrom::Refused;
@@ -155,10 +157,7 @@ impl Unit {
     /// An empty drive.
     #[must_use]
     pub fn cdrom(name: &str) -> Self {
-        Self::new(
-            name,
-            Class::Cdrom(Drive { medium: None, open: false, locked: false, event: MediaEvent::None }),
-        )
+        Self::new(name, Class::Cdrom(Drive { medium: None, open: false, locked: false, event: MediaEvent::None }))
     }
 
     fn new(name: &str, class: Class) -> Self {
@@ -350,7 +349,10 @@ impl Unit {
     pub fn restore(&mut self, saved: state::V1) -> Result<(), String> {
         let state::V1 { name, blocks, attentions, drive } = saved;
         if name != self.name {
-            return Err(format!("its unit {name:?} is {:?} here: give both machines the same disks and drives", self.name));
+            return Err(format!(
+                "its unit {name:?} is {:?} here: give both machines the same disks and drives",
+                self.name
+            ));
         }
         let all = Attention::ALL.into_iter().fold(0, |all, a| all | a as u8);
         if attentions & !all != 0 {

@@ -35,7 +35,8 @@ impl Complaint {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).now.clone()
     }
 
-    fn forget(&self) {
+    /// It is over.
+    pub fn forget(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).now = None;
     }
 

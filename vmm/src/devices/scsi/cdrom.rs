@@ -141,9 +141,7 @@ impl Unit {
             }
             op::GET_CONFIGURATION => configuration(cdb, drive),
             op::GET_EVENT_STATUS => event_status(cdb, drive),
-            op::MECHANISM_STATUS => {
-                limited(vec![0, u8::from(drive.open) << 4, 0, 0, 0, 1, 0, 0], cdb.number(8, 2))
-            }
+            op::MECHANISM_STATUS => limited(vec![0, u8::from(drive.open) << 4, 0, 0, 0, 1, 0, 0], cdb.number(8, 2)),
             op::PREVENT_ALLOW => {
                 drive.locked = match cdb.byte(4) & 3 {
                     0 => false,

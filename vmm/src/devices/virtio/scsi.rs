@@ -159,12 +159,10 @@ impl Scsi {
     /// 5.6.6.1: first byte 1, target, then a logical unit in flat addressing.
     fn address(&self, lun: &[u8]) -> Address {
         match *lun {
-            [1, target, high, low, 0, 0, 0, 0] if usize::from(target) < self.units.len() => {
-                match (high, low) {
-                    (0x00 | 0x40, 0) => Address::Unit(target.into()),
-                    _ => Address::NoUnit,
-                }
-            }
+            [1, target, high, low, 0, 0, 0, 0] if usize::from(target) < self.units.len() => match (high, low) {
+                (0x00 | 0x40, 0) => Address::Unit(target.into()),
+                _ => Address::NoUnit,
+            },
             [1, target, ..] if usize::from(target) < self.units.len() => Address::NoUnit,
             _ => Address::NoTarget,
         }
@@ -215,17 +213,20 @@ impl Scsi {
                 reply
             }
         };
-        let (work, Address::Unit(unit)) = (match reply {
-            Reply::Data(data) if data.len() > room => {
-                return answer.response(queue, ram, spec::VIRTIO_SCSI_S_OVERRUN);
-            }
-            Reply::Data(data) => {
-                let moved = if sent > 0 { self.units_parameters(&target, cdb).min(sent) } else { data.len() };
-                return answer.good(queue, ram, &data, moved);
-            }
-            Reply::Check(sense) => return answer.check(queue, ram, sense),
-            Reply::Do(work) => work,
-        }, target) else {
+        let (work, Address::Unit(unit)) = (
+            match reply {
+                Reply::Data(data) if data.len() > room => {
+                    return answer.response(queue, ram, spec::VIRTIO_SCSI_S_OVERRUN);
+                }
+                Reply::Data(data) => {
+                    let moved = if sent > 0 { self.units_parameters(&target, cdb).min(sent) } else { data.len() };
+                    return answer.good(queue, ram, &data, moved);
+                }
+                Reply::Check(sense) => return answer.check(queue, ram, sense),
+                Reply::Do(work) => work,
+            },
+            target,
+        ) else {
             return answer.check(queue, ram, Sense::NO_UNIT);
         };
         let runs = |len| chain.readable_runs(head, len).map(Segment::into).collect();
@@ -298,7 +299,8 @@ impl Scsi {
         let tag = u64::from_le_bytes(std::array::from_fn(|i| request[16 + i]));
         let what = word(4);
         let one = matches!(what, spec::VIRTIO_SCSI_T_TMF_ABORT_TASK | spec::VIRTIO_SCSI_T_TMF_QUERY_TASK);
-        let concerned = self.requests.out.iter_mut().filter(|(_, out)| out.what.unit == unit && (!one || out.what.tag == tag));
+        let concerned =
+            self.requests.out.iter_mut().filter(|(_, out)| out.what.unit == unit && (!one || out.what.tag == tag));
         let (how, resets) = match what {
             spec::VIRTIO_SCSI_T_TMF_QUERY_TASK | spec::VIRTIO_SCSI_T_TMF_QUERY_TASK_SET => {
                 let any = concerned.count() > 0;
