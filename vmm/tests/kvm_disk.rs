@@ -753,3 +753,20 @@ fn a_disk_grows_while_it_is_protected_and_is_as_large_after_a_takeover() {
         }
     }
 }
+
+#[test]
+fn a_base_that_shrank_is_the_guests_error_and_a_sentence_in_the_status() {
+    if !kvm_is_there() {
+        return;
+    }
+    for bus in [DiskBus::Virtio, DiskBus::Scsi] {
+        let mut shared = Shared::with(bus);
+        let node = shared.node(None).boot(1, Gate::Open);
+        node.goes_on(2 * ROUND);
+        std::fs::File::options().write(true).open(shared.disk()).unwrap().set_len(8 * 512).unwrap();
+        wait("the guest is told", || !node.agrees());
+        let problem = node.machine.status().disks[0].problem.clone().unwrap();
+        assert!(problem.contains("shrank from 1048576") && problem.contains("I/O error"), "{problem}");
+        node.end();
+    }
+}
