@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::Serialize;
+use understudy_protocol::cdrom::{self, CdromSpec};
 use understudy_protocol::disk::{DiskSpec, check_list};
 use understudy_protocol::layout::valid_machine_name;
 
@@ -304,6 +305,19 @@ fn disks(c: &mut Checker, machine: &Machine) {
                 if let Err(e) = check_list(&good) {
                     c.error(text, e.to_string());
                     good.pop();
+                }
+            }
+            Err(e) => c.error(text, e.to_string()),
+        }
+    }
+    let mut drives = Vec::new();
+    for text in &machine.cdroms {
+        match text.get_ref().parse::<CdromSpec>() {
+            Ok(drive) => {
+                drives.push(drive);
+                if let Err(e) = cdrom::check_list(&drives, &good) {
+                    c.error(text, e.to_string());
+                    drives.pop();
                 }
             }
             Err(e) => c.error(text, e.to_string()),

@@ -323,6 +323,10 @@ fn vmm_parameters(policy: &Policy, machine: &Machine, index: usize, ports: &Port
         let disks: Vec<_> = machine.disks.iter().map(|disk| disk.get_ref().as_str()).collect();
         parameters.push(pair("disks", disks.join(";")));
     }
+    if !machine.cdroms.is_empty() {
+        let drives: Vec<_> = machine.cdroms.iter().map(|drive| drive.get_ref().as_str()).collect();
+        parameters.push(pair("cdroms", drives.join(";")));
+    }
     for (s, line) in machine.serial.iter().enumerate() {
         let Some(board) = policy.boards.iter().find(|b| b.name == line.board) else { continue };
         let address = endpoint(board.peripheral_address(), ports.serial(index, s));

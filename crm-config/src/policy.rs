@@ -210,9 +210,12 @@ pub struct Machine {
     /// How long a failed node is passed over.
     #[serde(default = "default_failure_timeout")]
     pub failure_timeout: Seconds,
-    /// Disks: `name=vda,file=/path,format=raw[,slices=/directory][,queues=N][,readonly]`, the same files on every node that may run it.
+    /// Disks: `name=vda,file=/path,format=raw[,bus=scsi][,slices=/directory][,queues=N][,readonly]`, the same files on every node that may run it.
     #[serde(default)]
     pub disks: Vec<Spanned<String>>,
+    /// CD-ROM drives: `name=cd0[,file=/image.iso]`, the same files on every node that may run it.
+    #[serde(default)]
+    pub cdroms: Vec<Spanned<String>>,
     /// Serial ports.
     #[serde(default)]
     pub serial: Vec<Serial>,

@@ -282,6 +282,21 @@ fn disks_are_handed_to_the_vmm_and_a_machine_with_disks_does_not_migrate() {
 }
 
 #[test]
+fn drives_are_handed_to_the_vmm() {
+    let drives =
+        "cdroms = [\"name=cd0,file=/iso/a.iso\",\n\"name=cd1\"]\ndisks = [\"name=a,file=/a,format=raw,bus=scsi\"]";
+    let text = SMALL.replace("name = \"m1\"", &format!("name = \"m1\"\n{drives}"));
+    let c = compiled(&text);
+    let vmm = resource(&c, "vm-m1-clone").primitive();
+    assert_eq!(value(&vmm.parameters, "cdroms"), Some("name=cd0,file=/iso/a.iso;name=cd1"));
+    assert_eq!(value(&vmm.parameters, "disks"), Some("name=a,file=/a,format=raw,bus=scsi"));
+    for (from, to, why) in [("name=cd1", "name=a", "has its name"), ("file=/iso", "file=iso", "absolute")] {
+        let wrong = text.replacen(from, to, 1);
+        refused(&wrong, line_of(&wrong, to), why);
+    }
+}
+
+#[test]
 fn ports_that_are_given_stay_and_the_others_keep_out_of_their_way() {
     let text = format!(
         "{SMALL}[[machines]]\nname = \"m2\"\nkernel = \"/k\"\nport = 7790\n[[machines]]\nname = \"m3\"\nkernel = \"/k\"\n"

@@ -79,6 +79,16 @@ pub const TARGETS: &[Target] = &[
         about: "a guest that asks anything of its disk, and machines that go on with what it asked",
         run: targets::machine::virtio_blk,
     },
+    Target {
+        name: "virtio-scsi",
+        about: "a guest that asks anything of its SCSI controller, somebody at its drive, and machines that go on with what it asked",
+        run: targets::machine::virtio_scsi,
+    },
+    Target {
+        name: "scsi",
+        about: "command descriptor blocks and parameter lists",
+        run: targets::machine::scsi_command,
+    },
     Target { name: "ports", about: "a guest that reads and writes any port", run: targets::machine::ports },
     Target { name: "cib", about: "what cibadmin prints", run: targets::cluster::cib },
     Target { name: "policy", about: "policy files", run: targets::cluster::policy },

@@ -17,6 +17,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::disk::DiskBus;
 use crate::ids::{Epoch, Generation};
 use crate::statistics::{DiskVerifyStatus, Statistics, VerifyStatus};
 
@@ -143,6 +144,29 @@ pub enum VmmRequest {
         /// Share of the time that they run, 1 to 100; 100 ends the throttling.
         percent: u8,
     },
+    /// Enlarge a disk while the machine runs. The guest is told. Reply: `null`.
+    ResizeDisk {
+        /// Its name.
+        disk: String,
+        /// Its new size in bytes, not smaller than the old one.
+        bytes: u64,
+    },
+    /// Take what lies in a CD-ROM drive out. Reply: `null`.
+    Eject {
+        /// The drive's name.
+        drive: String,
+        /// Also when the guest has locked the drive.
+        force: bool,
+    },
+    /// Put a medium into a CD-ROM drive; what lies in it goes. Reply: `null`.
+    Insert {
+        /// The drive's name.
+        drive: String,
+        /// An ISO image, absolute; the same file on every node.
+        file: String,
+        /// Also when the guest has locked the drive.
+        force: bool,
+    },
     /// Wait until outputs are held that no cut covers yet and that the caller has not heard of. Reply: [`OutputHeld`]; at the latest
     /// after `timeout_ms`, with an unchanged number. Use a connection of its own.
     AwaitOutput {
@@ -168,6 +192,16 @@ pub struct MachineShape {
     /// Disks, in the order of their places on the bus.
     #[serde(default)]
     pub disks: Vec<DiskShape>,
+    /// CD-ROM drives.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cdroms: Vec<CdromShape>,
+}
+
+/// A CD-ROM drive in [`MachineShape`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CdromShape {
+    /// Its name, which the guest sees as its serial number.
+    pub name: String,
 }
 
 /// A disk in [`MachineShape`].
@@ -175,7 +209,10 @@ pub struct MachineShape {
 pub struct DiskShape {
     /// Its name, which the guest sees as its id.
     pub name: String,
-    /// Its queues.
+    /// How the guest sees it.
+    #[serde(default, skip_serializing_if = "DiskBus::is_default")]
+    pub bus: DiskBus,
+    /// Its queues, or its controller's.
     pub queues: u16,
     /// The guest can only read it.
     pub read_only: bool,
@@ -351,6 +388,26 @@ pub struct VmmStatus {
     /// The disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskStatus>,
+    /// The CD-ROM drives.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cdroms: Vec<CdromStatus>,
+}
+
+/// A CD-ROM drive in [`VmmStatus`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CdromStatus {
+    /// Its name.
+    pub name: String,
+    /// What lies in it.
+    pub file: Option<String>,
+    /// Its size.
+    pub size_bytes: u64,
+    /// The guest has locked it.
+    pub locked: bool,
+    /// The guest has opened its tray.
+    pub open: bool,
+    /// What is wrong with it.
+    pub problem: Option<String>,
 }
 
 /// One disk in [`VmmStatus`].

@@ -1,7 +1,7 @@
 //! How a machine's disk is written in configuration: on the VMM's command line, in the agent's parameter `disks`, in a policy.
 //!
 //! ```text
-//! name=vda,file=/vm/db.raw,format=raw[,slices=/vm/db.row][,mode=shared|mirrored][,queues=4][,cache=none][,aio=io_uring][,readonly]
+//! name=vda,file=/vm/db.raw,format=raw[,bus=virtio|scsi][,slices=/vm/db.row][,mode=shared|mirrored][,queues=4][,cache=none][,aio=io_uring][,readonly]
 //! name=vda,file=iscsi://HOST[:PORT]/TARGET/LUN,format=raw,slices=/vm/db.row[,chap=/etc/understudy/chap][,queues=4][,readonly]
 //! ```
 //! A *shared* disk is one file that every node sees; of a *mirrored* one each node has its own, at the same path.
@@ -55,6 +55,24 @@ pub enum DiskAio {
     Threads,
 }
 
+/// How the guest sees a disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskBus {
+    /// A device of its own, `virtio-blk`.
+    #[default]
+    Virtio,
+    /// At the machine's SCSI controller, `virtio-scsi`.
+    Scsi,
+}
+
+impl DiskBus {
+    /// Whether it is what a disk has that says nothing.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
@@ -64,12 +82,15 @@ pub struct DiskSpec {
     pub file: String,
     /// Its format. Never guessed: a guest can write any header to its disk.
     pub format: DiskFormat,
+    /// How the guest sees it.
+    #[serde(default, skip_serializing_if = "DiskBus::is_default")]
+    pub bus: DiskBus,
     /// Directory of its slices, absolute; `None`: `FILE.row`.
     pub slices: Option<String>,
     /// Each node has its own copy of it, and of its slices.
     #[serde(default)]
     pub mirrored: bool,
-    /// Queues; `None`: one for each vCPU.
+    /// Queues of a device of its own; `None`: one for each vCPU.
     pub queues: Option<u16>,
     /// The host's page cache; `None`: for files, not for block devices.
     #[serde(default)]
@@ -87,7 +108,7 @@ pub struct DiskSpec {
 /// Why a text is no disk.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is no disk: {why}; write name=vda,file=/path|iscsi://HOST/TARGET/LUN,format=raw[,slices=/directory][,mode=mirrored][,queues=N][,cache=none|writeback][,aio=auto|io_uring|threads][,chap=/file][,readonly]"
+    "{text:?} is no disk: {why}; write name=vda,file=/path|iscsi://HOST/TARGET/LUN,format=raw[,bus=scsi][,slices=/directory][,mode=mirrored][,queues=N][,cache=none|writeback][,aio=auto|io_uring|threads][,chap=/file][,readonly]"
 )]
 pub struct NoDisk {
     text: String,
@@ -106,6 +127,7 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
     let (mut cache, mut aio, mut chap) = (None, None, None);
     let (mut name, mut file, mut format, mut slices, mut queues, mut read_only) = (None, None, None, None, None, false);
     let mut mirrored = None;
+    let mut bus = None;
     for part in text.split(',') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         let text = || Some(value.to_owned());
@@ -128,6 +150,14 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
                     _ => return Err(format!("{value:?} is no mode, there are shared and mirrored")),
                 };
                 mirrored.replace(parsed).is_some()
+            }
+            "bus" => {
+                let parsed = match value {
+                    "virtio" => DiskBus::Virtio,
+                    "scsi" => DiskBus::Scsi,
+                    _ => return Err(format!("{value:?} is no bus, there are virtio and scsi")),
+                };
+                bus.replace(parsed).is_some()
             }
             "queues" => {
                 let number = value.parse().ok().filter(|n| (1..=MAX_QUEUES).contains(n));
@@ -160,10 +190,7 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
         }
     }
     let name = name.ok_or("it has no name")?;
-    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(good) {
-        return Err(format!("its name must be up to {MAX_NAME} letters, digits, - and _"));
-    }
+    check_name(&name)?;
     let file = file.ok_or("it has no file")?;
     let format = format.ok_or("it has no format")?;
     let iscsi = file.starts_with(iscsi::SCHEME);
@@ -182,10 +209,10 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
         return Err("chap is for iSCSI disks".into());
     }
     let paths = [Some(&file).filter(|_| !iscsi), slices.as_ref(), chap.as_ref()];
-    for path in paths.into_iter().flatten() {
-        if !path.starts_with('/') || path.contains(';') {
-            return Err(format!("{path:?} must be an absolute path, without commas and semicolons"));
-        }
+    paths.into_iter().flatten().try_for_each(|path| check_path(path))?;
+    let bus = bus.unwrap_or_default();
+    if bus == DiskBus::Scsi && queues.is_some() {
+        return Err("at a SCSI controller a disk has no queues of its own".into());
     }
     if read_only && slices.is_some() {
         return Err("what is only read has no slices".into());
@@ -200,17 +227,38 @@ fn parse(text: &str) -> Result<DiskSpec, String> {
     if format == DiskFormat::Qcow2 && (cache.is_some() || aio.is_some()) {
         return Err("cache and aio can be chosen for raw disks only".into());
     }
-    Ok(DiskSpec { name, file, format, slices, mirrored, queues, cache, aio: aio.unwrap_or_default(), chap, read_only })
+    let aio = aio.unwrap_or_default();
+    Ok(DiskSpec { name, file, format, bus, slices, mirrored, queues, cache, aio, chap, read_only })
+}
+
+/// Whether this can be a disk's or a drive's name; the sentence says why not.
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(good) {
+        return Err(format!("its name must be up to {MAX_NAME} letters, digits, - and _"));
+    }
+    Ok(())
+}
+
+/// The same for a path.
+pub(crate) fn check_path(path: &str) -> Result<(), String> {
+    if !path.starts_with('/') || path.contains([';', ',']) {
+        return Err(format!("{path:?} must be an absolute path, without commas and semicolons"));
+    }
+    Ok(())
 }
 
 impl fmt::Display for DiskSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, file, format, slices, mirrored, queues, cache, aio, chap, read_only } = self;
+        let Self { name, file, format, bus, slices, mirrored, queues, cache, aio, chap, read_only } = self;
         let format = match format {
             DiskFormat::Raw => "raw",
             DiskFormat::Qcow2 => "qcow2",
         };
         write!(f, "name={name},file={file},format={format}")?;
+        if *bus == DiskBus::Scsi {
+            f.write_str(",bus=scsi")?;
+        }
         if let Some(slices) = slices {
             write!(f, ",slices={slices}")?;
         }
@@ -289,6 +337,7 @@ mod tests {
             "name=cd,file=iscsi://san/iqn.2026-11.org.example:cd/1,format=raw,readonly",
             "name=cd,file=/vm/a.iso,format=raw,readonly",
             "name=vda,file=/vm/a.raw,format=raw,slices=/vm/row,mode=mirrored,queues=2",
+            "name=sda,file=/vm/a.raw,format=raw,bus=scsi,slices=/vm/row",
         ] {
             assert_eq!(text.parse::<DiskSpec>().unwrap().to_string(), text);
         }
@@ -309,6 +358,8 @@ mod tests {
             ("name=a,file=/x;y,format=raw", "semicolons"),
             ("name=a,file=/x,format=vmdk", "there are raw and qcow2"),
             ("name=a,file=/x,format=raw,queues=0", "1 to 32"),
+            ("name=a,file=/x,format=raw,bus=ide", "there are virtio and scsi"),
+            ("name=a,file=/x,format=raw,bus=scsi,queues=2", "no queues of its own"),
             ("name=a,file=/x,format=raw,queues=many", "1 to 32"),
             ("name=a,file=/x,format=raw,readonly=no", "no property"),
             ("name=a,file=/x,format=raw,cache=unsafe", "none and writeback"),

@@ -10,11 +10,13 @@
 //! | [`statistics`] | replicator → people and monitoring | a part of its status |
 //! | [`urgent`]  | nobody | threads of all of them that must not wait for a processor |
 //! | [`disk`]    | administrators → agents, vmm | how a machine's disks are written |
+//! | [`cdrom`]   | administrators → agents, vmm | how its CD-ROM drives are written |
 //! | [`ids`]     | everybody | types that keep an epoch from being taken for a generation |
 //!
 //! Nothing here knows Pacemaker, KVM or a device: it is the one crate that both sides of every boundary depend on.
 
 pub mod board;
+pub mod cdrom;
 pub mod control;
 pub mod disk;
 pub mod frame;

@@ -68,8 +68,8 @@ pub fn hold(drill: &Drill<'_>) -> Result<Report, String> {
     let socket = drill.layout.vmm_socket();
     let shape: MachineShape = call_once(&socket, &VmmRequest::Shape, PATIENCE)
         .map_err(|e| format!("the standby's VMM does not say what the machine is like: {e}"))?;
-    if !shape.disks.is_empty() {
-        return Err("the machine has disks, and a drill of such a machine is not possible yet: its stand-in must not write to them".into());
+    if !shape.disks.is_empty() || !shape.cdroms.is_empty() {
+        return Err("the machine has disks or CD-ROM drives, and a drill of such a machine is not possible yet: its stand-in must not write to them".into());
     }
     let bytes = shape.memory_mib << 20;
     let place = Place::make(&drill.shm_root, drill.machine)?;

@@ -79,8 +79,9 @@ pub(crate) mod testing {
             pause_max_us: 2000,
             note: "protected: n2 holds epoch 1".into(),
             statistics,
-            verify: VerifyStatus {
             disk_verify: Default::default(),
+            verify: VerifyStatus {
+                disk_verify: Default::default(),
                 pass: 2,
                 passes: 2,
                 compared_pages: 130_000,

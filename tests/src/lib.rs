@@ -12,6 +12,7 @@ pub mod bench;
 pub mod cluster_cuts;
 pub mod field_device;
 pub mod initramfs;
+pub mod iso;
 pub mod lab;
 pub mod lab_tests;
 pub mod power_cuts;

@@ -163,6 +163,9 @@ impl Connection {
                     None => ok(machine.vcpus.throttle(percent)?),
                 }
             }
+            VmmRequest::ResizeDisk { disk, bytes } => ok(machine.resize_disk(&disk, bytes)?),
+            VmmRequest::Eject { drive, force } => ok(machine.eject(&drive, force)?),
+            VmmRequest::Insert { drive, file, force } => ok(machine.insert(&drive, &file, force)?),
             VmmRequest::AwaitOutput { seen, timeout_ms } => {
                 let timeout = Duration::from_millis(timeout_ms.min(10_000));
                 ok(OutputHeld { number: machine.core.await_output(seen, timeout) })

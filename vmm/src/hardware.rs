@@ -6,13 +6,11 @@
 //! What must hold: while [`Hardware::frozen`] is set, no device is touched (the machine is being captured, or stands still); so
 //! neither guest RAM nor any state that a checkpoint contains changes.
 
-use std::sync::Arc;
-
 use anyhow::{Context, Result};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
-use understudy_protocol::control::{DiskShape, Gate};
+use understudy_protocol::control::{CdromShape, DiskShape, Gate};
 use understudy_protocol::ids::Epoch;
 
 use crate::clock::Stopwatch;
@@ -20,6 +18,7 @@ use crate::devices::acpi_pm::AcpiPm;
 use crate::devices::i8042::{I8042, Port92};
 use crate::devices::pci::PciBus;
 use crate::devices::rtc::Rtc;
+use crate::devices::scsi::{Medium, Refused, Unit};
 use crate::devices::uart16550::Uart16550;
 use crate::devices::{
     self, Action, COM_IRQS, COM_PORTS, Ctx, GuestRam, I8042_PORT, PCI_CONFIG_PORT, PM_PORT, PORT92, Payload, Payloads,
@@ -27,8 +26,8 @@ use crate::devices::{
 };
 use crate::gate::{self, Stream};
 use crate::memory::Ram;
+use crate::plug::Plugged;
 use crate::port::Port;
-use crate::storage::lane::Lane;
 
 /// Interrupt lines of the I/O APIC.
 const LINES: usize = 24;
@@ -84,6 +83,10 @@ pub struct HardwareConfig {
     pub console: bool,
     /// Its disks.
     pub disks: Vec<DiskShape>,
+    /// Its CD-ROM drives.
+    pub cdroms: Vec<CdromShape>,
+    /// Queues of its SCSI controller, if it needs one.
+    pub scsi_queues: u16,
 }
 
 /// The devices. See the module.
@@ -94,8 +97,8 @@ pub struct Hardware {
     pub serial: Vec<SerialPort>,
     /// The virtio console's port, if there is one.
     pub console: Option<Port>,
-    /// Behind the disk devices, in their order.
-    pub disks: Vec<Arc<Lane>>,
+    /// Its disks, then its CD-ROM drives.
+    pub disks: Vec<Plugged>,
     /// What the guest asked for.
     pub asked: Option<Asked>,
     /// No device may be touched.
@@ -139,13 +142,13 @@ impl Hardware {
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let low = ram.low_end();
         let mut pci = PciBus::new();
-        crate::plug::plug(&mut pci, config.console, &config.disks)?;
+        let disks = crate::plug::plug(&mut pci, &config)?;
         let serial = |i| SerialPort { uart: Uart16550::new(), port: Port::new(format!("com{}", i + 1)) };
         Ok(Self {
             stopwatch: Stopwatch::default(),
             serial: (0..config.serial_ports.min(COM_PORTS.len())).map(serial).collect(),
             console: config.console.then(|| Port::new("hvc0".into())),
-            disks: config.disks.iter().map(|disk| Arc::new(Lane::new(&disk.name))).collect(),
+            disks,
             asked: None,
             frozen: true,
             armed: None,
@@ -328,9 +331,42 @@ impl Hardware {
     }
 
     /// The disks have these sizes, in sectors. Where a driver is at work it is told of a new one.
-    pub fn resize_disks(&mut self, sectors: &[u64]) {
-        for (disk, sectors) in (0u8..).zip(sectors) {
-            crate::plug::resize(&mut self.pci, disk, *sectors);
+    pub fn resize_disks(&mut self, sectors: &[u64], env: Env) {
+        let ctx = Ctx { now: self.stopwatch.now(), ram: env.ram };
+        for (disk, sectors) in self.disks.iter().zip(sectors) {
+            crate::plug::resize(&mut self.pci, disk.place, *sectors, &ctx);
+        }
+    }
+
+    /// The same of one disk, by its place among the disks.
+    pub fn resize_disk(&mut self, disk: usize, sectors: u64, env: Env) {
+        let ctx = Ctx { now: self.stopwatch.now(), ram: env.ram };
+        if let Some(disk) = self.disks.get(disk) {
+            crate::plug::resize(&mut self.pci, disk.place, sectors, &ctx);
+        }
+    }
+
+    /// What a CD-ROM drive is like now.
+    pub fn drive(&self, name: &str) -> Option<&Unit> {
+        crate::plug::units(&self.pci).iter().find(|unit| unit.name() == name && unit.tray().is_some())
+    }
+
+    /// What lies in a CD-ROM drive before the machine begins to run: nobody is told.
+    pub fn load_medium(&mut self, drive: &str, medium: Option<Medium>) {
+        if let Some(unit) = crate::plug::units(&self.pci).iter().position(|unit| unit.name() == drive)
+            && let Some(device) = crate::plug::controller(&mut self.pci)
+        {
+            device.load_medium(unit, medium);
+        }
+    }
+
+    /// Somebody takes a medium out of a drive, or puts one in. The guest is told.
+    pub fn change_medium(&mut self, drive: &str, medium: Option<Medium>, force: bool, env: Env) -> Result<(), Refused> {
+        let ctx = Ctx { now: self.stopwatch.now(), ram: env.ram };
+        let unit = crate::plug::units(&self.pci).iter().position(|unit| unit.name() == drive);
+        match (unit, crate::plug::controller(&mut self.pci)) {
+            (Some(unit), Some(device)) => device.change_medium(unit, medium, force, &ctx),
+            _ => Err(Refused::NoDrive),
         }
     }
 

@@ -23,6 +23,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
+use understudy_protocol::cdrom::{CdromSpec, check_list as check_cdroms};
 use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, SerialStatus, VcpuPosition, VmmState, VmmStatus};
 use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
@@ -40,12 +41,14 @@ use crate::hardware::{Asked, Hardware, HardwareConfig};
 use crate::memory::Ram;
 use crate::pump::Pump;
 use crate::routing;
+use crate::storage::media::Drives;
 use crate::storage::{self, Storage};
 use crate::vcpu_state::{self, Abilities};
 use crate::vcpus::Vcpus;
 use crate::vm_state;
 
 mod build;
+mod disks;
 mod end;
 mod start;
 mod stop;
@@ -95,6 +98,8 @@ pub struct MachineConfig {
     pub console: Option<BackendConfig>,
     /// Its disks.
     pub disks: Vec<DiskSpec>,
+    /// Its CD-ROM drives.
+    pub cdroms: Vec<CdromSpec>,
     /// This node's name: the disks' owner records have it.
     pub node: String,
     /// The RAM file.
@@ -160,6 +165,8 @@ pub struct Machine {
     pumps: Mutex<Vec<Pump>>,
     /// Its disks.
     pub storage: Storage,
+    /// Its CD-ROM drives.
+    drives: Drives,
     kvm_backend: String,
     /// How checkpoints are captured.
     capture: Mutex<Record>,
@@ -260,6 +267,7 @@ impl Machine {
                 capture
             },
             disks,
+            cdroms: self.drives.status(|name| hardware.drive(name).cloned()),
         }
     }
 
@@ -271,6 +279,7 @@ impl Machine {
             serial_ports: self.config.serial.len() as u32,
             console: self.config.console.is_some(),
             disks: storage::shapes(&self.config.disks, self.config.vcpus),
+            cdroms: storage::media::shapes(&self.config.cdroms),
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, Parser, Subcommand};
 use serde::de::DeserializeOwned;
+use understudy_protocol::cdrom::CdromSpec;
 use understudy_protocol::control::{
     ControlError, MachineShape, PromoteFrom, Strategy, VmmRequest, VmmState, VmmStatus, call_once,
 };
@@ -135,6 +136,38 @@ enum Command {
         #[arg(value_parser = clap::value_parser!(u8).range(1..=100))]
         percent: u8,
     },
+    /// Enlarge a disk while the machine runs. The guest is told; what is on the disk stays as it is.
+    Resize {
+        #[command(flatten)]
+        which: Which,
+        /// The disk's name.
+        disk: String,
+        /// Its new size: bytes, or with K, M, G or T (multiples of 1024), e.g. 20G. Not smaller than it is.
+        #[arg(value_parser = size)]
+        size: u64,
+    },
+    /// Take the medium out of a CD-ROM drive. Refused while the guest has locked the drive; then the guest is asked to let it go.
+    Eject {
+        #[command(flatten)]
+        which: Which,
+        /// The drive's name.
+        drive: String,
+        /// Also when the guest has locked it: as with a paper clip.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Put a medium into a CD-ROM drive, instead of what lies in it. The standby finds the same file, or the drive is empty after a takeover.
+    Insert {
+        #[command(flatten)]
+        which: Which,
+        /// The drive's name.
+        drive: String,
+        /// An ISO image.
+        file: PathBuf,
+        /// Also when the guest has locked the drive.
+        #[arg(long)]
+        force: bool,
+    },
     /// Build a machine of the given shape, connected to nothing, that waits to run from an image: what a drill runs.
     ///
     /// It ends when its standard input is closed, and with exit code 6 when its guest resets or switches itself off.
@@ -186,10 +219,14 @@ struct Run {
     /// Virtio console: file:PATH.
     #[arg(long, value_name = "BACKEND")]
     console: Option<BackendConfig>,
-    /// A disk, as often as there are disks: name=NAME,file=PATH,format=raw|qcow2[,slices=DIR][,queues=N][,readonly]. NAME is what status and guest call
-    /// it, DIR (default: PATH.row) is where writes wait until their checkpoint is committed; both must be the same files on every node.
+    /// A disk, as often as there are disks: name=NAME,file=PATH,format=raw|qcow2[,bus=virtio|scsi][,slices=DIR][,queues=N][,readonly]. NAME is what status and
+    /// guest call it, DIR (default: PATH.row) is where writes wait until their checkpoint is committed; both must be the same files on every node.
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskSpec>,
+    /// A CD-ROM drive, as often as there are drives: name=NAME[,file=ISO][,bus=scsi]. ISO is what lies in it when the machine is switched on; the same
+    /// file on every node.
+    #[arg(long, value_name = "DRIVE")]
+    cdrom: Vec<CdromSpec>,
     /// This node's name in the cluster: it stands in the records of whose the disks are [default: the host's name].
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
@@ -225,7 +262,14 @@ fn dispatch(command: Command) -> Result<i32> {
     match command {
         Command::Run(run) => return start(*run),
         Command::StandIn { which, memory, vcpus, serial_ports, console } => {
-            let shape = MachineShape { memory_mib: memory, vcpus, serial_ports, console, disks: Vec::new() };
+            let shape = MachineShape {
+                memory_mib: memory,
+                vcpus,
+                serial_ports,
+                console,
+                disks: Vec::new(),
+                cdroms: Vec::new(),
+            };
             return run::stand_in(&which.machine, &shape, which.layout()?);
         }
         Command::Status { which, json } => {
@@ -241,6 +285,12 @@ fn dispatch(command: Command) -> Result<i32> {
         Command::OpenGate(which) => ask(&which, &VmmRequest::GateOpen, QUICK)?,
         Command::Capture { which, strategy } => ask(&which, &VmmRequest::SetCapture { strategy }, QUICK)?,
         Command::Throttle { which, percent } => ask(&which, &VmmRequest::Throttle { percent }, QUICK)?,
+        Command::Resize { which, disk, size } => ask(&which, &VmmRequest::ResizeDisk { disk, bytes: size }, SLOW)?,
+        Command::Eject { which, drive, force } => ask(&which, &VmmRequest::Eject { drive, force }, SLOW)?,
+        Command::Insert { which, drive, file, force } => {
+            let file = absolute(&file)?;
+            ask(&which, &VmmRequest::Insert { drive, file, force }, SLOW)?;
+        }
         Command::PowerButton(which) => ask(&which, &VmmRequest::PowerButton, QUICK)?,
         Command::Quit(which) => ask(&which, &VmmRequest::Quit, QUICK)?,
         Command::Promote { which, generation, state } => {
@@ -264,6 +314,21 @@ fn dispatch(command: Command) -> Result<i32> {
         }
     }
     Ok(0)
+}
+
+/// A size as people write it.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        unit => return Err(format!("{unit:?} is no unit; there are K, M, G and T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no size"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is too large"))
 }
 
 /// The VMM has a working directory of its own.
@@ -302,6 +367,7 @@ fn start(run: Run) -> Result<i32> {
         serial,
         console: run.console,
         disks: run.disk,
+        cdroms: run.cdrom,
         node: run.node.map_or_else(hostname, Ok)?,
         ram_file: layout.ram(),
     };
@@ -388,6 +454,15 @@ fn readable(s: &VmmStatus) -> String {
         let how = [&d.io, &d.fence].into_iter().filter(|text| !text.is_empty());
         for text in how.chain(&d.problem) {
             let _ = writeln!(out, "    {text}");
+        }
+    }
+    for c in &s.cdroms {
+        let holds = c.file.as_ref().map_or("empty".into(), |file| format!("{file} ({} MiB)", c.size_bytes >> 20));
+        let tray = if c.open { ", tray open" } else { "" };
+        let _ =
+            writeln!(out, "  cdrom {}: {holds}{tray}{}", c.name, if c.locked { ", locked by the guest" } else { "" });
+        if let Some(problem) = &c.problem {
+            let _ = writeln!(out, "    {problem}");
         }
     }
     out

@@ -1,17 +1,20 @@
-//! What is plugged into the PCI bus: an entropy device, a console if the machine has one, its disks.
+//! What is plugged into the PCI bus: an entropy device, a console if the machine has one, its disks, and a SCSI controller if one of them or a drive needs it.
 
 use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use understudy_protocol::control::DiskShape;
+use understudy_protocol::disk::DiskBus;
 
 use crate::devices::Ctx;
 use crate::devices::pci::PciBus;
+use crate::devices::scsi::Unit;
 use crate::devices::virtio::console::Console;
+use crate::devices::virtio::requests::Disks;
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::{Block, VirtioPci};
+use crate::devices::virtio::{Block, Scsi, VirtioPci};
+use crate::hardware::HardwareConfig;
 use crate::port::Port;
 use crate::storage::lane::Lane;
 
@@ -19,24 +22,66 @@ const RNG_SLOT: u8 = 1;
 const CONSOLE_SLOT: u8 = 2;
 /// The first disk's; the others follow.
 const DISK_SLOT: u8 = 3;
+/// The SCSI controller's.
+const SCSI_SLOT: u8 = 16;
 /// Rounds of work for a device in one settling; what is left comes with the next access or tick.
 const ROUNDS: usize = 16;
 
-/// Plug the machine's PCI devices.
-pub fn plug(pci: &mut PciBus, console: bool, disks: &[DiskShape]) -> Result<()> {
+/// Where a disk or a drive is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A device of its own, in this slot.
+    Block(u8),
+    /// This target of the SCSI controller.
+    Scsi(usize),
+}
+
+/// A disk or a drive, and the way to what is behind it.
+#[derive(Debug)]
+pub struct Plugged {
+    /// Where.
+    pub place: Place,
+    /// Requests go, outcomes come.
+    pub lane: Arc<Lane>,
+}
+
+/// Plug the machine's PCI devices. Returns its disks, then its drives.
+pub fn plug(pci: &mut PciBus, config: &HardwareConfig) -> Result<Vec<Plugged>> {
     pci.add(RNG_SLOT, Box::new(VirtioPci::new(Rng::new()))).context("plugging the entropy device")?;
-    if console {
+    if config.console {
         pci.add(CONSOLE_SLOT, Box::new(VirtioPci::new(Console::new()))).context("plugging the console")?;
     }
-    for (slot, disk) in (DISK_SLOT..).zip(disks) {
-        let device = Block::new(disk.queues, disk.read_only, &disk.name);
-        pci.add(slot, Box::new(VirtioPci::new(device))).with_context(|| format!("plugging the disk {}", disk.name))?;
+    let (mut plugged, mut units, mut slots, mut queues) = (Vec::new(), Vec::new(), DISK_SLOT.., config.scsi_queues);
+    for disk in &config.disks {
+        let place = match disk.bus {
+            DiskBus::Virtio => {
+                let slot = slots.next().context("too many disks")?;
+                let device = Block::new(disk.queues, disk.read_only, &disk.name);
+                pci.add(slot, Box::new(VirtioPci::new(device)))
+                    .with_context(|| format!("plugging the disk {}", disk.name))?;
+                Place::Block(slot)
+            }
+            DiskBus::Scsi => {
+                units.push(Unit::disk(&disk.name, disk.read_only));
+                queues = disk.queues;
+                Place::Scsi(units.len() - 1)
+            }
+        };
+        plugged.push(Plugged { place, lane: Arc::new(Lane::new(&disk.name)) });
     }
-    Ok(())
+    for drive in &config.cdroms {
+        units.push(Unit::cdrom(&drive.name));
+        plugged.push(Plugged { place: Place::Scsi(units.len() - 1), lane: Arc::new(Lane::new(&drive.name)) });
+    }
+    if !units.is_empty() {
+        pci.add(SCSI_SLOT, Box::new(VirtioPci::new(Scsi::new(queues, units))))
+            .context("plugging the SCSI controller")?;
+    }
+    Ok(plugged)
 }
 
 /// Give the devices what they ask for and take their outputs.
-pub fn settle(pci: &mut PciBus, console: Option<&mut Port>, disks: &[Arc<Lane>], ctx: &Ctx) {
+pub fn settle(pci: &mut PciBus, console: Option<&mut Port>, disks: &[Plugged], ctx: &Ctx) {
     if let Some(rng) = pci.get_mut::<VirtioPci<Rng>>(RNG_SLOT) {
         for _ in 0..ROUNDS {
             match rng.want_entropy() {
@@ -61,32 +106,63 @@ pub fn settle(pci: &mut PciBus, console: Option<&mut Port>, disks: &[Arc<Lane>],
         port.feed(|bytes| device.receive(bytes, ctx));
         port.tell_pump();
     }
-    for (slot, lane) in (DISK_SLOT..).zip(disks) {
-        let Some(device) = pci.get_mut::<VirtioPci<Block>>(slot) else { continue };
-        for _ in 0..ROUNDS {
-            let requests = device.take_requests(ctx);
-            let done = lane.exchange(device.life(), requests);
-            if done.is_empty() {
-                break;
-            }
-            device.complete(done, ctx);
+    for disk in disks {
+        match disk.place {
+            Place::Block(slot) => exchange(pci.get_mut::<VirtioPci<Block>>(slot), 0, &disk.lane, ctx),
+            Place::Scsi(unit) => exchange(controller(pci), unit, &disk.lane, ctx),
         }
     }
 }
 
+/// What a disk or drive asks for goes, what was done comes.
+fn exchange<D: Disks>(device: Option<&mut VirtioPci<D>>, unit: usize, lane: &Lane, ctx: &Ctx) {
+    let Some(device) = device else { return };
+    for _ in 0..ROUNDS {
+        let requests = device.take_requests_of(unit, ctx);
+        let done = lane.exchange(device.life(), requests);
+        if done.is_empty() {
+            break;
+        }
+        device.complete(done, ctx);
+    }
+}
+
+/// The SCSI controller, if there is one.
+pub fn controller(pci: &mut PciBus) -> Option<&mut VirtioPci<Scsi>> {
+    pci.get_mut(SCSI_SLOT)
+}
+
+/// The SCSI controller's disks and drives.
+pub fn units(pci: &PciBus) -> &[Unit] {
+    pci.get::<VirtioPci<Scsi>>(SCSI_SLOT).map_or(&[], |device| device.device().units())
+}
+
 /// The devices were reset: what is under way for them is of no use any more. RAM may be written over after this.
-pub fn forget(pci: &mut PciBus, disks: &[Arc<Lane>]) {
-    for (slot, lane) in (DISK_SLOT..).zip(disks) {
-        if let Some(device) = pci.get_mut::<VirtioPci<Block>>(slot) {
-            lane.exchange(device.life(), Vec::new());
+pub fn forget(pci: &mut PciBus, disks: &[Plugged]) {
+    for disk in disks {
+        let life = match disk.place {
+            Place::Block(slot) => pci.get::<VirtioPci<Block>>(slot).map(VirtioPci::life),
+            Place::Scsi(_) => pci.get::<VirtioPci<Scsi>>(SCSI_SLOT).map(VirtioPci::life),
+        };
+        if let Some(life) = life {
+            disk.lane.exchange(life, Vec::new());
         }
     }
 }
 
 /// A disk has so many sectors.
-pub fn resize(pci: &mut PciBus, disk: u8, sectors: u64) {
-    if let Some(device) = pci.get_mut::<VirtioPci<Block>>(DISK_SLOT.saturating_add(disk)) {
-        device.set_sectors(sectors);
+pub fn resize(pci: &mut PciBus, disk: Place, sectors: u64, ctx: &Ctx) {
+    match disk {
+        Place::Block(slot) => {
+            if let Some(device) = pci.get_mut::<VirtioPci<Block>>(slot) {
+                device.set_sectors(sectors);
+            }
+        }
+        Place::Scsi(unit) => {
+            if let Some(device) = controller(pci) {
+                device.set_sectors(unit, sectors, ctx);
+            }
+        }
     }
 }
 

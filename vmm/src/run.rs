@@ -104,6 +104,7 @@ pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32>
         serial: vec![BackendConfig::None; shape.serial_ports as usize],
         console: shape.console.then_some(BackendConfig::None),
         disks: Vec::new(),
+        cdroms: Vec::new(),
         node: String::new(),
         ram_file: layout.ram(),
     };

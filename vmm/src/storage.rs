@@ -31,6 +31,7 @@ use crate::core::{Core, Event};
 use crate::devices::{Payload, Payloads};
 
 pub mod lane;
+pub mod media;
 pub mod mirror;
 pub mod verify;
 mod worker;
@@ -125,6 +126,7 @@ pub fn shapes(specs: &[DiskSpec], vcpus: u32) -> Vec<DiskShape> {
     let queues = u16::try_from(vcpus).unwrap_or(1).clamp(1, understudy_protocol::disk::MAX_QUEUES);
     let shape = |spec: &DiskSpec| DiskShape {
         name: spec.name.clone(),
+        bus: spec.bus,
         queues: spec.queues.unwrap_or(queues),
         read_only: spec.read_only,
     };
@@ -240,7 +242,7 @@ impl Storage {
                 }
                 let bench =
                     Bench { lane: lane.clone(), disk: served, complaint: complaint.clone(), core: core.clone() };
-                let workers = start_workers(&bench)?;
+                let workers = start_workers(WORKERS, &bench)?;
                 let merger = disk.clone().map(Merger::start).transpose()?;
                 Ok(Open { disk, base, complaint, workers, merger })
             });
@@ -423,6 +425,28 @@ impl Storage {
         self.written().iter().try_for_each(|(disk, lane)| Self::judge(core, &lane.name, disk.commit(number)))
     }
 
+    /// Enlarge a disk. Returns its place among the disks and its size in sectors, for the device: the base has it already, durably, so that whoever
+    /// opens it next sees a disk that is not smaller than what its guest knows.
+    pub fn resize(&self, core: &Core, name: &str, bytes: u64) -> Result<(usize, u64)> {
+        let names: Vec<_> = self.specs.iter().map(|spec| spec.name.as_str()).collect();
+        let at = names.iter().position(|known| *known == name);
+        let at = at.with_context(|| format!("this machine has no disk {name:?}; it has {}", media::list(&names)))?;
+        ensure!(
+            bytes.is_multiple_of(understudy_disk::SECTOR) && bytes > 0,
+            "a disk has a whole number of sectors of {} bytes, and {bytes} bytes are none",
+            understudy_disk::SECTOR
+        );
+        ensure!(
+            !(self.specs[at].mirrored && self.protected()),
+            "the mirrored disk {name} has a copy in step, which would stay smaller: resize it while the machine is unprotected; the copy follows then"
+        );
+        let disk = self.set().as_ref().and_then(|set| set.open.get(at)).map(|open| open.disk.clone());
+        let disk = disk.context("the disks are not open: resize a disk on the node where its machine runs")?;
+        let disk = disk.with_context(|| format!("the disk {name} is read-only"))?;
+        Self::judge(core, name, disk.resize(bytes))?;
+        Ok((at, disk.size() / understudy_disk::SECTOR))
+    }
+
     /// The machine runs elsewhere, or has ended: end the threads and close everything. What they are doing they do to its end.
     pub fn let_go(&self) {
         let Some(Set { open, .. }) = self.set().take() else { return };
@@ -499,9 +523,9 @@ impl Storage {
     }
 }
 
-fn start_workers(bench: &Bench) -> Result<Vec<JoinHandle<()>>> {
+fn start_workers(how_many: usize, bench: &Bench) -> Result<Vec<JoinHandle<()>>> {
     let mut workers = Vec::new();
-    for _ in 0..WORKERS {
+    for _ in 0..how_many {
         let theirs = bench.clone();
         let spawned = std::thread::Builder::new()
             .name(format!("disk-{}", bench.lane.name.chars().take(10).collect::<String>()))

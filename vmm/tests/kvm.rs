@@ -49,6 +49,7 @@ fn rig(code: &[u8], vcpus: u32, arena_bytes: u64) -> Rig {
         serial: vec![BackendConfig::File(dir.path().join("com1"))],
         console: None,
         disks: Vec::new(),
+        cdroms: Vec::new(),
         node: String::new(),
         ram_file: dir.path().join("ram"),
     };

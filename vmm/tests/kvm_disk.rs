@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 use common::guests::CODE_AT;
 use common::{kvm_is_there, scratch, wait};
 use understudy_disk::{Block, Disk, Format, Identity, Limits, LocalDirectory, Memory, Options, Tag, block};
+use understudy_protocol::cdrom::CdromSpec;
 use understudy_protocol::control::{Captured, Gate, PromoteFrom, VmmState};
-use understudy_protocol::disk::DiskSpec;
+use understudy_protocol::disk::{DiskBus, DiskSpec};
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_vmm::backend::BackendConfig;
 use understudy_vmm::container;
@@ -30,19 +31,31 @@ core::arch::global_asm!(
     ".pushsection .rodata.understudy_disk_guest, \"a\"",
     ".globl understudy_disk_guest",
     "understudy_disk_guest:",
+    ".set SCSI, 0",
     include_str!("common/disk.s"),
     ".globl understudy_disk_guest_end",
     "understudy_disk_guest_end:",
+    ".globl understudy_scsi_guest",
+    "understudy_scsi_guest:",
+    ".set SCSI, 1",
+    include_str!("common/disk.s"),
+    ".globl understudy_scsi_guest_end",
+    "understudy_scsi_guest_end:",
     ".popsection",
 );
 
 unsafe extern "C" {
     static understudy_disk_guest: u8;
     static understudy_disk_guest_end: u8;
+    static understudy_scsi_guest: u8;
+    static understudy_scsi_guest_end: u8;
 }
 
-fn guest() -> Vec<u8> {
-    let (start, end) = (&raw const understudy_disk_guest, &raw const understudy_disk_guest_end);
+fn guest(bus: DiskBus) -> Vec<u8> {
+    let (start, end) = match bus {
+        DiskBus::Virtio => (&raw const understudy_disk_guest, &raw const understudy_disk_guest_end),
+        DiskBus::Scsi => (&raw const understudy_scsi_guest, &raw const understudy_scsi_guest_end),
+    };
     // SAFETY: both are labels in one section of read-only data, in this order, so everything between them is one allocation.
     unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }.to_vec()
 }
@@ -57,6 +70,8 @@ const ROUND: u64 = 64;
 struct Shared {
     dir: tempfile::TempDir,
     nodes: u32,
+    bus: DiskBus,
+    cdroms: Vec<CdromSpec>,
     tuning: &'static str,
 }
 
@@ -67,9 +82,12 @@ thread_local! {
 
 impl Shared {
     fn new() -> Self {
+        Self::with(DiskBus::Virtio)
+    }
+    fn with(bus: DiskBus) -> Self {
         let dir = scratch();
         std::fs::write(dir.path().join("disk"), vec![0; 1 << 20]).unwrap();
-        Self { dir, nodes: 0, tuning: TUNING.get() }
+        Self { dir, nodes: 0, bus, cdroms: Vec::new(), tuning: TUNING.get() }
     }
     fn disk(&self) -> PathBuf {
         self.dir.path().join("disk")
@@ -78,7 +96,8 @@ impl Shared {
         self.dir.path().join("disk.row")
     }
     fn spec(&self) -> DiskSpec {
-        format!("name=vda,file={},format=raw{}", self.disk().display(), self.tuning).parse().unwrap()
+        let bus = if self.bus == DiskBus::Scsi { ",bus=scsi" } else { "" };
+        format!("name=vda,file={},format=raw{bus}{}", self.disk().display(), self.tuning).parse().unwrap()
     }
     /// A machine on a node of its own, its RAM holding this image.
     fn node(&mut self, image: Option<&[u8]>) -> Node {
@@ -93,10 +112,11 @@ impl Shared {
             name: "test".into(),
             memory_mib: MIB,
             vcpus: 1,
-            boot: BootSource::Flat { code: guest(), at: CODE_AT },
+            boot: BootSource::Flat { code: guest(self.bus), at: CODE_AT },
             serial: vec![BackendConfig::File(dir.join("com1"))],
             console: None,
             disks: vec![self.spec()],
+            cdroms: self.cdroms.clone(),
             node: format!("n{}", self.nodes),
             ram_file: dir.join("ram"),
         };
@@ -299,8 +319,18 @@ fn after_every_takeover_disk_and_memory_agree_and_who_was_left_behind_is_fenced(
     if !kvm_is_there() {
         return;
     }
-    let mut random = Random(0x1234_5678_9abc_def1);
-    let mut shared = Shared::new();
+    take_over_again_and_again(Shared::new(), Random(0x1234_5678_9abc_def1));
+}
+
+#[test]
+fn after_every_takeover_a_scsi_disk_and_memory_agree() {
+    if !kvm_is_there() {
+        return;
+    }
+    take_over_again_and_again(Shared::with(DiskBus::Scsi), Random(0x0fed_cba9_8765_4321));
+}
+
+fn take_over_again_and_again(mut shared: Shared, mut random: Random) {
     let mut node = shared.node(None).boot(1, Gate::Hold);
     let mut stages = [0; 4];
     for generation in 1..=12 {
@@ -632,4 +662,138 @@ fn what_cannot_be_done_with_disks_yet_is_refused_with_a_sentence() {
     node.goes_on(ROUND);
     drop(session);
     node.end();
+}
+
+/// A disc of so many blocks, each of them of this byte.
+fn burn(at: &Path, blocks: usize, byte: u8) -> String {
+    std::fs::write(at, vec![byte; blocks * 2048]).unwrap();
+    at.to_str().unwrap().into()
+}
+
+#[test]
+fn a_drive_holds_after_a_takeover_what_it_held_or_is_empty_and_says_why() {
+    if !kvm_is_there() {
+        return;
+    }
+    let mut shared = Shared::with(DiskBus::Scsi);
+    let (first, second) = (shared.dir.path().join("1.iso"), shared.dir.path().join("2.iso"));
+    let (first_name, second_name) = (burn(&first, 20, 1), burn(&second, 30, 2));
+    shared.cdroms = vec![format!("name=cd0,file={first_name}").parse().unwrap(), "name=cd1".parse().unwrap()];
+    let drive = |node: &Node, i: usize| node.machine.status().cdroms[i].clone();
+    let node = shared.node(None).boot(1, Gate::Hold);
+    assert_eq!((drive(&node, 0).file, drive(&node, 0).size_bytes), (Some(first_name.clone()), 20 * 2048));
+    assert_eq!(drive(&node, 1).file, None);
+    let mut session = node.attach();
+    let mut image = Image { ram: node.ram(), state: Vec::new() };
+    node.checkpoint(&mut session, 1, true, &mut image);
+    node.machine.insert("cd1", &second_name, false).unwrap();
+    node.machine.eject("cd0", false).unwrap();
+    node.goes_on(ROUND);
+    let before = image.clone();
+    node.checkpoint(&mut session, 2, false, &mut image);
+    // What cannot be is refused, and changes nothing.
+    std::fs::write(shared.dir.path().join("odd"), vec![0; 2048 + 512]).unwrap();
+    let odd = shared.dir.path().join("odd");
+    for (refused, why) in [
+        (node.machine.insert("cd1", odd.to_str().unwrap(), false), "multiple of 2048"),
+        (node.machine.insert("cd9", &second_name, false), "it has cd0, cd1"),
+        (node.machine.insert("cd1", "/nowhere", false), "/nowhere"),
+        (node.machine.eject("vda", true), "no drive"),
+    ] {
+        let refused = format!("{:#}", refused.unwrap_err());
+        assert!(refused.contains(why), "{refused}");
+    }
+    assert_eq!((drive(&node, 0).file, drive(&node, 1).file), (None, Some(second_name.clone())));
+    node.machine.vcpus.stop_all();
+
+    let next = shared.node(Some(&image.ram));
+    next.take_over(2, &image.state).unwrap();
+    next.goes_on(2 * ROUND);
+    assert_eq!((drive(&next, 0).file, drive(&next, 1).file), (None, Some(second_name.clone())));
+    assert_eq!((drive(&next, 0).problem, drive(&next, 1).problem), (None, None));
+    // The next one finds another disc under the same name, and its own configured one not used.
+    let mut session_ = next.attach();
+    let mut image = Image { ram: next.ram(), state: Vec::new() };
+    next.checkpoint(&mut session_, 1, true, &mut image);
+    next.machine.vcpus.stop_all();
+    burn(&second, 30, 3);
+    let last = shared.node(Some(&image.ram));
+    last.take_over(3, &image.state).unwrap();
+    last.goes_on(2 * ROUND);
+    let empty = drive(&last, 1);
+    assert_eq!(empty.file, None);
+    assert!(empty.problem.is_some_and(|why| why.contains("another image here")), "{:?}", drive(&last, 1).problem);
+    last.machine.insert("cd1", &second_name, false).unwrap();
+    assert_eq!((drive(&last, 1).file, drive(&last, 1).problem), (Some(second_name), None));
+    assert_ne!(before.state, image.state);
+    for (node, session) in [(node, Some(session)), (next, Some(session_)), (last, None)] {
+        drop(session);
+        node.machine.vcpus.stop_all();
+        node.end();
+    }
+}
+
+#[test]
+fn a_disk_grows_while_it_is_protected_and_is_as_large_after_a_takeover() {
+    if !kvm_is_there() {
+        return;
+    }
+    for bus in [DiskBus::Virtio, DiskBus::Scsi] {
+        let mut shared = Shared::with(bus);
+        let size = |node: &Node| node.machine.status().disks[0].size_bytes;
+        let node = shared.node(None).boot(1, Gate::Hold);
+        let mut session = node.attach();
+        let mut image = Image { ram: node.ram(), state: Vec::new() };
+        node.checkpoint(&mut session, 1, true, &mut image);
+        node.goes_on(ROUND);
+        node.machine.resize_disk("vda", 3 << 20).unwrap();
+        assert_eq!(size(&node), 3 << 20);
+        if bus == DiskBus::Virtio {
+            // The checkpoint is older than the new size.
+            node.goes_on(ROUND);
+        }
+        for (refused, why) in [
+            (node.machine.resize_disk("vda", 2 << 20), "cannot be made smaller"),
+            (node.machine.resize_disk("vda", (4 << 20) + 1), "whole number of sectors"),
+            (node.machine.resize_disk("vdb", 4 << 20), "it has vda"),
+        ] {
+            let refused = format!("{:#}", refused.unwrap_err());
+            assert!(refused.contains(why), "{refused}");
+        }
+        if bus == DiskBus::Scsi {
+            // (The guest takes a unit attention for an error: it is cut before its next command, or after that one.)
+            node.machine.vcpus.stop_all();
+        }
+        let next = shared.node(Some(&image.ram));
+        next.take_over(2, &image.state).unwrap();
+        assert_eq!(size(&next), 3 << 20);
+        if bus == DiskBus::Virtio {
+            next.goes_on(2 * ROUND);
+        } else {
+            wait("the guest is told, and takes it for an error", || !next.agrees());
+        }
+        for (node, session) in [(node, Some(session)), (next, None)] {
+            node.machine.vcpus.stop_all();
+            drop(session);
+            node.machine.vcpus.stop_all();
+            node.end();
+        }
+    }
+}
+
+#[test]
+fn a_base_that_shrank_is_the_guests_error_and_a_sentence_in_the_status() {
+    if !kvm_is_there() {
+        return;
+    }
+    for bus in [DiskBus::Virtio, DiskBus::Scsi] {
+        let mut shared = Shared::with(bus);
+        let node = shared.node(None).boot(1, Gate::Open);
+        node.goes_on(2 * ROUND);
+        std::fs::File::options().write(true).open(shared.disk()).unwrap().set_len(8 * 512).unwrap();
+        wait("the guest is told", || !node.agrees());
+        let problem = node.machine.status().disks[0].problem.clone().unwrap();
+        assert!(problem.contains("shrank from 1048576") && problem.contains("I/O error"), "{problem}");
+        node.end();
+    }
 }

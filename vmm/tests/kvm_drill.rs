@@ -68,6 +68,7 @@ impl Node {
             serial: vec![BackendConfig::File(dir.join("com1")), BackendConfig::None],
             console: Some(BackendConfig::None),
             disks: Vec::new(),
+            cdroms: Vec::new(),
             node: String::new(),
             ram_file: layout.ram(),
         };

@@ -56,6 +56,7 @@ fn host(kernel: &Path, initrd: &Path) -> Host {
         serial: vec![BackendConfig::File(dir.path().join("com1"))],
         console: None,
         disks: Vec::new(),
+        cdroms: Vec::new(),
         node: String::new(),
         ram_file: dir.path().join("ram"),
     };

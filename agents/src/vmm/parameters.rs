@@ -2,6 +2,7 @@
 
 use ocf::parameter::{Declaration, Param, Parameters};
 use std::time::Duration;
+use understudy_protocol::cdrom;
 use understudy_protocol::disk::parse_list;
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
@@ -54,7 +55,7 @@ pub static CONSOLE: Param<String> = Param::text("console")
     .long("What is behind the guest's virtio console: file:PATH. Not set: there is none.");
 /// Disks.
 pub static DISKS: Param<String> = Param::text("disks").check(disks).short("Disks").long(
-    "The guest's disks, one a line or separated by semicolons: name=NAME,file=PATH,format=raw|qcow2[,slices=DIRECTORY][,queues=N][,readonly]. \
+    "The guest's disks, one a line or separated by semicolons: name=NAME,file=PATH,format=raw|qcow2[,bus=virtio|scsi][,slices=DIRECTORY][,queues=N][,readonly]. \
      PATH is a file or a block device that every node sees as the same one; NAME is what status and guest call it; DIRECTORY (default: PATH.row, and to be said \
      for a block device) is where a protected machine's writes wait until their checkpoint is committed, on a file system that every node sees, with locks that \
      work between nodes. The same on every node. A machine with disks cannot be migrated live yet.",
@@ -62,6 +63,16 @@ pub static DISKS: Param<String> = Param::text("disks").check(disks).short("Disks
 /// Whether the list can be a machine's.
 fn disks(value: &str) -> Result<(), String> {
     parse_list(value).map(drop).map_err(|e| e.to_string())
+}
+/// CD-ROM drives.
+pub static CDROMS: Param<String> = Param::text("cdroms").check(cdroms).short("CD-ROM drives").long(
+    "The guest's CD-ROM drives, one a line or separated by semicolons: name=NAME[,file=PATH]. PATH is an ISO image that lies in the drive when the machine is \
+     switched on; the same file on every node. What lies in it later (understudy-vmm insert, eject) is part of the machine's state; if a node does not have \
+     that file the drive is empty there after a takeover.",
+);
+/// Whether the list can be a machine's.
+fn cdroms(value: &str) -> Result<(), String> {
+    cdrom::parse_list(value).map(drop).map_err(|e| e.to_string())
 }
 /// Capture strategy.
 pub static CAPTURE: Param<String> = Param::choice("capture", &["auto", "stop", "lock", "validate"])
@@ -141,6 +152,7 @@ pub fn declarations() -> Vec<&'static Declaration> {
         SERIAL1.declaration(),
         CONSOLE.declaration(),
         DISKS.declaration(),
+        CDROMS.declaration(),
         ARENA.declaration(),
         CAPTURE.declaration(),
         SHUTDOWN_MODE.declaration(),
@@ -177,6 +189,12 @@ pub fn command_line(p: &Parameters, node: &str, run: Run) -> ocf::Result<Vec<Str
     for disk in &disks {
         option("disk", Some(disk.to_string()));
     }
+    let drives = cdrom::parse_list(&p.find(&CDROMS)?.unwrap_or_default())
+        .and_then(|drives| cdrom::check_list(&drives, &disks).map(|()| drives))
+        .map_err(|e| ocf::Failure::arguments(format!("parameter cdroms: {e}")))?;
+    for drive in &drives {
+        option("cdrom", Some(drive.to_string()));
+    }
     // It stands in the disks' owner records, and nowhere else.
     option("node", (!disks.is_empty()).then(|| node.to_owned()));
     option("capture", Some(p.get(&CAPTURE)?));
@@ -211,6 +229,22 @@ mod tests {
         assert!(line_.contains(wanted), "{line_}");
         let none = line(None).unwrap().join(" ");
         assert!(!none.contains("--disk") && !none.contains("--node"), "{none}");
+    }
+
+    #[test]
+    fn drives_are_handed_on() {
+        let pairs = [
+            ("OCF_RESKEY_name", "m"),
+            ("OCF_RESKEY_kernel", "/k"),
+            ("OCF_RESKEY_disks", "name=a,file=/a,format=raw,bus=scsi"),
+            ("OCF_RESKEY_cdroms", "name=cd0,file=/a.iso;name=cd1"),
+        ];
+        let parameters = Parameters::new(Environment::from_pairs(pairs));
+        let line = command_line(&parameters, "n1", Run::Standby).unwrap().join(" ");
+        let wanted =
+            "--disk name=a,file=/a,format=raw,bus=scsi --cdrom name=cd0,file=/a.iso --cdrom name=cd1 --node n1 ";
+        assert!(line.contains(wanted), "{line}");
+        assert!(cdroms("name=cd0;name=cd0").unwrap_err().contains("its name"));
     }
 
     #[test]

@@ -8,9 +8,10 @@ use understudy_vmm::devices::acpi_pm::AcpiPm;
 use understudy_vmm::devices::i8042::{I8042, Port92};
 use understudy_vmm::devices::pci::PciBus;
 use understudy_vmm::devices::rtc::Rtc;
+use understudy_vmm::devices::scsi::{self, Medium, Reply, Unit, Work};
 use understudy_vmm::devices::uart16550::Uart16550;
 use understudy_vmm::devices::virtio::block::{Block, Kind, OUT_MAX, Outcome};
-use understudy_vmm::devices::virtio::{Console, Rng, VirtioPci};
+use understudy_vmm::devices::virtio::{Console, Rng, Scsi, VirtioPci};
 use understudy_vmm::devices::{Ctx, GuestRam, Payload, Payloads, PioDevice, Snapshot, VmTime};
 use understudy_vmm::memory::Ram;
 
@@ -259,6 +260,169 @@ pub fn virtio_blk(bytes: &[u8]) {
     }
 }
 
+/// A controller with a disk, a drive and two queues of commands, alone on its bus.
+pub fn scsi() -> PciBus {
+    let mut bus = PciBus::new();
+    let units = vec![Unit::disk("sda", false), Unit::cdrom("cd0")];
+    // The slot is free and the window is large enough: this cannot fail.
+    bus.add(4, Box::new(VirtioPci::new(Scsi::new(2, units)))).expect("slot 4");
+    bus.assign_bars(BARS..BARS + 0x10_0000).expect("a window for the registers");
+    bus
+}
+
+/// A guest that puts anything into its SCSI controller's rings, and a person at its drive and disk; answers late, wrong, or twice; and a takeover now
+/// and then.
+pub fn virtio_scsi(bytes: &[u8]) {
+    let (mut bus, mut input) = (scsi(), Input::new(bytes));
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).expect("a little RAM");
+    let disc = |bytes: u64| Medium { file: "/a".into(), bytes: bytes * 2048, identity: 0 };
+    if let Some(device) = bus.get_mut::<VirtioPci<Scsi>>(4) {
+        device.set_sectors(0, SECTORS, &Ctx { now: VmTime(0), ram: &ram });
+        device.load_medium(1, Some(disc(16)));
+    }
+    let features = if input.byte().is_multiple_of(2) { 1 << 29 | 0b110 } else { 0b100 };
+    set_up_queues(&mut bus, &ram, 0, features, 4);
+    let mut out = Vec::new();
+    while !input.is_empty() {
+        let ctx = Ctx { now: VmTime(0), ram: &ram };
+        match input.byte() % 9 {
+            0 => _ = bus.mmio_write(BARS + input.odd_number() % 0x2100, input.piece(), &ctx),
+            1 => _ = bus.mmio_read(BARS + 0x2000 + input.odd_number() % 0x1000, &mut [0; 8], &ctx),
+            2 => _ = ram.write_slice(input.piece(), GuestAddress(u64::from(input.byte()) * 0x100)),
+            // A request of any queue: header, data that is sent, response, data that is wanted.
+            3 | 4 => {
+                let (queue, target, how) = (u64::from(input.byte() % 4), input.byte(), input.byte());
+                let (header, response, data) = (0x8000, 0x8200, 0x9000 + 0x100 * u64::from(input.byte()));
+                let mut bytes = match queue {
+                    0 => [
+                        &[0, 0, 0, 0, how & 7, 0, 0, 0][..],
+                        &[1, target % 3, 0x40, 0, 0, 0, 0, 0],
+                        &[target % 4, 0, 0, 0, 0, 0, 0, 0],
+                    ]
+                    .concat(),
+                    _ => [&[1, target % 3, 0x40, 0, 0, 0, 0, 0, target % 4][..], &[0; 10], input.piece()].concat(),
+                };
+                bytes.resize(if queue == 0 { 24 } else { 51 }, 0);
+                let _ = ram.write_slice(&bytes, GuestAddress(header));
+                let len = 64 * u32::from(input.byte());
+                let (sent, wanted) = if how & 0x40 == 0 { (0, len) } else { (len, 0) };
+                let spoiled = u32::from(how == 0xff);
+                let descriptors = [
+                    (header, bytes.len() as u32 - spoiled, 1, 1),
+                    (data, sent, 1, 2),
+                    (response, if queue == 0 { 1 } else { 108 } - spoiled, 3, 3),
+                    (data, wanted, 2, 0),
+                ];
+                let at_table = table(0, queue);
+                for (i, (addr, len, flags, next)) in (0u64..).zip(descriptors) {
+                    let _ = ram.write_obj::<u64>(addr, GuestAddress(at_table + 16 * i));
+                    let _ = ram.write_obj::<u32>(len, GuestAddress(at_table + 16 * i + 8));
+                    let _ = ram.write_obj::<u16>(flags, GuestAddress(at_table + 16 * i + 12));
+                    let _ = ram.write_obj::<u16>(next, GuestAddress(at_table + 16 * i + 14));
+                }
+                // An event needs no header.
+                let head = if queue == 1 { 3u16 } else { 0 };
+                let ring = at_table + 0x400;
+                let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
+                let _ = ram.write_obj(head, GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
+                let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+                let _ = bus.mmio_write(BARS + 0x3000 + 4 * queue, &(queue as u16).to_le_bytes(), &ctx);
+            }
+            5 => {
+                let Some(device) = bus.get_mut::<VirtioPci<Scsi>>(4) else { return };
+                for unit in 0..2 {
+                    let blocks = device.device().units()[unit].blocks() * device.device().units()[unit].block();
+                    let fresh = device.take_requests_of(unit, &ctx);
+                    for request in &fresh {
+                        match &request.kind {
+                            Kind::Read { at, len } => assert!(at + *len as u64 <= blocks.max(LARGEST)),
+                            Kind::Write { at, from, .. } => {
+                                let len: usize = from.iter().map(|(_, len)| len).sum();
+                                assert!(unit == 0 && at + len as u64 <= LARGEST);
+                            }
+                            Kind::Fill { at, len, .. } => assert!(unit == 0 && at + len <= LARGEST),
+                            Kind::Discard(all) | Kind::WriteZeroes(all) => {
+                                assert!(all.iter().all(|r| (r.sector + u64::from(r.sectors)) * 512 <= LARGEST));
+                            }
+                            Kind::Flush => assert!(unit == 0),
+                        }
+                    }
+                    out.extend(fresh);
+                }
+                assert!(device.out() <= OUT_MAX);
+            }
+            6 => {
+                let (which, how) = (usize::from(input.byte()), input.byte());
+                let Some(device) = bus.get_mut::<VirtioPci<Scsi>>(4) else { return };
+                if let Some(request) = out.get(which % out.len().max(1)) {
+                    let len = request.kind.reads();
+                    let outcome = match how % 4 {
+                        0 => Outcome::Failed,
+                        1 => Outcome::Done(vec![1; len + 1]),
+                        _ => Outcome::Done(vec![1; len]),
+                    };
+                    device.complete(vec![(request.id, outcome)], &ctx);
+                    if how < 0x80 {
+                        out.swap_remove(which % out.len());
+                    }
+                }
+            }
+            7 => {
+                let how = input.byte();
+                let Some(device) = bus.get_mut::<VirtioPci<Scsi>>(4) else { return };
+                match how % 3 {
+                    0 => device.set_sectors(0, u64::from(how), &ctx),
+                    1 => _ = device.change_medium(1, Some(disc(u64::from(how))), how >= 0x80, &ctx),
+                    _ => _ = device.change_medium(1, None, how >= 0x80, &ctx),
+                }
+            }
+            _ => {
+                let saved = bus.save_payloads();
+                let mut other = scsi();
+                let taken = Payloads::new(saved.clone()).and_then(|mut all| other.restore_payloads(&mut all));
+                assert_eq!(taken, Ok(()), "what was saved is taken back");
+                assert_eq!(other.save_payloads(), saved);
+                (bus, out) = (other, Vec::new());
+            }
+        }
+        bus.take_msi();
+    }
+}
+
+/// The largest that disk and disc become, in bytes.
+const LARGEST: u64 = 255 * 2048;
+
+/// Any command, to a disk and to a drive: the first byte says which, and how much of what follows is its parameter list.
+pub fn scsi_command(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let mut units = [Unit::disk("sda", false), Unit::disk("ro", true), Unit::cdrom("cd0")];
+    units[0].set_blocks(SECTORS);
+    units[1].set_blocks(SECTORS);
+    units[2].load_medium(Some(Medium { file: "/a".into(), bytes: 16 * 2048, identity: 0 }));
+    while !input.is_empty() {
+        let unit = &mut units[usize::from(input.byte() % 3)];
+        let (cdb, parameters) = (input.piece(), input.piece());
+        assert!(unit.parameters(cdb) <= scsi::PARAMETER_BYTES.max(512));
+        let bytes = unit.blocks() * unit.block();
+        match unit.command(cdb, parameters) {
+            Reply::Data(data) => assert!(data.len() < 4096),
+            Reply::Check(sense) => assert!(sense.key != 0),
+            Reply::Do(Work::Flush) => {}
+            Reply::Do(Work::Zero { runs, .. }) => assert!(runs.iter().all(|(first, n)| (first + n) * 512 <= bytes)),
+            Reply::Do(
+                Work::Read { at, len }
+                | Work::Write { at, len, .. }
+                | Work::Verify { at, len, .. }
+                | Work::Fill { at, len, .. },
+            ) => assert!(len > 0 && at + len <= bytes),
+        }
+        let _ = Unit::absent(cdb);
+        let saved = unit.save();
+        assert_eq!(unit.restore(saved.clone()), Ok(()));
+        assert_eq!(unit.save(), saved);
+    }
+}
+
 const SIZE: u16 = 8;
 
 /// Where the descriptors of a queue are; its available ring is 0x400 behind, its used ring 0x800.
@@ -268,17 +432,21 @@ fn table(slot: u64, queue: u64) -> u64 {
 
 /// As a driver does it: features, queues, ready.
 fn set_up(bus: &mut PciBus, ram: &GuestRam, slot: u64, event_idx: bool) {
+    set_up_queues(bus, ram, slot, u32::from(event_idx) << 29, 2);
+}
+
+fn set_up_queues(bus: &mut PciBus, ram: &GuestRam, slot: u64, features: u32, queues: u16) {
     let ctx = Ctx { now: VmTime(0), ram };
     let mut write = |offset: u64, data: &[u8]| _ = bus.mmio_write(BARS + slot * 0x8000 + offset, data, &ctx);
     for status in [0, 1, 3] {
         write(0x14, &[status]);
     }
-    for (half, features) in [(0u32, u32::from(event_idx) << 29), (1, 1)] {
+    for (half, features) in [(0u32, features), (1, 1)] {
         write(0x08, &half.to_le_bytes());
         write(0x0c, &features.to_le_bytes());
     }
     write(0x14, &[0x0b]);
-    for queue in 0..2u16 {
+    for queue in 0..queues {
         write(0x16, &queue.to_le_bytes());
         write(0x18, &SIZE.to_le_bytes());
         write(0x1a, &(queue + 1).to_le_bytes());

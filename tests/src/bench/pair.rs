@@ -107,6 +107,7 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         serial: vec![args.serial.unwrap_or(BackendConfig::None)],
         console: None,
         disks: args.disk,
+        cdroms: Vec::new(),
         node: args.node,
         ram_file: layout.ram(),
     };

@@ -3,6 +3,7 @@
 pub mod agents;
 pub mod bad_days;
 pub mod migration;
+pub mod scsi;
 pub mod tools;
 
 use anyhow::Result;

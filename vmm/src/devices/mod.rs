@@ -65,6 +65,7 @@ pub mod i8042;
 pub mod pci;
 pub mod rtc;
 pub mod saved;
+pub mod scsi;
 #[cfg(test)]
 mod testing;
 pub mod uart16550;

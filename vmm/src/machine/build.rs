@@ -10,6 +10,7 @@ impl Machine {
         config.serial.iter().chain(&config.console).try_for_each(BackendConfig::validate)?;
         ensure!(config.serial.len() <= 4, "a machine has at most 4 serial ports");
         storage::validate(&config.disks)?;
+        check_cdroms(&config.cdroms, &config.disks)?;
         if let BootSource::Linux { kernel, initrd, cmdline } = &config.boot {
             LinuxBoot::open(kernel, initrd.as_deref(), cmdline)?;
         }
@@ -47,10 +48,14 @@ impl Machine {
                 serial_ports: config.serial.len(),
                 console: config.console.is_some(),
                 disks: storage::shapes(&config.disks, config.vcpus),
+                cdroms: storage::media::shapes(&config.cdroms),
+                scsi_queues: config.vcpus as u16,
             },
             &ram,
         )?;
-        let storage = Storage::new(&config.name, &config.node, &config.disks, hardware.disks.clone());
+        let mut lanes: Vec<_> = hardware.disks.iter().map(|disk| disk.lane.clone()).collect();
+        let drives = Drives::new(&config.cdroms, lanes.split_off(config.disks.len()));
+        let storage = Storage::new(&config.name, &config.node, &config.disks, lanes);
         let core = Arc::new(Core::new(config.name.clone(), vm, ram, manual_log, hardware, events));
         let vcpus = Vcpus::start(fds, &core)?;
         let cpuids = Arc::new(cpuids);
@@ -85,6 +90,7 @@ impl Machine {
             life_changed: Condvar::new(),
             pumps: Mutex::new(Vec::new()),
             storage,
+            drives,
             kvm_backend: kvm_backend(),
             capture: Mutex::default(),
         })

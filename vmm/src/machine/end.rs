@@ -36,6 +36,7 @@ impl Machine {
         let spawned = std::thread::Builder::new().name("retire".into()).spawn(move || {
             machine.stop_pumps();
             machine.storage.let_go();
+            machine.drives.let_go();
         });
         if let Err(e) = spawned {
             eprintln!("warning: the links to the boards and the disks stay until the process ends: {e}");
@@ -56,6 +57,7 @@ impl Machine {
             self.storage.finish();
         }
         self.storage.let_go();
+        self.drives.let_go();
     }
 
     /// Whether all released output has arrived at the other end; for a polite end after a power-off.

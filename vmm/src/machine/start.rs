@@ -2,6 +2,7 @@
 //!
 //! What must hold: interrupt controllers before LAPICs, clock and TSC before the vCPUs' states, all of them before anything runs.
 
+use super::disks::Opened;
 use super::*;
 
 impl Machine {
@@ -24,8 +25,8 @@ impl Machine {
                 Some((state_file, bytes))
             }
         };
-        if !self.storage.any() {
-            return self.run_from(life, generation, image, gate, &[]);
+        if !self.storage.any() && !self.drives.any() {
+            return self.run_from(life, generation, image, gate, Opened::default());
         }
         // Storage can be slow. Nobody else starts the machine meanwhile, and its status can still be asked for.
         life.cutting = true;
@@ -34,22 +35,14 @@ impl Machine {
         let mut life = self.life();
         life.cutting = false;
         self.life_changed();
-        let sectors = opened?;
+        let opened = opened.inspect_err(|_| self.let_go_of_disks())?;
         let promoted = if life.state == VmmState::Standby {
-            self.run_from(life, generation, image, gate, &sectors)
+            self.run_from(life, generation, image, gate, opened)
         } else {
             drop(life);
             Err(anyhow::anyhow!("the machine was ended while its disks were opened"))
         };
-        promoted.inspect_err(|_| self.storage.let_go())
-    }
-
-    fn open_disks(&self, generation: Generation, image: Option<&[u8]>) -> Result<Vec<u64>> {
-        let tags = match image {
-            Some(bytes) => self.storage.tags(&mut container::decode(bytes)?)?,
-            None => None,
-        };
-        self.storage.open(&self.core, generation, tags.as_ref())
+        promoted.inspect_err(|_| self.let_go_of_disks())
     }
 
     /// The disks are open; the rest of a promotion.
@@ -59,7 +52,7 @@ impl Machine {
         generation: Generation,
         image: Option<(&String, Vec<u8>)>,
         gate: Gate,
-        sectors: &[u64],
+        opened: Opened,
     ) -> Result<()> {
         let mut hardware = self.core.hardware();
         match image {
@@ -73,7 +66,7 @@ impl Machine {
                 .load_image(&mut life, &mut hardware, &bytes)
                 .with_context(|| format!("cannot load the machine from {state_file}"))?,
         }
-        hardware.resize_disks(sectors);
+        self.show(&mut hardware, opened);
         hardware.set_gate(gate);
         self.start_pumps(&mut hardware, generation, life.born)?;
         life.generation = generation;

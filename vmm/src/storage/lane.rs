@@ -46,6 +46,7 @@ impl Job {
             Kind::Flush => "flush",
             Kind::Discard(_) => "discard",
             Kind::WriteZeroes(_) => "write of zeroes",
+            Kind::Fill { .. } => "write of a pattern",
         }
     }
 }

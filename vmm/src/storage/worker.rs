@@ -15,6 +15,9 @@ use crate::devices::virtio::block::{Kind, Outcome, SECTOR};
 /// The same complaint is not written to the log again within this time.
 const LOG_AGAIN: Duration = Duration::from_secs(30);
 
+/// A pattern is written in pieces of about this size.
+const FILL_BYTES: usize = 256 << 10;
+
 /// What a disk's requests meet last, for status and log.
 #[derive(Debug, Default)]
 pub struct Complaint(Mutex<Said>);
@@ -33,7 +36,8 @@ impl Complaint {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).now.clone()
     }
 
-    fn forget(&self) {
+    /// It is over.
+    pub fn forget(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).now = None;
     }
 
@@ -161,6 +165,15 @@ fn perform(job: &Job, lane: &Lane, disk: &dyn Block, ram: &GuestRam) -> Result<O
             disk.write_at(*at, &bytes)?;
             if *durable {
                 disk.flush()?;
+            }
+        }
+        Kind::Fill { at, len, pattern } => {
+            let piece = pattern.repeat((FILL_BYTES / pattern.len().max(1)).max(1));
+            let (mut at, mut left) = (*at, *len);
+            while left > 0 {
+                let now = left.min(piece.len() as u64);
+                disk.write_at(at, &piece[..now as usize])?;
+                (at, left) = (at + now, left - now);
             }
         }
         Kind::Flush => disk.flush()?,

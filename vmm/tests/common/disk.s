@@ -1,10 +1,12 @@
-# A guest that keeps a disk: ring 3, 64 bits, one vCPU, no interrupts, no stack. Its disk is in slot 3 of the bus, of at least 64 sectors, and was all zeroes.
+# A guest that keeps a disk: ring 3, 64 bits, one vCPU, no interrupts, no stack. Its disk is in slot 3 of the bus or, with SCSI set to 1, target 0 of the
+# SCSI controller in slot 16. It has at least 64 sectors, and was all zeroes.
 #
 # It sets the disk up as a driver does. Then, for n = 64, 65, …: it reads sector n mod 64, which must hold n - 64 (or nothing, the first time round);
 # writes n there; flushes every fourth time; says n on COM1, four bytes. So what it knows (n) and what the disk holds are compared again
 # and again, and every number that is seen outside is on the disk. If they differ it writes 1 to 0x200008 and stops.
 #
-# n stands at 0x200000, the rings at 0x300000 (descriptors), 0x301000 (driver), 0x302000 (device), header and status at 0x303000, data at 0x304000.
+# n stands at 0x200000, the rings at 0x300000 (descriptors), 0x301000 (driver), 0x302000 (device), header and status (SCSI: response, 64 bytes
+# further) at 0x303000, data at 0x304000.
 #
 # r8 registers of the disk   r9 descriptors   r10 0x303000   r11 data   r12 0x200000   r13 driver area   r14 device area
 
@@ -17,28 +19,40 @@
     mov     r14d, 0x302000
     # BAR 0, then memory and bus master.
     mov     edx, 0xcf8
+.if SCSI
+    mov     eax, 0x80008010
+.else
     mov     eax, 0x80001810
+.endif
     out     dx, eax
     mov     edx, 0xcfc
     mov     eax, 0xc0000000
     out     dx, eax
     mov     edx, 0xcf8
+.if SCSI
+    mov     eax, 0x80008004
+.else
     mov     eax, 0x80001804
+.endif
     out     dx, eax
     mov     edx, 0xcfc
     mov     eax, 6
     out     dx, eax
-    # Reset, acknowledge, driver; flush and version 1; features agreed.
+    # Reset, acknowledge, driver; flush (SCSI needs no feature for it) and version 1; features agreed.
     mov     byte ptr [r8 + 0x14], 0
     mov     byte ptr [r8 + 0x14], 1
     mov     byte ptr [r8 + 0x14], 3
     mov     dword ptr [r8 + 0x08], 0
+.if SCSI
+    mov     dword ptr [r8 + 0x0c], 0
+.else
     mov     dword ptr [r8 + 0x0c], 0x200
+.endif
     mov     dword ptr [r8 + 0x08], 1
     mov     dword ptr [r8 + 0x0c], 1
     mov     byte ptr [r8 + 0x14], 0x0b
-    # Queue 0 with 8 entries.
-    mov     word ptr [r8 + 0x16], 0
+    # Queue 0 (SCSI: 2, the first with commands) with 8 entries.
+    mov     word ptr [r8 + 0x16], SCSI * 2
     mov     word ptr [r8 + 0x18], 8
     mov     dword ptr [r8 + 0x20], 0x300000
     mov     dword ptr [r8 + 0x24], 0
@@ -51,16 +65,34 @@
     # No interrupts; the buffers of every request.
     mov     word ptr [r13], 1
     mov     qword ptr [r9], r10
+.if SCSI
+    mov     dword ptr [r9 + 8], 51
+.else
     mov     dword ptr [r9 + 8], 16
+.endif
     mov     word ptr [r9 + 12], 1
     mov     qword ptr [r9 + 16], r11
     mov     dword ptr [r9 + 24], 512
     mov     word ptr [r9 + 30], 2
+.if SCSI
+    lea     rax, [r10 + 64]
+    mov     dword ptr [r9 + 40], 108
+.else
     lea     rax, [r10 + 16]
-    mov     qword ptr [r9 + 32], rax
     mov     dword ptr [r9 + 40], 1
+.endif
+    mov     qword ptr [r9 + 32], rax
     mov     word ptr [r9 + 44], 2
     mov     qword ptr [r12], 64
+.if SCSI
+    # Target 0, unit 0. Is it ready? It only tells of its power on.
+    mov     byte ptr [r10], 1
+    mov     byte ptr [r10 + 2], 0x40
+    mov     eax, 5
+    xor     ebx, ebx
+    lea     r15, [rip + 20f]
+    jmp     80f
+.endif
 
     # Read: n - 64, or nothing.
 20: mov     rbx, [r12]
@@ -115,11 +147,41 @@
     inc     qword ptr [r12]
     jmp     20b
 
-    # Ask for eax at sector rbx, wait, go on at r15.
-80: mov     dword ptr [r10], eax
+    # Ask for eax (0 read, 1 write, 4 flush, 5 ready?) at sector rbx, wait, go on at r15.
+80:
+.if SCSI
+    # Header, response, data; or header, data, response.
+    mov     word ptr [r9 + 14], 2
+    mov     word ptr [r9 + 44], 2
+    mov     ecx, 0x35
+    cmp     eax, 4
+    je      85f
+    xor     ecx, ecx
+    cmp     eax, 5
+    je      85f
+    mov     ecx, 0x2a
+    cmp     eax, 1
+    je      84f
+    mov     word ptr [r9 + 44], 3
+    mov     word ptr [r9 + 46], 1
+    mov     word ptr [r9 + 28], 2
+    mov     ecx, 0x28
+    jmp     85f
+84: mov     word ptr [r9 + 14], 1
+    mov     word ptr [r9 + 28], 1
+    # Operation code, address, one block.
+85: mov     byte ptr [r10 + 19], cl
+    mov     ecx, ebx
+    bswap   ecx
+    mov     dword ptr [r10 + 21], ecx
+    mov     byte ptr [r10 + 27], 1
+    mov     word ptr [r10 + 74], 0x7777
+.else
+    mov     dword ptr [r10], eax
     mov     dword ptr [r10 + 4], 0
     mov     qword ptr [r10 + 8], rbx
     mov     byte ptr [r10 + 16], 0x77
+.endif
     movzx   edx, word ptr [r13 + 2]
     mov     esi, edx
     and     esi, 7
@@ -130,9 +192,17 @@
 81: pause
     cmp     word ptr [r14 + 2], dx
     jne     81b
+.if SCSI
+    cmp     byte ptr [r10 + 19], 0
+    je      86f
+    cmp     word ptr [r10 + 74], 0
+    jne     90f
+86: jmp     r15
+.else
     cmp     byte ptr [r10 + 16], 0
     jne     90f
     jmp     r15
+.endif
 
 90: mov     qword ptr [r12 + 8], 1
 91: pause

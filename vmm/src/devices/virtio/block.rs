@@ -1,43 +1,20 @@
 //! virtio-blk, a disk (virtio 1.2, 5.2): several queues, read, write, flush, identify, discard, write zeroes.
 //!
-//! The device has no disk of its own. What the guest asks for comes out as a [`Request`]; whoever has the disk does it, in any order and however long it
-//! takes, and hands the [`Outcome`] in:
-//!
-//! ```text
-//!  ring ─► process ─► take_requests() ─► the owner: reads the data from RAM, does it
-//!                                             │
-//!  ring ◄─ data, status, interrupt ◄─ complete(id, outcome)
-//! ```
-//! A request that is out is part of the saved state, and comes out again after a restore: its data still stands in RAM, because a driver may not
-//! touch a buffer that the device has. So whoever restores does again what was not completed, and doing it twice must not hurt.
-//!
-//! After a reset ([`VirtioPci::<Block>::life`] changes) outcomes of older requests are ignored. That they are not *done* any later than requests
-//! of the next life is the owner's business.
-
-use std::collections::{BTreeMap, VecDeque};
+//! It has no disk of its own: what the guest asks for goes out, and stays part of the saved state until it is done ([`super::requests`]).
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as spec;
 
-use super::super::{Ctx, GuestRam, RestoreError, Snapshot};
-use super::queue::{self, Segment};
-use super::{Broken, CHAINS_PER_CALL, Chain, Progress, VirtQueue, VirtioDevice, VirtioPci};
+use super::super::{GuestRam, RestoreError, Snapshot};
+use super::queue::Segment;
+use super::requests::{self, Disks, QUEUE_SIZE, Requests, SEGMENT_BYTES, SEGMENTS};
+use super::{Broken, Chain, Progress, VirtQueue, VirtioDevice, VirtioPci};
 
-/// Bytes in a sector.
-pub const SECTOR: u64 = 512;
-/// Size of each queue.
-const QUEUE_SIZE: u16 = 128;
+pub use super::requests::{Kind, OUT_MAX, Out, Outcome, REQUEST_BYTES, Range, Request, SECTOR};
+
 /// Most queues of a disk.
 pub const MAX_QUEUES: u16 = 32;
 const SIZES: &[u16] = &[QUEUE_SIZE; MAX_QUEUES as usize];
-/// Most buffers with data in a request: header and status have one each.
-const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-/// Most bytes in a buffer.
-const SEGMENT_BYTES: u32 = 64 << 10;
-/// Most bytes of data in a request.
-pub const REQUEST_BYTES: u64 = SEGMENTS as u64 * SEGMENT_BYTES as u64;
-/// Most requests that are out at once. More stay in their rings.
-pub const OUT_MAX: usize = 256;
 /// Most ranges in one discard or write-zeroes request, and most sectors in each.
 const RANGES: u32 = 16;
 const RANGE_SECTORS: u32 = 1 << 22;
@@ -51,71 +28,6 @@ const OK: u8 = spec::VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = spec::VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = spec::VIRTIO_BLK_S_UNSUPP as u8;
 
-/// A run of sectors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Range {
-    /// The first.
-    pub sector: u64,
-    /// How many.
-    pub sectors: u32,
-    /// Their storage may be given back.
-    pub unmap: bool,
-}
-
-/// What is to be done. All sectors are on the disk, and a read-only disk is asked only to be read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kind {
-    /// Read into the outcome.
-    Read {
-        /// First byte.
-        at: u64,
-        /// How many.
-        len: usize,
-    },
-    /// Write what stands in these runs of guest RAM (address, bytes).
-    Write {
-        /// First byte.
-        at: u64,
-        /// The data, in order.
-        from: Vec<(u64, usize)>,
-        /// The driver knows no flush: what it is told is written must be durable.
-        durable: bool,
-    },
-    /// Make durable what was completed before.
-    Flush,
-    /// These sectors are of no interest any more.
-    Discard(Vec<Range>),
-    /// These sectors read as zeroes afterwards.
-    WriteZeroes(Vec<Range>),
-}
-
-/// Something that the guest asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Request {
-    /// For [`VirtioPci::<Block>::complete`].
-    pub id: u64,
-    /// What.
-    pub kind: Kind,
-}
-
-/// What became of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// Done; what was read.
-    Done(Vec<u8>),
-    /// Not done.
-    Failed,
-}
-
-/// A request that is out.
-#[derive(Debug)]
-struct Out {
-    queue: u16,
-    chain: Chain,
-    /// Bytes that the outcome has.
-    reads: usize,
-}
-
 /// The disk device.
 #[derive(Debug)]
 pub struct Block {
@@ -126,18 +38,7 @@ pub struct Block {
     config_generation: u8,
     /// The driver did not agree on flushes.
     write_through: bool,
-    /// With the owner, or about to be.
-    out: BTreeMap<u64, Out>,
-    next_id: u64,
-    /// For the owner to take.
-    fresh: Vec<Request>,
-    /// Restored; to come out again.
-    again: VecDeque<(u16, Chain)>,
-    /// Handed in; only within a call.
-    done: Vec<(u64, Outcome)>,
-    life: u64,
-    /// The queue that is looked at first, so that none waits for ever.
-    turn: usize,
+    requests: Requests<()>,
 }
 
 impl Block {
@@ -155,38 +56,13 @@ impl Block {
             sectors: 0,
             config_generation: 0,
             write_through: true,
-            out: BTreeMap::new(),
-            next_id: 0,
-            fresh: Vec::new(),
-            again: VecDeque::new(),
-            done: Vec::new(),
-            life: 0,
-            turn: 0,
+            requests: Requests::default(),
         }
     }
 
     /// Sectors that the guest sees.
     pub fn sectors(&self) -> u64 {
         self.sectors
-    }
-
-    /// What the driver put into a ring: answered at once, or out.
-    fn enter(&mut self, at: u16, chain: Chain, queue: &mut VirtQueue, ram: &GuestRam) -> Result<(), Broken> {
-        if self.out.values().filter(|out| out.queue == at).count() >= usize::from(queue.size()) {
-            return Err(Broken("more requests are under way than the queue can hold"));
-        }
-        match self.parse(&chain, ram)? {
-            Err(status) => answer(queue, ram, &chain, status, &[]),
-            Ok(Asked::Now(bytes)) => answer(queue, ram, &chain, OK, &bytes),
-            Ok(Asked::Out(kind)) => {
-                let reads = if let Kind::Read { len, .. } = &kind { *len } else { 0 };
-                let id = self.next_id;
-                self.next_id += 1;
-                self.out.insert(id, Out { queue: at, chain, reads });
-                self.fresh.push(Request { id, kind });
-                Ok(())
-            }
-        }
     }
 
     /// What a chain asks for, or the status that refuses it.
@@ -262,10 +138,40 @@ impl Block {
         };
         ranges.iter().map(parse).collect()
     }
+}
 
-    fn finish(&mut self, id: u64, outcome: Outcome, queues: &mut [VirtQueue], ram: &GuestRam) -> Result<(), Broken> {
-        // Unknown: of another life.
-        let Some(out) = self.out.remove(&id) else { return Ok(()) };
+impl Disks for Block {
+    type What = ();
+
+    fn requests(&self) -> &Requests<()> {
+        &self.requests
+    }
+
+    fn requests_mut(&mut self) -> &mut Requests<()> {
+        &mut self.requests
+    }
+
+    fn enter(&mut self, at: u16, chain: Chain, queues: &mut [VirtQueue], ram: &GuestRam) -> Result<(), Broken> {
+        let Some(queue) = queues.get_mut(usize::from(at)) else { return Ok(()) };
+        self.requests.admit(at, queue)?;
+        match self.parse(&chain, ram)? {
+            Err(status) => answer(queue, ram, &chain, status, &[]),
+            Ok(Asked::Now(bytes)) => answer(queue, ram, &chain, OK, &bytes),
+            Ok(Asked::Out(kind)) => {
+                self.requests.give(at, chain, 0, kind, ());
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(
+        &mut self,
+        _id: u64,
+        out: Out<()>,
+        outcome: Outcome,
+        queues: &mut [VirtQueue],
+        ram: &GuestRam,
+    ) -> Result<(), Broken> {
         let Some(queue) = queues.get_mut(usize::from(out.queue)) else { return Ok(()) };
         match outcome {
             Outcome::Done(bytes) if bytes.len() == out.reads => answer(queue, ram, &out.chain, OK, &bytes),
@@ -344,72 +250,16 @@ impl VirtioDevice for Block {
     }
 
     fn process(&mut self, queues: &mut [VirtQueue], ram: &GuestRam) -> Result<Progress, Broken> {
-        while let Some((at, chain)) = self.again.pop_front() {
-            chain.check(ram)?;
-            if let Some(queue) = queues.get_mut(usize::from(at)) {
-                self.enter(at, chain, queue, ram)?;
-            }
-        }
-        for (id, outcome) in std::mem::take(&mut self.done) {
-            self.finish(id, outcome, queues, ram)?;
-        }
-        let mut left = CHAINS_PER_CALL;
-        self.turn = (self.turn + 1) % queues.len().max(1);
-        for i in (self.turn..queues.len()).chain(0..self.turn) {
-            loop {
-                if self.out.len() >= OUT_MAX {
-                    // A completion is what makes room, and looks again.
-                    return Ok(Progress::Idle);
-                }
-                if left == 0 {
-                    return Ok(Progress::More);
-                }
-                let Some(chain) = queues[i].next_chain(ram)? else { break };
-                left -= 1;
-                // There are at most MAX_QUEUES.
-                self.enter(i as u16, chain, &mut queues[i], ram)?;
-            }
-        }
-        Ok(Progress::Idle)
+        requests::work(self, queues, ram)
     }
 
     fn reset(&mut self) {
-        self.life += 1;
-        self.out.clear();
-        self.fresh.clear();
-        self.again.clear();
-        self.done.clear();
+        self.requests.forget();
         self.write_through = true;
     }
 }
 
 impl VirtioPci<Block> {
-    /// What the guest has asked for since the last call.
-    pub fn take_requests(&mut self, ctx: &Ctx) -> Vec<Request> {
-        if !self.device().again.is_empty() {
-            self.process(ctx.ram);
-        }
-        std::mem::take(&mut self.device_mut().fresh)
-    }
-
-    /// What became of requests. One that the device does not know any more is ignored.
-    pub fn complete(&mut self, outcomes: Vec<(u64, Outcome)>, ctx: &Ctx) {
-        if self.running() {
-            self.device_mut().done = outcomes;
-            self.process(ctx.ram);
-        }
-    }
-
-    /// Changes with every reset: requests of another life are forgotten.
-    pub fn life(&self) -> u64 {
-        self.device().life
-    }
-
-    /// Requests that are out.
-    pub fn out(&self) -> usize {
-        self.device().out.len() + self.device().again.len()
-    }
-
     /// The disk has so many sectors; a driver that is at work is told.
     pub fn set_sectors(&mut self, sectors: u64) {
         let device = self.device_mut();
@@ -423,16 +273,9 @@ impl VirtioPci<Block> {
 
 /// Saved state.
 pub mod state {
-    use super::{Deserialize, Serialize, queue};
+    use super::{Deserialize, Serialize};
 
-    /// A request that is out.
-    #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-    pub struct Out {
-        /// Its queue.
-        pub queue: u16,
-        /// Its buffers; what it asks for stands in them.
-        pub chain: queue::ChainV1,
-    }
+    pub use super::requests::state::Out;
 
     /// Version 1.
     #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -459,42 +302,22 @@ impl Snapshot for Block {
             sectors,
             config_generation,
             write_through: _, // from the features, which the transport has
-            out,
-            next_id: _, // of this process only, like life and turn
-            fresh: _,   // in `out` too
-            again,
-            done: _, // empty between calls
-            life: _,
-            turn: _,
+            requests,
         } = self;
-        let restored = again.iter().map(|(queue, chain)| (*queue, chain));
-        let out = restored.chain(out.values().map(|out| (out.queue, &out.chain)));
-        state::V1 {
-            sectors: *sectors,
-            config_generation: *config_generation,
-            out: out.map(|(queue, chain)| state::Out { queue, chain: chain.save() }).collect(),
-        }
+        state::V1 { sectors: *sectors, config_generation: *config_generation, out: requests.save() }
     }
 
     fn restore(&mut self, state: state::V1) -> Result<(), RestoreError> {
         let state::V1 { sectors, config_generation, out } = state;
-        if out.len() > OUT_MAX || sectors.checked_mul(SECTOR).is_none() {
-            return Err(RestoreError::invalid(
-                Self::KIND,
-                "more requests are under way than can be, or it has no size",
-            ));
+        if sectors.checked_mul(SECTOR).is_none() {
+            return Err(RestoreError::invalid(Self::KIND, "it has no size"));
         }
-        let restore = |out: state::Out| {
-            if out.queue >= self.queues {
-                return Err(RestoreError::invalid(Self::KIND, format!("it has a request in queue {}", out.queue)));
-            }
-            Ok((out.queue, Chain::restore(Self::KIND, out.chain, QUEUE_SIZE)?))
-        };
-        let again = out.into_iter().map(restore).collect::<Result<_, _>>()?;
+        let again = Requests::<()>::restored(Self::KIND, out, self.queue_sizes(), OUT_MAX)?;
         let write_through = self.write_through;
         VirtioDevice::reset(self);
         (self.sectors, self.config_generation) = (sectors, config_generation);
-        (self.again, self.write_through) = (again, write_through);
+        self.write_through = write_through;
+        self.requests.repeat(again);
         Ok(())
     }
 }

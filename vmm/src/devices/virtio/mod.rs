@@ -1,6 +1,6 @@
 //! Virtio devices (virtio 1.2), modern only.
 //!
-//! The transport ([`VirtioPci`]) and the device ([`VirtioDevice`]: [`Rng`], [`Console`], [`Block`]) know nothing of each other's
+//! The transport ([`VirtioPci`]) and the device ([`VirtioDevice`]: [`Rng`], [`Console`], [`Block`], [`Scsi`]) know nothing of each other's
 //! registers:
 //!
 //! ```text
@@ -18,7 +18,9 @@ use super::{GuestRam, Snapshot};
 pub mod block;
 pub mod console;
 pub mod queue;
+pub mod requests;
 pub mod rng;
+pub mod scsi;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -29,6 +31,7 @@ pub use block::Block;
 pub use console::Console;
 pub use queue::{Broken, Chain, VirtQueue};
 pub use rng::Rng;
+pub use scsi::Scsi;
 pub use transport::VirtioPci;
 
 /// Most chains that a device works on in one call, all its queues together. Without a bound another vCPU could feed a

@@ -8,6 +8,7 @@ use super::{Console, Rng, console, rng};
 mod block;
 mod hostile;
 mod saved;
+mod scsi;
 
 const RX: u16 = 0;
 const TX: u16 = 1;
