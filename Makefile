@@ -57,8 +57,10 @@ build: prerequisites ## all executables (debug profile: what the tests use)
 lab-root: build ## the private Debian that the lab's nodes are made of, under target/lab (root)
 	$(LAB) root
 
-lab-guest: lab-root ## the demo guest's initramfs
+lab-guest: lab-root ## the guests of demo and tests: initramfs images, and a disk with databases
 	$(BIN)/understudy-initramfs --root target/lab/root --output target/lab/guest/initrd > target/lab/guest.json
+	$(BIN)/understudy-initramfs --disk --root target/lab/root --output target/lab/guest/initrd-disk > target/lab/guest-disk.json
+	$(LAB) guest-disk > /dev/null
 
 install: prerequisites ## executables and agents into the system (PREFIX, DESTDIR)
 	$(CARGO) build --workspace --bins --release

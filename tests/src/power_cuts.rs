@@ -15,7 +15,7 @@
 
 pub(crate) mod device;
 pub(crate) mod guest;
-mod unredirected;
+pub(crate) mod unredirected;
 
 use std::fs;
 use std::net::TcpListener;
@@ -263,11 +263,11 @@ impl World {
     }
 }
 
-fn veto(dir: &Path) -> PathBuf {
+pub(crate) fn veto(dir: &Path) -> PathBuf {
     dir.join("veto")
 }
 
-fn start_board(dir: &Path, port: u16, line: u16) -> Result<Process> {
+pub(crate) fn start_board(dir: &Path, port: u16, line: u16) -> Result<Process> {
     let mut board = Command::new(places::bin_dir()?.join("understudy-serial"));
     board.args(["run", "--machine", crate::bench::pair::MACHINE, "--device", "com1"]);
     board.arg("--run-dir").arg(dir.join("board")).arg("--state-dir").arg(dir.join("board-state"));

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 use understudy_tests::bench::{host, lab, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
+use understudy_tests::disk_cuts;
 use understudy_tests::power_cuts;
 
 #[derive(Parser)]
@@ -69,11 +70,16 @@ enum Cmd {
     ClusterCuts {
         #[arg(long, default_value = "target/bench/cluster-cuts.json")]
         report: PathBuf,
-        #[arg(long, default_value_t = 100)]
-        count: usize,
-        /// Of the random moments [default: a new one]
-        #[arg(long)]
-        seed: Option<u64>,
+        #[command(flatten)]
+        mix: cluster_cuts::Mix,
+    },
+    /// Where Linux runs: power cuts of a guest with SQLite, PostgreSQL and files on ext4, without a cluster; after each boot and at the end the disk must
+    /// hold what was seen outside
+    DiskCuts {
+        #[arg(long, default_value = "target/bench/disk-cuts.json")]
+        report: PathBuf,
+        #[command(flatten)]
+        mix: disk_cuts::Mix,
     },
     /// The VMM of the measured machines
     #[command(hide = true)]
@@ -160,10 +166,21 @@ fn run(command: Cmd) -> Result<i32> {
             // A part that could not be measured is no success, though its figures are written.
             Ok(i32::from(measured.rows.iter().any(|r| r.name.ends_with("/failed"))))
         }
-        Cmd::ClusterCuts { report, count, seed } => {
-            let measured = cluster_cuts::run(count, seed, |text| println!("  … {text}"))?;
+        Cmd::ClusterCuts { report, mix } => {
+            let measured = cluster_cuts::run(&mix, |text| println!("  … {text}"))?;
             println!("{}", measured.kvm_backend);
             print!("{}", cluster_cuts::table(&measured));
+            write(&report, &measured)?;
+            if let Some(why) = &measured.failure {
+                eprintln!("understudy-bench: {why}");
+            }
+            Ok(i32::from(measured.failure.is_some()))
+        }
+        Cmd::DiskCuts { report, mix } => {
+            let started = std::time::Instant::now();
+            let measured = disk_cuts::run(&mix, &|text| println!("  {:>4} s … {text}", started.elapsed().as_secs()))?;
+            println!("{}", measured.kvm_backend);
+            print!("{}", disk_cuts::table(&measured));
             write(&report, &measured)?;
             if let Some(why) = &measured.failure {
                 eprintln!("understudy-bench: {why}");
