@@ -33,8 +33,12 @@ bench: needs-root build lab-guest ## the figures; JSON under target/bench (BENCH
 	$(dir $(BIN))release/understudy-bench replication $(BENCH)
 	$(dir $(BIN))release/understudy-bench host
 	$(dir $(BIN))release/understudy-bench power-cuts
-	$(dir $(BIN))release/understudy-bench cluster-cuts --count 20
+	$(dir $(BIN))release/understudy-bench cluster-cuts --count 12 --both 4 --sequence 4 --moves 4
 	$(LAB) vm run -- understudy-bench lab
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-guest
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts --unredirected --count 8 --both 0 --sequence 0 \
+	  --moves 0 --report target/bench/disk-cuts-unredirected.json
 
 # What libFuzzer reads to learn which inputs reached something new; stable Rust passes it through. Integer overflow is a finding.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \

@@ -124,7 +124,7 @@ pub fn run(mix: &Mix, say: &dyn Fn(&str)) -> Result<Report> {
     let events = mix.shuffled(&mut random);
     say(&format!("{} events (--seed {seed})", events.len()));
     let mut report = Report { seed, unredirected: mix.unredirected, ..Report::default() };
-    let mut world = World::start(mix, say)?;
+    let mut world = World::new(mix, say)?;
     let outcome = play(&mut world, &mut report, &events, &mut random, say);
     let books = world.books();
     (report.boots, report.transactions) = (books.boots.saturating_sub(1), books.told);

@@ -13,6 +13,8 @@
 //! guest with databases → device, nothing else from it           numbers 1, 2, 3 … from each boot on, which begins with a newline
 //!   B n boot=UUID fsck=… sqlite_check=… postgres_check=… ring=… files=… sqlite=… postgres=…      what the disk knew at the boot
 //!   T n tx=… ring=…                                   this transaction is durable everywhere, this number in the ring
+//! guest that measures a disk → device
+//!   Q n round=… op=… order=… bytes=… depth=… count=… us=…     and `Q n done` at the end
 //! device → guest                                              numbers 1, 2, 3 …
 //!   D n
 //! ```

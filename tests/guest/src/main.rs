@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod activities;
+mod bench;
 mod clocks;
 mod output;
 mod power;
@@ -124,6 +125,12 @@ fn machine() -> ! {
     });
     complain(&format!("process {pid}, boot {}, lines on {}", guest.boot_id, guest.params.serial));
 
+    if !guest.params.bench.is_empty() {
+        activities::run_for_ever(&guest, "benchmark", None, bench::measure);
+        loop {
+            thread::park();
+        }
+    }
     activities::run_for_ever(&guest, "memory sweep", Some(1), activities::sweep_memory);
     activities::run_for_ever(&guest, "power button", None, power::watch_buttons);
     if !guest.params.disk.is_empty() {

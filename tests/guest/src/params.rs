@@ -19,6 +19,8 @@ pub struct Params {
     pub report_ms: u64,
     /// `understudy.disk`: the device with the databases; they are then all that it does, beside a little memory. Empty: none.
     pub disk: String,
+    /// `understudy.bench`: a device to measure and do nothing else. What is on it is lost. Empty: none.
+    pub bench: String,
     /// What was not understood.
     pub complaints: Vec<String>,
 }
@@ -35,6 +37,7 @@ impl Default for Params {
             mem_pause_us: 2_000,
             report_ms: 500,
             disk: String::new(),
+            bench: String::new(),
             complaints: Vec::new(),
         }
     }
@@ -70,6 +73,10 @@ impl Params {
             }
             "disk" if value.starts_with("/dev/") => {
                 self.disk = value.into();
+                true
+            }
+            "bench" if value.starts_with("/dev/") => {
+                self.bench = value.into();
                 true
             }
             "baud" => put(&mut self.baud, value, 9_600, 921_600),

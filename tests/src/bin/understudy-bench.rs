@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
-use understudy_tests::bench::{host, lab, pair, pauses, replication, rows, size};
+use understudy_tests::bench::{disk_guest, host, lab, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
 use understudy_tests::disk_cuts;
 use understudy_tests::power_cuts;
@@ -80,6 +80,12 @@ enum Cmd {
         report: PathBuf,
         #[command(flatten)]
         mix: disk_cuts::Mix,
+    },
+    /// Where Linux runs: virtio-blk beside QEMU's with the same guest and file, and protected beside unprotected
+    DiskGuest {
+        /// The figures go into its key `guest`
+        #[arg(long, default_value = "target/bench/disk.json")]
+        report: PathBuf,
     },
     /// The VMM of the measured machines
     #[command(hide = true)]
@@ -186,6 +192,17 @@ fn run(command: Cmd) -> Result<i32> {
                 eprintln!("understudy-bench: {why}");
             }
             Ok(i32::from(measured.failure.is_some()))
+        }
+        Cmd::DiskGuest { report } => {
+            let measured = disk_guest::measure(&|text| println!("  … {text}"))?;
+            print!("{}", disk_guest::table(&measured));
+            let mut all: serde_json::Value = match fs::read(&report) {
+                Ok(text) => serde_json::from_slice(&text).with_context(|| format!("reading {}", report.display()))?,
+                Err(_) => serde_json::json!({}),
+            };
+            all["guest"] = serde_json::to_value(&measured)?;
+            write(&report, &all)?;
+            Ok(0)
         }
         Cmd::FlatVmm(args) => pair::flat_vmm(args),
     }

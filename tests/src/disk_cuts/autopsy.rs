@@ -7,17 +7,21 @@ use anyhow::{Context, Result};
 
 use crate::lab::{host, places};
 
-/// Mounts in a namespace of their own, so that nothing is left mounted. The kernel replays the journal, e2fsck wants everything whole after it, and the guest's own program opens the
-/// databases and says what is in them.
+/// Mounts in a namespace of their own, so that nothing is left mounted. The kernel replays the journal, e2fsck (the disk's own: not every host has one) wants everything whole after it,
+/// and the guest's own program opens the databases and says what is in them.
 const SCRIPT: &str = r#"set -e
 mkdir -p "$2"
-mount -o loop "$1" "$2"
+loop=$(losetup --find --show "$1")
+trap 'losetup --detach "$loop"' EXIT
+mount "$loop" "$2"
 umount "$2"
-e2fsck -f -n "$1" >&2
-mount -o loop "$1" "$2"
-mount -t tmpfs tmpfs "$2/run"; mount -t tmpfs tmpfs "$2/tmp"; chmod 1777 "$2/run" "$2/tmp"
-mount -t devtmpfs devtmpfs "$2/dev"; mkdir -p "$2/dev/shm"
+mount -o ro "$loop" "$2"
+for at in run tmp; do mount -t tmpfs -o mode=1777 tmpfs "$2/$at"; done
+mount -t devtmpfs devtmpfs "$2/dev"
+mkdir -p "$2/dev/shm"
 mount -t proc proc "$2/proc"
+chroot "$2" /usr/sbin/e2fsck -f -n "$loop" >&2
+mount -o remount,rw "$2"
 cp "$3" "$2/tmp/look"
 chroot "$2" /tmp/look
 umount "$2/run" "$2/tmp" "$2/dev" "$2/proc" "$2"

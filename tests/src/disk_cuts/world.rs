@@ -29,6 +29,8 @@ const MEMORY_MIB: u64 = 192;
 const BOUND: Duration = Duration::from_secs(300);
 /// A host with other work may say nothing for a while; what is lost must be lost by the cut.
 const PEER_TIMEOUT_MS: u64 = 15_000;
+/// Between two checkpoints: emulated processors have little time for them.
+const INTERVAL_MS: u64 = 100;
 const NAMES: [&str; 2] = ["a", "b"];
 
 /// See the module.
@@ -48,7 +50,7 @@ pub struct World {
 
 impl World {
     /// Everything runs and is protected, and the guest's first transactions have been seen.
-    pub fn start(mix: &Mix, say: &dyn Fn(&str)) -> Result<Self> {
+    pub fn new(mix: &Mix, say: &dyn Fn(&str)) -> Result<Self> {
         let dir = tempfile::tempdir_in("/dev/shm").context("making a directory in /dev/shm")?;
         let at = dir.path();
         say("copying the guest's disk");
@@ -76,6 +78,7 @@ impl World {
         let more = ["--pipeline", "3", "--peer-timeout-ms"].map(str::to_owned);
         let setup = Setup {
             vcpus: 1,
+            interval_ms: INTERVAL_MS,
             serial: Some(format!("board:127.0.0.1:{port}/com1,key={}", at.join("key").display())),
             disk: Some(disk.parse().context("naming the disk")?),
             hook: Some(format!("/bin/sh {}", at.join("hook").display())),
@@ -179,18 +182,10 @@ impl World {
         self.take_over(false)
     }
 
-    /// Hosts that are off come back, the machine boots if it runs nowhere, and is protected again.
+    /// Hosts that are off come back, and the machine is protected again. If it ran nowhere it boots first, without a standby.
     pub fn recover(&mut self) -> Result<()> {
-        let nowhere = !self.on[self.primary];
-        for side in [self.primary, 1 - self.primary] {
-            if !self.on[side] {
-                let (dir, name) = (self.dir.path(), NAMES[side]);
-                self.sides[side].start_vmm(dir, name, &self.setup, true)?;
-                self.sides[side].start_replicator(dir, name, &self.peers, &self.setup)?;
-                self.on[side] = true;
-            }
-        }
-        if nowhere {
+        if !self.on[self.primary] {
+            self.start(self.primary)?;
             self.generation += 1;
             let (generation, from) = (Generation(self.generation), PromoteFrom::ColdBoot);
             let side = &self.sides[self.primary];
@@ -199,10 +194,22 @@ impl World {
             let boots = self.books().boots;
             self.wait("the guest boots and looks at its disk", |books| books.boots > boots)?;
         }
+        let standby = 1 - self.primary;
+        if !self.on[standby] {
+            self.start(standby)?;
+        }
         wait_until("the machine protected", BOUND, || {
             let status = self.sides[self.primary].replicator()?;
             Ok(status.role == Role::Sender && status.protected && !veto(self.dir.path()).exists())
         })
+    }
+
+    fn start(&mut self, side: usize) -> Result<()> {
+        let (dir, name) = (self.dir.path(), NAMES[side]);
+        self.sides[side].start_vmm(dir, name, &self.setup, true)?;
+        self.sides[side].start_replicator(dir, name, &self.peers, &self.setup)?;
+        self.on[side] = true;
+        Ok(())
     }
 
     /// With the end of everybody's log.
