@@ -43,6 +43,12 @@ pub struct Mix {
     /// Planned switchovers
     #[arg(long, default_value_t = 1)]
     pub moves: usize,
+    /// Primary's cuts after which the disk's file is not there at first: the standby must refuse, say so, and take over when it is
+    #[arg(long, default_value_t = 1)]
+    pub missing: usize,
+    /// Times that the slices' file system is full: the guest must wait and go on
+    #[arg(long, default_value_t = 1)]
+    pub full: usize,
     /// Of the random moments and their order [default: a new one]
     #[arg(long)]
     pub seed: Option<u64>,
@@ -62,13 +68,21 @@ enum Event {
     Both,
     Sequence,
     Move,
+    Missing,
+    Full,
 }
 
 impl Mix {
     fn shuffled(&self, random: &mut Random) -> Vec<Event> {
         let single = |random: &mut Random| if random.below(STANDBY) == 0 { Event::Standby } else { Event::Primary };
         let mut events: Vec<Event> = (0..self.count).map(|_| single(random)).collect();
-        for (event, count) in [(Event::Both, self.both), (Event::Sequence, self.sequence), (Event::Move, self.moves)] {
+        for (event, count) in [
+            (Event::Both, self.both),
+            (Event::Sequence, self.sequence),
+            (Event::Move, self.moves),
+            (Event::Missing, self.missing),
+            (Event::Full, self.full),
+        ] {
             events.extend(std::iter::repeat_n(event, count));
         }
         for at in (1..events.len()).rev() {
@@ -97,6 +111,10 @@ pub struct Report {
     pub sequences: usize,
     /// Planned switchovers.
     pub moves: usize,
+    /// Primary's cuts after which the disk was missing at first; they are among its cuts.
+    pub missing: usize,
+    /// Times that there was no room for slices.
+    pub full: usize,
     /// Boots after the first.
     pub boots: u32,
     /// Transactions whose numbers were seen outside.
@@ -160,11 +178,16 @@ fn play(
         let began = Instant::now();
         let first = random.below(2) == 0;
         match event {
-            Event::Primary => {
+            Event::Primary | Event::Missing => {
                 world.cut(world.primary, first)?;
-                world.take_over(report.unredirected)?;
+                world.take_over(report.unredirected, *event == Event::Missing)?;
                 takeovers.push(ms(began.elapsed()));
                 report.primary_cuts += 1;
+                report.missing += usize::from(*event == Event::Missing);
+            }
+            Event::Full => {
+                world.fill()?;
+                report.full += 1;
             }
             Event::Standby => {
                 world.cut(1 - world.primary, first)?;
@@ -176,7 +199,7 @@ fn play(
             }
             Event::Sequence => {
                 world.cut(world.primary, first)?;
-                world.take_over(report.unredirected)?;
+                world.take_over(report.unredirected, false)?;
                 if random.below(2) == 0 {
                     world.more(1)?;
                 }
@@ -201,7 +224,7 @@ fn play(
     if let Some(wrong) = books.wrong {
         bail!("{wrong}");
     }
-    report.autopsy = autopsy::examine(&world.disk(), world.dir())?;
+    report.autopsy = autopsy::examine(&world.disk(), &world.slices(), world.dir())?;
     let line = lab_guest::line::Line { kind: 'B', number: 0, fields: &report.autopsy };
     books.agrees(&line).map_err(|why| anyhow::anyhow!("after the end: {why}"))?;
     let boots = report.both_cuts + report.sequences;
@@ -215,6 +238,7 @@ pub fn table(report: &Report) -> String {
         ("power cuts", format!("{} of the primary, {} of the standby", report.primary_cuts, report.standby_cuts)),
         ("of both hosts", format!("{} at once, {} one after the other", report.both_cuts, report.sequences)),
         ("planned switchovers", report.moves.to_string()),
+        ("storage", format!("{} times full, {} times missing at a takeover", report.full, report.missing)),
         ("boots from the disk", format!("{}, which knew at most {} transactions unseen", report.boots, report.unseen)),
         ("transactions seen outside", format!("{} (ring: {} numbers)", report.transactions, report.ring)),
         ("machine runs elsewhere after", format!("{} ms", report.takeover_ms)),

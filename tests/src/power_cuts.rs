@@ -227,7 +227,9 @@ impl World {
             let taken: TakenOver = next.ask_replicator(&ReplicatorRequest::TakeOver { generation })?;
             let image = taken.image.context("the standby has no image of a protected machine")?;
             if self.unredirected {
-                unredirected::forget_redirection(&self.dir.path().join("disk"), Path::new(&image.state_file))?;
+                let disk = self.dir.path().join("disk");
+                let slices = understudy_disk::LocalDirectory::beside(&disk);
+                unredirected::forget_redirection(&disk, &slices, Path::new(&image.state_file))?;
             }
             let from = PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch };
             call_once::<_, ()>(next.layout.vmm_socket(), &VmmRequest::Promote { generation, from }, BOUND)?;

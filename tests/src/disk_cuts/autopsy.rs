@@ -28,9 +28,10 @@ umount "$2/run" "$2/tmp" "$2/dev" "$2/proc" "$2"
 "#;
 
 /// What is on `disk`, as the guest's line would say it; an error if anything is damaged. The disk itself is examined: it has served its time.
-pub fn examine(disk: &Path, dir: &Path) -> Result<String> {
+pub fn examine(disk: &Path, slices: &Path, dir: &Path) -> Result<String> {
     let tool = places::bin_dir()?.join("understudy-disk");
-    host::run_quiet(Command::new(tool).arg("merge").arg(disk)).context("merging what waits")?;
+    host::run_quiet(Command::new(tool).arg("merge").arg(disk).arg("--slices").arg(slices))
+        .context("merging what waits")?;
     let _ = Command::new("modprobe").args(["-q", "loop"]).status();
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c", SCRIPT, "sh"]);

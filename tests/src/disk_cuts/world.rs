@@ -1,7 +1,7 @@
 //! The two hosts, the board and the books.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lab_guest::line::Splitter;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use understudy_protocol::control::{
     HandedOver, PromoteFrom, ReplicatorRequest, Role, TakenOver, VmmRequest, call_once,
 };
@@ -25,6 +26,10 @@ use crate::power_cuts::{start_board, veto};
 
 /// RAM.
 const MEMORY_MIB: u64 = 192;
+/// The slices' own file system.
+const ROOM_MIB: u64 = 96;
+/// A machine whose disk is full for so long must live.
+const FULL_FOR: Duration = Duration::from_secs(10);
 /// Whatever an emulated processor does, it does within this time: a boot with the recovery of both databases, or a first copy.
 const BOUND: Duration = Duration::from_secs(300);
 /// A host with other work may say nothing for a while; what is lost must be lost by the cut.
@@ -32,6 +37,25 @@ const PEER_TIMEOUT_MS: u64 = 15_000;
 /// Between two checkpoints: emulated processors have little time for them.
 const INTERVAL_MS: u64 = 100;
 const NAMES: [&str; 2] = ["a", "b"];
+
+/// A file system of its own; it goes with this value.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(at: PathBuf) -> Result<Self> {
+        fs::create_dir(&at).with_context(|| format!("creating {}", at.display()))?;
+        let size = format!("mode=755,size={ROOM_MIB}m");
+        mount(Some("room"), &at, Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))
+            .with_context(|| format!("mounting a file system on {} (root can)", at.display()))?;
+        Ok(Self(at))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
 
 /// See the module.
 pub struct World {
@@ -44,6 +68,7 @@ pub struct World {
     setup: Setup,
     peers: String,
     _board: Process,
+    _room: Mounted,
     // Last, so that it outlives the processes.
     dir: tempfile::TempDir,
 }
@@ -74,7 +99,9 @@ impl World {
         ensure!(initrd.exists(), "the guest's initramfs is not at {}: `make lab-guest` builds it", initrd.display());
         let cmdline = "console=ttyS1 quiet mitigations=off understudy.disk=/dev/vda understudy.mem_mib=8 \
                        understudy.mem_pause_us=50000";
-        let disk = format!("name=vda,file={},format=raw", at.join("disk").display());
+        let room = Mounted::new(at.join("room"))?;
+        let disk = at.join("disk");
+        let disk = format!("name=vda,file={},format=raw,slices={}", disk.display(), slices(at).display());
         let more = ["--pipeline", "3", "--peer-timeout-ms"].map(str::to_owned);
         let setup = Setup {
             vcpus: 1,
@@ -89,7 +116,8 @@ impl World {
         let peers = format!("a=127.0.0.1:{} b=127.0.0.1:{}", free_port()?, free_port()?);
         let sides = [Side::new(at, NAMES[0])?, Side::new(at, NAMES[1])?];
         let on = [false; 2];
-        let mut this = Self { books, sides, on, primary: 0, generation: 0, setup, peers, _board: board, dir };
+        let mut this =
+            Self { books, sides, on, primary: 0, generation: 0, setup, peers, _board: board, _room: room, dir };
         say("the guest boots, and its databases start");
         this.recover().map_err(|e| this.explain(e))?;
         this.more(2).map_err(|e| this.explain(e))?;
@@ -104,6 +132,11 @@ impl World {
     /// The disk's file.
     pub fn disk(&self) -> PathBuf {
         self.dir.path().join("disk")
+    }
+
+    /// Where writes wait.
+    pub fn slices(&self) -> PathBuf {
+        slices(self.dir.path())
     }
 
     /// Where everything is.
@@ -154,8 +187,8 @@ impl World {
         self.cut(self.primary, first)
     }
 
-    /// The standby becomes the machine, by the agents' rules.
-    pub fn take_over(&mut self, unredirected: bool) -> Result<()> {
+    /// The standby becomes the machine, by the agents' rules. `missing`: its disk is not there at first, and that must be said.
+    pub fn take_over(&mut self, unredirected: bool, missing: bool) -> Result<()> {
         ensure!(
             !veto(self.dir.path()).exists(),
             "the machine ran unprotected when it was cut (the veto stands): the host was too busy for this test"
@@ -165,9 +198,21 @@ impl World {
         let taken: TakenOver = next.ask_replicator(&ReplicatorRequest::TakeOver { generation })?;
         let image = taken.image.context("the standby has no image of a protected machine")?;
         if unredirected {
-            forget_redirection(&self.disk(), Path::new(&image.state_file))?;
+            forget_redirection(&self.disk(), &self.slices(), Path::new(&image.state_file))?;
         }
         let from = PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch };
+        if missing {
+            let (disk, away) = (self.disk(), self.disk().with_extension("away"));
+            fs::rename(&disk, &away).context("taking the disk away")?;
+            let request = VmmRequest::Promote { generation, from: from.clone() };
+            let answer = call_once::<_, ()>(next.layout.vmm_socket(), &request, pair::BOUND);
+            fs::rename(&away, &disk).context("bringing the disk back")?;
+            let said = answer.err().context("a machine without its disk was promoted")?.to_string();
+            ensure!(
+                said.contains("vda") && said.contains(&disk.display().to_string()),
+                "of the missing disk it says: {said}"
+            );
+        }
         call_once::<_, ()>(next.layout.vmm_socket(), &VmmRequest::Promote { generation, from }, pair::BOUND)?;
         next.ask_replicator::<()>(&ReplicatorRequest::Promote)?;
         self.primary = 1 - self.primary;
@@ -179,7 +224,30 @@ impl World {
         let old = self.primary;
         let _: HandedOver = self.sides[old].ask_replicator(&ReplicatorRequest::HandOver)?;
         self.cut(old, true)?;
-        self.take_over(false)
+        self.take_over(false, false)
+    }
+
+    /// The slices' file system has no room for a while. The guest waits, and nothing else happens to it.
+    pub fn fill(&mut self) -> Result<()> {
+        let ballast = self.slices().with_file_name("ballast");
+        let status = |this: &Self| -> Result<_> {
+            let disk = this.sides[this.primary].vmm()?.disks.into_iter().next();
+            disk.context("the machine shows no disk")
+        };
+        // Merging makes room meanwhile: until requests wait.
+        let mut file = fs::File::create(&ballast).context("filling the file system")?;
+        let waits = wait_for("requests that wait for room", BOUND, || {
+            while file.write_all(&[0; 64 << 10]).is_ok() {}
+            let disk = status(self)?;
+            Ok((disk.held > 0).then_some(disk))
+        });
+        thread::sleep(if waits.is_ok() { FULL_FOR } else { Duration::ZERO });
+        let meanwhile = status(self);
+        fs::remove_file(&ballast).context("making room")?;
+        let (waits, meanwhile) = (waits?, meanwhile?);
+        ensure!(meanwhile.held > 0, "requests did not wait for {} s: {meanwhile:?}", FULL_FOR.as_secs());
+        ensure!(waits.problem.is_some() || meanwhile.problem.is_some(), "the status names no problem: {meanwhile:?}");
+        self.wait("nothing waits any more", |_| status(self).is_ok_and(|disk| disk.held == 0))
     }
 
     /// Hosts that are off come back, and the machine is protected again. If it ran nowhere it boots first, without a standby.
@@ -221,6 +289,10 @@ impl World {
         });
         e.context(format!("{}\n--- books\n{:?}\n", logs.join("\n"), self.books()))
     }
+}
+
+fn slices(dir: &Path) -> PathBuf {
+    dir.join("room/slices")
 }
 
 fn listen(mut line: TcpStream, books: &Mutex<Books>) {

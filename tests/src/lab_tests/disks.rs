@@ -14,7 +14,21 @@ pub const POWER_CUTS: &str =
 pub fn power_cuts() -> Result<()> {
     // Its hidden command is the VMM of such a host, so it is a process of its own.
     let mut command = Command::new(places::bin_dir()?.join("understudy-bench"));
-    command.args(["disk-cuts", "--count", "1", "--both", "1", "--sequence", "0", "--moves", "0"]);
+    command.args([
+        "disk-cuts",
+        "--count",
+        "1",
+        "--both",
+        "1",
+        "--sequence",
+        "0",
+        "--moves",
+        "0",
+        "--full",
+        "0",
+        "--missing",
+        "0",
+    ]);
     command.arg("--report").arg(places::out_dir()?.join("disk-cuts.json"));
     host::run_quiet(&mut command).map(drop).context("understudy-bench disk-cuts")
 }
