@@ -48,6 +48,10 @@ impl Files {
         });
         told("writing a file", written)?;
         told("naming a file", fs::rename(&temporary, &name))?;
+        told("synchronising the directory", File::open(&self.dir).and_then(|dir| dir.sync_all()))?;
+        let line = format!("{number} {:08x}\n", crc32fast::hash(&content));
+        told("writing the log of files", self.log.write_all(line.as_bytes()).and_then(|()| self.log.sync_data()))?;
+        // Last: a power cut before the line is in the log must find all files of the transaction before.
         if number > KEEP {
             match fs::remove_file(self.name(number - KEEP)) {
                 Err(why) if why.kind() != std::io::ErrorKind::NotFound => {
@@ -56,9 +60,7 @@ impl Files {
                 _ => {}
             }
         }
-        told("synchronising the directory", File::open(&self.dir).and_then(|dir| dir.sync_all()))?;
-        let line = format!("{number} {:08x}\n", crc32fast::hash(&content));
-        told("writing the log of files", self.log.write_all(line.as_bytes()).and_then(|()| self.log.sync_data()))
+        Ok(())
     }
 
     /// Whether files and log are what they must be when `number` is the newest.
