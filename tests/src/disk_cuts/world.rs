@@ -243,6 +243,8 @@ impl World {
         });
         thread::sleep(if waits.is_ok() { FULL_FOR } else { Duration::ZERO });
         let meanwhile = status(self);
+        // A file that is open keeps its room.
+        drop(file);
         fs::remove_file(&ballast).context("making room")?;
         let (waits, meanwhile) = (waits?, meanwhile?);
         ensure!(meanwhile.held > 0, "requests did not wait for {} s: {meanwhile:?}", FULL_FOR.as_secs());
