@@ -34,8 +34,12 @@ bench: needs-root build lab-guest ## the figures; JSON under target/bench (BENCH
 	$(dir $(BIN))release/understudy-bench disk $(BENCH)
 	$(dir $(BIN))release/understudy-bench host
 	$(dir $(BIN))release/understudy-bench power-cuts
-	$(dir $(BIN))release/understudy-bench cluster-cuts --count 20
+	$(dir $(BIN))release/understudy-bench cluster-cuts --count 12 --both 4 --sequence 4 --moves 4
 	$(LAB) vm run -- understudy-bench lab
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-guest
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts --unredirected --count 8 --both 0 --sequence 0 \
+	  --moves 0 --missing 0 --full 0 --report target/bench/disk-cuts-unredirected.json
 
 # What libFuzzer reads to learn which inputs reached something new; stable Rust passes it through. Integer overflow is a finding.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
@@ -58,8 +62,10 @@ build: prerequisites ## all executables (debug profile: what the tests use)
 lab-root: build ## the private Debian that the lab's nodes are made of, under target/lab (root)
 	$(LAB) root
 
-lab-guest: lab-root ## the demo guest's initramfs
+lab-guest: lab-root ## the guests of demo and tests: initramfs images, and a disk with databases
 	$(BIN)/understudy-initramfs --root target/lab/root --output target/lab/guest/initrd > target/lab/guest.json
+	$(BIN)/understudy-initramfs --disk --root target/lab/root --output target/lab/guest/initrd-disk > target/lab/guest-disk.json
+	$(LAB) guest-disk > /dev/null
 
 install: prerequisites ## executables and agents into the system (PREFIX, DESTDIR)
 	$(CARGO) build --workspace --bins --release

@@ -81,7 +81,6 @@ pub(crate) mod testing {
             statistics,
             disk_verify: Default::default(),
             verify: VerifyStatus {
-                disk_verify: Default::default(),
                 pass: 2,
                 passes: 2,
                 compared_pages: 130_000,

@@ -16,7 +16,7 @@
 
 pub(crate) mod device;
 pub(crate) mod guest;
-mod unredirected;
+pub(crate) mod unredirected;
 
 use std::fs;
 use std::net::TcpListener;
@@ -244,7 +244,8 @@ impl World {
             let image = taken.image.context("the standby has no image of a protected machine")?;
             if self.disks == Disks::Unredirected {
                 let disk = disk_of(self.dir.path(), self.disks, standby);
-                unredirected::forget_redirection(&disk, Path::new(&image.state_file))?;
+                let slices = LocalDirectory::beside(&disk);
+                unredirected::forget_redirection(&disk, &slices, Path::new(&image.state_file))?;
             }
             let from = PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch };
             call_once::<_, ()>(next.layout.vmm_socket(), &VmmRequest::Promote { generation, from }, BOUND)?;
@@ -290,11 +291,11 @@ fn disk_of(dir: &Path, disks: Disks, side: usize) -> PathBuf {
     dir.join(if disks == Disks::Mirrored { format!("disk-{}", NAMES[side]) } else { "disk".to_owned() })
 }
 
-fn veto(dir: &Path) -> PathBuf {
+pub(crate) fn veto(dir: &Path) -> PathBuf {
     dir.join("veto")
 }
 
-fn start_board(dir: &Path, port: u16, line: u16) -> Result<Process> {
+pub(crate) fn start_board(dir: &Path, port: u16, line: u16) -> Result<Process> {
     let mut board = Command::new(places::bin_dir()?.join("understudy-serial"));
     board.args(["run", "--machine", crate::bench::pair::MACHINE, "--device", "com1"]);
     board.arg("--run-dir").arg(dir.join("board")).arg("--state-dir").arg(dir.join("board-state"));

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
@@ -14,6 +14,9 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::Guest;
 use crate::output::lock;
+
+/// Between two writes to the ring: an epoch has several, and other work some of the processor.
+const RING_PAUSE: Duration = Duration::from_millis(5);
 
 /// Errors are counted without end but described only so often, so that a broken line cannot drown the port.
 const DESCRIBED: u64 = 50;
@@ -167,4 +170,41 @@ pub fn use_console(guest: &Guest) {
         }
         thread::sleep(Duration::from_millis(1000));
     }
+}
+
+/// Transactions on the disk, one after the other. The first thing that is wrong is the end of them.
+pub fn use_disk(guest: &Guest) {
+    guest.output.fresh_line();
+    let wrong = match transactions(guest) {
+        Ok(never) => match never {},
+        Err(why) => why,
+    };
+    loop {
+        guest.error(&format!("disk {wrong}"));
+        thread::sleep(Duration::from_secs(5));
+    }
+}
+
+fn transactions(guest: &Guest) -> crate::storage::Result<std::convert::Infallible> {
+    let fsck = crate::storage::enter(&guest.params.disk)?;
+    let mut ring = crate::storage::Ring::open(crate::storage::RING)?;
+    let mut work = crate::storage::Work::open()?;
+    let (boot, checks, known, newest) = (&guest.boot_id, &work.checks, work.known(), ring.newest());
+    guest.output.emit('B', || format!("boot={boot} fsck={fsck} {checks} ring={newest} {known}"));
+    let reached = AtomicU64::new(newest);
+    thread::scope(|scope| {
+        let turning = scope.spawn(|| -> crate::storage::Result<std::convert::Infallible> {
+            loop {
+                reached.store(ring.next()?, Relaxed);
+                thread::sleep(RING_PAUSE);
+            }
+        });
+        while !turning.is_finished() {
+            let number = work.next()?;
+            // Read before the line has its place: whoever reads it later may trust the number.
+            let ring = reached.load(Relaxed);
+            guest.output.emit('T', || format!("tx={number} ring={ring}"));
+        }
+        turning.join().unwrap_or_else(|_| Err("the thread of the ring panicked".into()))
+    })
 }

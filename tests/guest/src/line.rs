@@ -10,6 +10,11 @@
 //!   M n round=… page=… written=… bad=…                        state of the memory sweep
 //!   E n TEXT                                                  something is wrong; every one is a violation
 //!   P n poweroff                                              the last line of an orderly shutdown
+//! guest with databases → device, nothing else from it           numbers 1, 2, 3 … from each boot on, which begins with a newline
+//!   B n boot=UUID fsck=… sqlite_check=… postgres_check=… ring=… files=… sqlite=… postgres=…      what the disk knew at the boot
+//!   T n tx=… ring=…                                   this transaction is durable everywhere, this number in the ring
+//! guest that measures a disk → device
+//!   Q n round=… op=… order=… bytes=… depth=… count=… us=…     and `Q n done` at the end
 //! device → guest                                              numbers 1, 2, 3 …
 //!   D n
 //! ```

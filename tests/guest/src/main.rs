@@ -13,11 +13,14 @@
 #![forbid(unsafe_code)]
 
 mod activities;
+mod bench;
 mod clocks;
 mod output;
 mod power;
 mod setup;
+mod storage;
 
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::thread;
@@ -69,7 +72,29 @@ impl Guest {
     }
 }
 
-fn main() {
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        return check();
+    }
+    machine()
+}
+
+/// Not as process 1: the root directory is a copy of the disk; say what is in it.
+fn check() -> ExitCode {
+    let looked = storage::Ring::open(storage::RING).and_then(|ring| Ok((ring, storage::Work::open()?)));
+    match looked {
+        Ok((ring, work)) => {
+            println!("{} ring={} {}", work.checks, ring.newest(), work.known());
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn machine() -> ! {
     let pid = std::process::id();
     setup::mount_kernel_file_systems();
     let cmdline = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
@@ -100,14 +125,32 @@ fn main() {
     });
     complain(&format!("process {pid}, boot {}, lines on {}", guest.boot_id, guest.params.serial));
 
+    if !guest.params.bench.is_empty() {
+        activities::run_for_ever(&guest, "benchmark", None, bench::measure);
+        loop {
+            thread::park();
+        }
+    }
+    activities::run_for_ever(&guest, "memory sweep", Some(1), activities::sweep_memory);
+    activities::run_for_ever(&guest, "power button", None, power::watch_buttons);
+    if !guest.params.disk.is_empty() {
+        activities::run_for_ever(&guest, "databases", None, activities::use_disk);
+        // It waits for its own processes, and leaves none behind.
+        loop {
+            thread::park();
+        }
+    }
     activities::run_for_ever(&guest, "serial reader", Some(0), activities::read_lines);
     activities::run_for_ever(&guest, "serial writer", Some(0), activities::write_lines);
-    activities::run_for_ever(&guest, "memory sweep", Some(1), activities::sweep_memory);
     activities::run_for_ever(&guest, "reports", None, activities::report);
-    activities::run_for_ever(&guest, "power button", None, power::watch_buttons);
     activities::run_for_ever(&guest, "random numbers", None, activities::use_rng);
     activities::run_for_ever(&guest, "virtio console", None, activities::use_console);
 
+    reap()
+}
+
+/// Process 1's duty.
+fn reap() -> ! {
     loop {
         match wait(WaitOptions::NOHANG) {
             Ok(Some(_)) => {}

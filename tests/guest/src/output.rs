@@ -53,6 +53,12 @@ impl Output {
         self.write_line(&mut lock(&self.next), kind, fields)
     }
 
+    /// End a line that a former life of this machine may have begun. No line was written yet.
+    pub fn fresh_line(&self) {
+        let _guard = lock(&self.next);
+        let _ = (&self.port).write_all(b"\n");
+    }
+
     /// Write the last line, wait until it has left the port, and let no other follow it: comes back with the lock held
     /// for good.
     pub fn finish(&self, kind: char, fields: &str) {

@@ -17,6 +17,10 @@ pub struct Params {
     pub mem_pause_us: u64,
     /// `understudy.report_ms`: how often C, R and M lines are written, ms.
     pub report_ms: u64,
+    /// `understudy.disk`: the device with the databases; they are then all that it does, beside a little memory. Empty: none.
+    pub disk: String,
+    /// `understudy.bench`: a device to measure and do nothing else. What is on it is lost. Empty: none.
+    pub bench: String,
     /// What was not understood.
     pub complaints: Vec<String>,
 }
@@ -32,6 +36,8 @@ impl Default for Params {
             // 8 pages every 2 ms: about 4,000 pages/s, all of the 64 MiB every four seconds.
             mem_pause_us: 2_000,
             report_ms: 500,
+            disk: String::new(),
+            bench: String::new(),
             complaints: Vec::new(),
         }
     }
@@ -63,6 +69,14 @@ impl Params {
         match key {
             "serial" if value.starts_with("/dev/") => {
                 self.serial = value.into();
+                true
+            }
+            "disk" if value.starts_with("/dev/") => {
+                self.disk = value.into();
+                true
+            }
+            "bench" if value.starts_with("/dev/") => {
+                self.bench = value.into();
                 true
             }
             "baud" => put(&mut self.baud, value, 9_600, 921_600),

@@ -5,6 +5,7 @@
 //! | on the host's own KVM, with ring-3 guests | the replication engine beside COLO, a plain copy, a plain TCP stream | [`replication`] and what it calls |
 //! | on the host's own KVM | pauses of the fastest writer, first copy, the VMM's own memory, an agent's monitor | [`host`] |
 //! | where the nodes run | first serial byte beside QEMU, monitor beside a shell agent, memory with Linux, power cuts | [`lab`] |
+//! | where the nodes run | virtio-blk beside QEMU's, and protected | [`disk_guest`] |
 //! | nowhere | size of the code | [`size`] |
 //!
 //! ```text
@@ -16,6 +17,7 @@
 
 pub mod contents;
 pub mod disk;
+pub mod disk_guest;
 pub mod flow;
 pub mod guest;
 pub mod host;

@@ -29,6 +29,17 @@ pub const MACHINE: &str = "bench";
 /// Most time that any one answer takes.
 pub const BOUND: Duration = Duration::from_secs(60);
 
+/// A kernel and what it needs.
+#[derive(Debug, Clone)]
+pub struct Linux {
+    /// The bzImage.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
 /// How to build a pair.
 #[derive(Debug, Clone)]
 pub struct Setup {
@@ -38,6 +49,8 @@ pub struct Setup {
     pub vcpus: u32,
     /// The guest does nothing: one vCPU halted, the others never started. Otherwise it is [`guest`]'s.
     pub idle: bool,
+    /// It runs Linux instead.
+    pub linux: Option<Linux>,
     /// Milliseconds between two checkpoints.
     pub interval_ms: u64,
     /// More arguments for `understudy-replicator run`.
@@ -57,6 +70,7 @@ impl Setup {
             memory_mib,
             vcpus: 2,
             idle: false,
+            linux: None,
             interval_ms: 25,
             replicator: Vec::new(),
             serial: None,
@@ -80,6 +94,11 @@ pub struct FlatVmm {
     code: PathBuf,
     #[arg(long)]
     idle: bool,
+    /// Initramfs of Linux; --code is the kernel then
+    #[arg(long)]
+    initrd: Option<PathBuf>,
+    #[arg(long, default_value = "")]
+    cmdline: String,
     #[arg(long)]
     serial: Option<BackendConfig>,
     #[arg(long)]
@@ -93,8 +112,8 @@ pub struct FlatVmm {
 /// Run it.
 pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
     let layout = Layout::new(&args.run_root, &args.shm_root, MACHINE);
-    let boot = if args.idle {
-        BootSource::Linux { kernel: args.code, initrd: None, cmdline: String::new() }
+    let boot = if args.idle || args.initrd.is_some() {
+        BootSource::Linux { kernel: args.code, initrd: args.initrd, cmdline: args.cmdline }
     } else {
         let code = fs::read(&args.code).with_context(|| format!("reading {}", args.code.display()))?;
         BootSource::Flat { code, at: guest::LOAD_AT }
@@ -177,7 +196,12 @@ impl Side {
         let mut vmm = Command::new(std::env::current_exe()?);
         vmm.arg("flat-vmm").arg(&self.run_root).arg(&self.shm_root);
         vmm.arg("--memory").arg(setup.memory_mib.to_string()).arg("--vcpus").arg(setup.vcpus.to_string());
-        vmm.arg("--code").arg(dir.join("code"));
+        match &setup.linux {
+            None => vmm.arg("--code").arg(dir.join("code")),
+            Some(Linux { kernel, initrd, cmdline }) => {
+                vmm.arg("--code").arg(kernel).arg("--initrd").arg(initrd).arg("--cmdline").arg(cmdline)
+            }
+        };
         if setup.idle {
             vmm.arg("--idle");
         }

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
-use understudy_tests::bench::{disk, host, lab, pair, pauses, replication, rows, size};
+use understudy_tests::bench::{disk, disk_guest, host, lab, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
+use understudy_tests::disk_cuts;
 use understudy_tests::power_cuts;
 
 #[derive(Parser)]
@@ -84,11 +85,22 @@ enum Cmd {
     ClusterCuts {
         #[arg(long, default_value = "target/bench/cluster-cuts.json")]
         report: PathBuf,
-        #[arg(long, default_value_t = 100)]
-        count: usize,
-        /// Of the random moments [default: a new one]
-        #[arg(long)]
-        seed: Option<u64>,
+        #[command(flatten)]
+        mix: cluster_cuts::Mix,
+    },
+    /// Where Linux runs: power cuts of a guest with SQLite, PostgreSQL and files on ext4, without a cluster; after each boot and at the end the disk must
+    /// hold what was seen outside
+    DiskCuts {
+        #[arg(long, default_value = "target/bench/disk-cuts.json")]
+        report: PathBuf,
+        #[command(flatten)]
+        mix: disk_cuts::Mix,
+    },
+    /// Where Linux runs: virtio-blk beside QEMU's with the same guest and file, and protected beside unprotected
+    DiskGuest {
+        /// The figures go into its key `guest`
+        #[arg(long, default_value = "target/bench/disk.json")]
+        report: PathBuf,
     },
     /// The VMM of the measured machines
     #[command(hide = true)]
@@ -193,8 +205,8 @@ fn run(command: Cmd) -> Result<i32> {
             write(&report, &all)?;
             Ok(0)
         }
-        Cmd::ClusterCuts { report, count, seed } => {
-            let measured = cluster_cuts::run(count, seed, |text| println!("  … {text}"))?;
+        Cmd::ClusterCuts { report, mix } => {
+            let measured = cluster_cuts::run(&mix, |text| println!("  … {text}"))?;
             println!("{}", measured.kvm_backend);
             print!("{}", cluster_cuts::table(&measured));
             write(&report, &measured)?;
@@ -202,6 +214,28 @@ fn run(command: Cmd) -> Result<i32> {
                 eprintln!("understudy-bench: {why}");
             }
             Ok(i32::from(measured.failure.is_some()))
+        }
+        Cmd::DiskCuts { report, mix } => {
+            let started = std::time::Instant::now();
+            let measured = disk_cuts::run(&mix, &|text| println!("  {:>4} s … {text}", started.elapsed().as_secs()))?;
+            println!("{}", measured.kvm_backend);
+            print!("{}", disk_cuts::table(&measured));
+            write(&report, &measured)?;
+            if let Some(why) = &measured.failure {
+                eprintln!("understudy-bench: {why}");
+            }
+            Ok(i32::from(measured.failure.is_some()))
+        }
+        Cmd::DiskGuest { report } => {
+            let measured = disk_guest::measure(&|text| println!("  … {text}"))?;
+            print!("{}", disk_guest::table(&measured));
+            let mut all: serde_json::Value = match fs::read(&report) {
+                Ok(text) => serde_json::from_slice(&text).with_context(|| format!("reading {}", report.display()))?,
+                Err(_) => serde_json::json!({}),
+            };
+            all["guest"] = serde_json::to_value(&measured)?;
+            write(&report, &all)?;
+            Ok(0)
         }
         Cmd::FlatVmm(args) => pair::flat_vmm(args),
     }

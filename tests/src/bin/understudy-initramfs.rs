@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use understudy_tests::initramfs::{GUEST_MODULES, build_guest_image, build_guest_program};
+use understudy_tests::initramfs::{DISK_MODULES, GUEST_MODULES, build_guest_image, build_guest_program};
 
 /// Write the demo guest's initramfs.
 #[derive(Parser)]
@@ -27,6 +27,9 @@ struct Arguments {
     /// A kernel module to include, with what it needs; may be repeated. Default: those that the demo uses.
     #[arg(long = "module")]
     modules: Vec<String>,
+    /// With the modules that the guest with a disk needs too.
+    #[arg(long)]
+    disk: bool,
     /// The image to write.
     #[arg(long)]
     output: PathBuf,
@@ -38,11 +41,14 @@ fn main() -> Result<()> {
         Some(program) => program,
         None => build_guest_program(&arguments.workspace, &std::path::absolute(&arguments.target_dir)?)?,
     };
-    let modules: Vec<&str> = if arguments.modules.is_empty() {
+    let mut modules: Vec<&str> = if arguments.modules.is_empty() {
         GUEST_MODULES.to_vec()
     } else {
         arguments.modules.iter().map(String::as_str).collect()
     };
+    if arguments.disk {
+        modules.extend(DISK_MODULES);
+    }
     let image = build_guest_image(&arguments.root, &program, &modules, &arguments.output)?;
     println!("{}", serde_json::to_string_pretty(&image)?);
     Ok(())

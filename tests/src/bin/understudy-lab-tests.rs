@@ -14,7 +14,7 @@ use anyhow::Result;
 use clap::Parser;
 use understudy_tests::lab::Lab;
 use understudy_tests::lab::stall::StallWatch;
-use understudy_tests::lab_tests::{agents, bad_days, migration, scsi, tools};
+use understudy_tests::lab_tests::{agents, bad_days, disks, migration, scsi, tools};
 use understudy_tests::scenario::World;
 
 #[derive(Parser)]
@@ -89,6 +89,9 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
             // It needs no cluster.
             return;
         }
+    }
+    if tally.wants(disks::POWER_CUTS) {
+        tally.run(disks::POWER_CUTS, disks::power_cuts);
     }
     let mut started = None;
     if !tally.run("two cluster nodes and a board come up", || {

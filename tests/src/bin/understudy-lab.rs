@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use understudy_tests::lab::bmc::FenceMode;
 use understudy_tests::lab::vm::{self, Vm, VmSize};
-use understudy_tests::lab::{Lab, LabOptions, Plane, bmc, fence, host, node, root, vm_init};
+use understudy_tests::lab::{Lab, LabOptions, Plane, bmc, fence, guest_disk, host, node, root, vm_init};
 
 #[derive(Parser)]
 #[command(name = "understudy-lab", about = "Real Pacemaker clusters on one host", version)]
@@ -26,6 +26,8 @@ enum Cmd {
         #[arg(long)]
         image: bool,
     },
+    /// Build the disk of the guest with databases, if it is not there yet
+    GuestDisk,
     /// Say where the lab runs on this machine, and why
     Where,
     /// Bring the cluster lab up: nodes n1 and n2, board b1, three network planes, fencing
@@ -138,6 +140,10 @@ fn run(command: Cmd) -> Result<i32> {
         Cmd::Root { image } => {
             let path = if image { root::ensure_image()? } else { root::ensure()? };
             println!("{}", path.display());
+            Ok(0)
+        }
+        Cmd::GuestDisk => {
+            println!("{}", guest_disk::ensure()?.display());
             Ok(0)
         }
         Cmd::Where => {

@@ -4,6 +4,7 @@ pub mod bmc;
 pub mod channel;
 pub mod cluster;
 pub mod fence;
+pub mod guest_disk;
 pub mod host;
 pub mod net;
 pub mod node;

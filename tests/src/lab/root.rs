@@ -74,7 +74,7 @@ pub fn ensure() -> Result<PathBuf> {
 }
 
 /// Two builds at once would tear each other's trees down.
-fn lock() -> Result<Flock<fs::File>> {
+pub(super) fn lock() -> Result<Flock<fs::File>> {
     let dir = places::lab_dir()?;
     fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
     let file = fs::File::create(dir.join("lock")).with_context(|| format!("creating the lock in {}", dir.display()))?;
@@ -98,7 +98,14 @@ fn is_current(root: &Path) -> bool {
 }
 
 fn build(root: &Path) -> Result<()> {
-    host::need_root("Building the lab root")?;
+    let _ = fs::remove_file(stamp_file(root));
+    bootstrap("the lab root", root, PACKAGES, ADD_REMOTED)?;
+    fs::write(stamp_file(root), stamp()).context("writing the lab root's stamp")
+}
+
+/// Make a Debian in the directory `root`, in place of what is there: `packages`, and then what `hook` does to it.
+pub(super) fn bootstrap(name: &str, root: &Path, packages: &[&str], hook: &str) -> Result<()> {
+    host::need_root("Building a private Debian")?;
     host::need_tools(&[
         ("mmdebstrap", "mmdebstrap"),
         ("mke2fs", "e2fsprogs"),
@@ -108,21 +115,20 @@ fn build(root: &Path) -> Result<()> {
     ])?;
     let started = Instant::now();
     let mirror = mirror()?;
-    let parent = root.parent().context("the lab root has no parent directory")?;
+    let parent = root.parent().with_context(|| format!("{name} has no parent directory"))?;
     fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
-    let fresh = parent.join("root.new");
+    let fresh = root.with_extension("new");
     for old in [&fresh, root] {
         remove_tree(old)?;
     }
-    let _ = fs::remove_file(stamp_file(root));
-    eprintln!("lab: building the lab root: Debian {SUITE} from {mirror} (once; about two minutes)");
+    eprintln!("lab: building {name}: Debian {SUITE} from {mirror} (once; about two minutes)");
 
-    let log_path = parent.join("root.log");
+    let log_path = root.with_extension("log");
     let mut command = Command::new("unshare");
     // In a mount namespace of its own, so that an aborted run cannot leave /proc or /sys mounted inside the tree.
     command.args(["--mount", "--propagation", "private", "mmdebstrap"]);
     command.args(["--variant=minbase", "--mode=root", "--architectures=amd64"]);
-    command.arg(format!("--include={}", PACKAGES.join(",")));
+    command.arg(format!("--include={}", packages.join(",")));
     command.args(["--aptopt=APT::Install-Recommends \"false\"", "--dpkgopt=force-unsafe-io"]);
     for excluded in ["man", "locale", "doc", "info", "help"] {
         command.arg(format!("--dpkgopt=path-exclude=/usr/share/{excluded}/*"));
@@ -130,7 +136,7 @@ fn build(root: &Path) -> Result<()> {
     for option in apt_acquire_options() {
         command.arg(format!("--aptopt={option}"));
     }
-    command.arg(format!("--customize-hook={ADD_REMOTED}"));
+    command.arg(format!("--customize-hook={hook}"));
     command.arg(SUITE).arg(&fresh).arg(&mirror);
     // The lab has initramfs images of its own making: update-initramfs would only cost half a minute.
     command.env("INITRD", "No").env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive");
@@ -156,8 +162,7 @@ fn build(root: &Path) -> Result<()> {
         bail!("mmdebstrap failed ({status}); the end of {}:\n{}", log_path.display(), tail(&log_path, 15));
     }
     fs::rename(&fresh, root).with_context(|| format!("renaming {} to {}", fresh.display(), root.display()))?;
-    fs::write(stamp_file(root), stamp()).context("writing the lab root's stamp")?;
-    eprintln!("lab: the lab root is ready after {} s", started.elapsed().as_secs());
+    eprintln!("lab: {name} is ready after {} s", started.elapsed().as_secs());
     Ok(())
 }
 
@@ -239,7 +244,7 @@ fn apt_acquire_options() -> Vec<String> {
 }
 
 /// Delete a tree, refusing as long as something is mounted in it (it might be the host's /dev).
-fn remove_tree(tree: &Path) -> Result<()> {
+pub(super) fn remove_tree(tree: &Path) -> Result<()> {
     if !tree.exists() {
         return Ok(());
     }

@@ -38,6 +38,8 @@ pub struct Record {
     pub number: u32,
     /// Bytes that it has heard.
     pub heard: u32,
+    /// It has just booted, and this is the newest number on its disk. The next record has the next one.
+    pub boot: bool,
 }
 
 impl Record {
@@ -45,7 +47,9 @@ impl Record {
     pub fn parse(bytes: &[u8; RECORD]) -> Option<Self> {
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let (number, heard) = (word(0), word(4));
-        (word(8) == number.wrapping_mul(0x61c8_8647) ^ heard).then_some(Self { number, heard })
+        let check = number.wrapping_mul(0x61c8_8647);
+        let boot = heard == 0 && word(8) == !check;
+        (boot || word(8) == check ^ heard).then_some(Self { number, heard, boot })
     }
 }
 
@@ -59,7 +63,7 @@ mod tests {
         for (at, word) in [(0, 7u32), (4, 300), (8, 7u32.wrapping_mul(0x61c8_8647) ^ 300)] {
             bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
         }
-        assert_eq!(Record::parse(&bytes), Some(Record { number: 7, heard: 300 }));
+        assert_eq!(Record::parse(&bytes), Some(Record { number: 7, heard: 300, boot: false }));
         for bit in 0..RECORD * 8 {
             let mut damaged = bytes;
             damaged[bit / 8] ^= 1 << (bit % 8);

@@ -3,11 +3,12 @@
 # Every vCPU goes round and round over its own pages, sees whether each still holds what it wrote a round ago, and writes the next number.
 # Every 1024 pages the first vCPU sends a record of 12 bytes on COM1: number, bytes heard so far, check; and it hears bytes from COM1,
 # which must count up. Before it sends a record it looks whether sector (number mod 64) of its disk holds the number of 64 records ago (nothing,
-# the first time round), writes this one there, and flushes. Whatever is wrong in memory, on the disk or in what it hears it tells with
+# the first time round), writes this one there, and flushes. When it boots it reads all 64 sectors: they must be those of the newest number in them.
+# It tells that number with a record of its own, and counts on from it. Whatever is wrong in memory, on the disk or in what it hears it tells with
 # records of ones, for ever.
 #
 # The disk is in slot 3 of the bus. Its rings are at 0x180000 (descriptors), 0x181000 (driver), 0x182000 (device), header and status of its one request
-# at 0x183000, data at 0x184000.
+# at 0x183000, data at 0x184000; what the sectors held at boot is at 0x185000, the newest number of then behind the record.
 #
 # r8  registers of the disk   r9  descriptors   r10 0x183000   rdi number of the record
 # r12 number of the next page   r13 bytes heard   r14 the vCPU's pages   r15 the first vCPU's record   r11 the vCPU's number
@@ -84,6 +85,45 @@
     mov     dword ptr [r9 + 40], 1
     mov     word ptr [r9 + 44], 2
 
+# What the disk knows.
+    xor     ebx, ebx
+80: mov     word ptr [r9 + 14], 1
+    mov     word ptr [r9 + 28], 3
+    xor     eax, eax
+    lea     rbp, [rip + 81f]
+    jmp     70f
+81: mov     rcx, [r10 + 0x1000]
+    cmp     rcx, [r10 + 0x11f8]
+    jne     40f
+    mov     [r10 + rbx * 8 + 0x2000], rcx
+    cmp     rcx, [r15 + 0x810]
+    jbe     82f
+    mov     [r15 + 0x810], rcx
+82: inc     ebx
+    cmp     ebx, 64
+    jb      80b
+    # Sector i has the newest number that leaves i when divided by 64; nothing if there was none.
+    mov     rdi, [r15 + 0x810]
+    xor     ebx, ebx
+83: mov     rcx, rdi
+    sub     rcx, rbx
+    and     ecx, 63
+    xor     edx, edx
+    mov     rax, rdi
+    sub     rax, rcx
+    cmovb   rax, rdx
+    cmp     [r10 + rbx * 8 + 0x2000], rax
+    jne     40f
+    inc     ebx
+    cmp     ebx, 64
+    jb      83b
+    mov     [r15], edi
+    mov     [r15 + 4], r13d
+    imul    eax, edi, 0x61c88647
+    not     eax
+    mov     [r15 + 8], eax
+    jmp     29f
+
 # A page.
 20: cmp     dword ptr [r15 + 0x800], 0
     jne     50f
@@ -112,6 +152,7 @@
 # Its number on the disk: what stands there first.
     mov     rdi, r12
     shr     rdi, 10
+    add     rdi, [r15 + 0x810]
     mov     ebx, edi
     and     ebx, 63
     mov     word ptr [r9 + 14], 1
@@ -140,14 +181,12 @@
     jmp     70f
 
 # A record.
-62: mov     rax, r12
-    shr     rax, 10
-    mov     [r15], eax
+62: mov     [r15], edi
     mov     [r15 + 4], r13d
-    imul    eax, eax, 0x61c88647
+    imul    eax, edi, 0x61c88647
     xor     eax, r13d
     mov     [r15 + 8], eax
-    xor     ecx, ecx
+29: xor     ecx, ecx
 30: mov     edx, 0x3fd
     in      al, dx
     test    al, 1

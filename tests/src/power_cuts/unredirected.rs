@@ -14,9 +14,8 @@ use understudy_protocol::ids::{Epoch, Generation};
 use understudy_vmm::container;
 
 /// Everything that any slice has is in the disk, committed or not, and the saved state says so.
-pub fn forget_redirection(disk: &Path, state: &Path) -> Result<()> {
-    let slices = LocalDirectory::beside(disk);
-    let directory = LocalDirectory::look(&slices).context("looking at the slices")?;
+pub fn forget_redirection(disk: &Path, slices: &Path, state: &Path) -> Result<()> {
+    let directory = LocalDirectory::look(slices).context("looking at the slices")?;
     let owner = Ownership::load(&directory)?.context("the disk has no owner")?;
     let names = directory.list().context("listing the slices")?;
     let named = names.iter().filter_map(|name| Some((SliceName::parse(name)?, name)));
@@ -32,7 +31,7 @@ pub fn forget_redirection(disk: &Path, state: &Path) -> Result<()> {
             }
         }
     }
-    fs::remove_dir_all(&slices).context("removing the slices")?;
+    fs::remove_dir_all(slices).context("removing the slices")?;
 
     let mut payloads = container::decode(&fs::read(state).context("reading the saved state")?)?.into_vec();
     let disks = payloads.iter_mut().find(|payload| payload.kind == "disks").context("the saved state has no disks")?;
