@@ -360,6 +360,20 @@ fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
         }
     }
     let candidates: Vec<_> = policy.candidates(machine).collect();
+    let mirrored = |text: &&Spanned<String>| text.get_ref().parse::<DiskSpec>().is_ok_and(|disk| disk.mirrored);
+    if let Some(disk) = machine.disks.iter().find(mirrored) {
+        if machine.protection != Protection::Protected {
+            c.error(disk, "only a protected machine has mirrored disks: nobody else would keep their copies in step");
+        }
+        if candidates.len() > 2 {
+            let what = format!(
+                "a machine with a mirrored disk runs on two nodes, and {} can hold {}: name its primary and its one standby",
+                candidates.len(),
+                machine.name.get_ref()
+            );
+            c.error(disk, what);
+        }
+    }
     if let Some(migrate) = machine.migrate.as_ref().filter(|migrate| *migrate.get_ref()) {
         if machine.protection == Protection::Protected {
             c.error(migrate, "a protected machine moves by a hand-over: migrate is for protection = \"none\"");

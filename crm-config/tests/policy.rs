@@ -282,6 +282,20 @@ fn disks_are_handed_to_the_vmm_and_a_machine_with_disks_does_not_migrate() {
 }
 
 #[test]
+fn a_mirrored_disk_is_a_protected_machines_on_two_nodes() {
+    let disks = "disks = [\"name=a,file=/vm/a.raw,format=raw,mode=mirrored\"]";
+    let text = SMALL.replace("name = \"m1\"", &format!("name = \"m1\"\n{disks}"));
+    assert_eq!(
+        value(&resource(&compiled(&text), "vm-m1-clone").primitive().parameters, "disks"),
+        Some("name=a,file=/vm/a.raw,format=raw,mode=mirrored")
+    );
+    let alone = text.replace("name = \"m1\"", "name = \"m1\"\nprotection = \"none\"");
+    refused(&alone, line_of(&alone, "mode=mirrored"), "only a protected machine");
+    let third = text.replacen("[[fencing]]", "[[nodes]]\nname = \"n9\"\nstorage = \"10.0.0.9\"\n[[fencing]]", 1);
+    refused(&third, line_of(&third, "mode=mirrored"), "runs on two nodes");
+}
+
+#[test]
 fn drives_are_handed_to_the_vmm() {
     let drives =
         "cdroms = [\"name=cd0,file=/iso/a.iso\",\n\"name=cd1\"]\ndisks = [\"name=a,file=/a,format=raw,bus=scsi\"]";
