@@ -154,6 +154,8 @@ pub struct Disk {
     merging: Mutex<()>,
     /// Nothing above this slice is merged now.
     limit: AtomicU64,
+    /// Slices up to this one may be in the base in part.
+    begun: AtomicU64,
 }
 
 /// What [`Disk::merge`] did.
@@ -274,6 +276,7 @@ impl Disk {
         let Opened { base, dir, me, id, limits, mirror, base_lock } = opened;
         let closed = slices.last().map_or(merged, |slice| slice.tag());
         let waiting = slices.iter().map(|slice| slice.bytes()).sum();
+        let begun = slices.iter().rev().find(|s| s.is_committed()).map_or(0, |s| s.id.serial);
         let slices = slices.into_iter().map(|slice| (slice.id.serial, slice)).collect();
         Disk {
             base,
@@ -298,6 +301,7 @@ impl Disk {
             mirror,
             merging: Mutex::new(()),
             limit: AtomicU64::new(u64::MAX),
+            begun: AtomicU64::new(begun),
         }
     }
 
@@ -597,7 +601,8 @@ impl Disk {
     }
 
     fn mark_upto(&self, epoch: Option<Epoch>) -> Result<()> {
-        for slice in self.closed_upto(epoch, |s| !s.is_committed()) {
+        // The newest first: its mark commits what is before it, so that of cuts that were aborted none counts by itself.
+        for slice in self.closed_upto(epoch, |s| !s.is_committed()).iter().rev() {
             slice.commit()?;
         }
         self.room.notify_all();

@@ -18,7 +18,7 @@
 //! | at | bytes | |
 //! |---|---|---|
 //! | 0 | 4 | `UsSl` |
-//! | 4 | 1 | version, 1 |
+//! | 4 | 1 | version, 2 |
 //! | 5 | 1 | kind: 1 data, 2 zeroes, 3 discard, 4 seal, 5 commit |
 //! | 6 | 2 | zero |
 //! | 8 | 8 | the disk's id |
@@ -44,7 +44,10 @@ pub const RECORD: usize = 64;
 /// Most sectors in one record with data: 4 MiB. Longer requests become several.
 pub const DATA_SECTORS: u32 = 8192;
 const MAGIC: [u8; 4] = *b"UsSl";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// In which the digest was over whole records. A CRC over something that ends with its own CRC is the same whatever it is: that digest told only how
+/// many records there were. Such slices are still read.
+const OLD_DIGEST: u8 = 1;
 
 /// What a record says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +89,7 @@ pub struct Tag {
     pub epoch: Epoch,
     /// Records in it.
     pub records: u32,
-    /// CRC-32 over all of its records (which have the CRC-32 of their data).
+    /// CRC-32 over all of its records (which have the CRC-32 of their data), each without its own CRC-32.
     pub digest: u32,
 }
 
@@ -152,7 +155,7 @@ impl Record {
         if crc32fast::hash(&bytes[..60]) != u32_at(60) {
             return Err("has a wrong checksum");
         }
-        if bytes[4] != VERSION || bytes[6] != 0 || bytes[7] != 0 {
+        if !matches!(bytes[4], VERSION | OLD_DIGEST) || bytes[6] != 0 || bytes[7] != 0 {
             return Err("is of a version that this program does not know");
         }
         let kind = match bytes[5] {
@@ -202,7 +205,8 @@ impl Digest {
     /// One more.
     pub fn add(&mut self, encoded: &[u8; RECORD]) {
         self.records += 1;
-        self.crc.update(encoded);
+        let counted = if encoded[4] == OLD_DIGEST { RECORD } else { RECORD - 4 };
+        self.crc.update(&encoded[..counted]);
     }
     /// Over all so far.
     pub fn finish(&self) -> u32 {
@@ -378,4 +382,45 @@ fn verifying() -> bool {
 #[cfg(test)]
 fn verifying() -> bool {
     !crate::sim::sabotaged(crate::sim::Sabotage::IgnoreCrc)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_with_other_content_have_another_digest() {
+        let slice = SliceId { disk: 1, generation: Generation(2), epoch: Epoch(3), serial: 4 };
+        let digest = |records: &[(u64, u32)]| {
+            let mut digest = Digest::default();
+            for (number, (sector, crc)) in records.iter().enumerate() {
+                let number = number as u32;
+                digest
+                    .add(&Record { kind: Kind::Data, slice, sector: *sector, sectors: 1, number, crc: *crc }.encode());
+            }
+            digest.finish()
+        };
+        let one = digest(&[(0, 5), (8, 6)]);
+        for other in [&[(0, 5), (8, 7)], &[(0, 4), (8, 6)], &[(1, 5), (8, 6)], &[(8, 6), (0, 5)]] {
+            assert_ne!(one, digest(other), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn slices_of_the_old_version_are_read_with_their_digest() {
+        let slice = SliceId { disk: 1, generation: Generation(2), epoch: Epoch(3), serial: 4 };
+        let old = |kind, number, crc| {
+            let mut bytes =
+                Record { kind, slice, sector: 0, sectors: u32::from(kind == Kind::Zero), number, crc }.encode();
+            bytes[4] = OLD_DIGEST;
+            let crc = crc32fast::hash(&bytes[..60]);
+            bytes[60..].copy_from_slice(&crc.to_le_bytes());
+            bytes
+        };
+        let zero = old(Kind::Zero, 0, 0);
+        let log = [zero, old(Kind::Seal, 1, crc32fast::hash(&zero))].concat();
+        let file = tempfile::tempfile().unwrap();
+        LogFile::write_at(&file, 0, &log).unwrap();
+        assert_eq!(scan(&file, slice).unwrap().standing, Standing::Sealed);
+    }
 }

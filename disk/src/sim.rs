@@ -4,10 +4,11 @@
 //! checkpoint's cut. After a power cut of everything it must be what it was at one cut, not older than the newest commit that was answered (that
 //! one the outside has seen). Unprotected, what was flushed must be there.
 //!
-//! `UNDERSTUDY_DISK_SEEDS=FROM..TO` tries other seeds, as many as one likes. A failure names its seed.
+//! [`mirror`] has two nodes with a disk each. `UNDERSTUDY_DISK_SEEDS=FROM..TO` tries other seeds, as many as one likes. A failure names its seed.
 //!
 //! That the simulation sees is proved by [`Sabotage`]: each breaks one thing that the design rests on, and must be noticed.
 
+mod mirror;
 mod world;
 
 use std::cell::Cell;
@@ -56,6 +57,8 @@ pub(crate) enum Sabotage {
     BeginForgotten,
     /// Blocks count as sent before they are durable there.
     ClearedEarly,
+    /// What the guest has not flushed counts as sent for good.
+    SentUnflushed,
     /// A copy says that blocks are durable and they are not.
     CopyNotFlushed,
     /// A copy acknowledges an epoch whose slice is not durable.

@@ -36,16 +36,11 @@ impl Disk {
     /// What is committed, and what is sealed beyond it.
     pub(crate) fn standing(&self) -> (Tag, Vec<Tag>) {
         let table = self.table();
-        let mut at = table.merged;
-        let mut sealed = Vec::new();
-        for slice in table.slices.values() {
-            match (slice.is_committed(), slice.is_sealed()) {
-                (true, _) => at = slice.tag(),
-                (false, true) => sealed.push(slice.tag()),
-                (false, false) => break,
-            }
-        }
-        (at, sealed)
+        // The mark of one commits what is before it.
+        let newest = table.slices.values().rev().find(|slice| slice.is_committed());
+        let at = newest.map_or(table.merged, |slice| slice.tag());
+        let beyond = table.slices.range(at.serial + 1..).map(|(_, slice)| slice);
+        (at, beyond.take_while(|slice| slice.is_sealed()).map(|slice| slice.tag()).collect())
     }
 
     /// The next piece of the log.
@@ -139,26 +134,27 @@ impl Disk {
         Ok(slice)
     }
 
-    /// Whether this is the newest state that it has, complete.
-    pub(crate) fn newest_is(&self, tag: Tag) -> Result<()> {
-        let closed = self.table().closed;
-        if closed == tag {
-            return Ok(());
+    /// All that came up to this state is durable. More may have come already.
+    pub(crate) fn seal_received(&self, tag: Tag, incoming: Option<&Incoming>) -> Result<()> {
+        let (upto, found) = {
+            let table = self.table();
+            let found = table.slices.get(&tag.serial).map(|slice| slice.tag());
+            let upto: Vec<_> = table.slices.range(..=tag.serial).map(|(_, slice)| slice.clone()).collect();
+            (upto, found.unwrap_or(table.merged))
+        };
+        let open = incoming.is_some_and(|incoming| incoming.slice.id.serial <= tag.serial);
+        if open || found != tag {
+            return Err(Error::Refused(format!(
+                "the epoch ends with slice {} (digest {:08x}) of {}, and {} slice {} (digest {:08x}); the session has to begin again",
+                tag.serial,
+                tag.digest,
+                self.base.name(),
+                if open { "what came ends in the middle of" } else { "what came is" },
+                found.serial,
+                found.digest
+            )));
         }
-        Err(Error::Refused(format!(
-            "the epoch ends with slice {} (digest {:08x}) of {}, and what came ends with slice {} (digest {:08x}); the session has to begin again",
-            tag.serial,
-            tag.digest,
-            self.base.name(),
-            closed.serial,
-            closed.digest
-        )))
-    }
-
-    /// All that came is durable.
-    pub(crate) fn seal_received(&self) -> Result<()> {
-        let all: Vec<_> = self.table().slices.values().filter(|s| !s.is_sealed()).cloned().collect();
-        self.seal_these(all)
+        self.seal_these(upto.into_iter().filter(|slice| !slice.is_sealed()).collect())
     }
 
     /// Mark everything up to this state, durably.
@@ -178,7 +174,8 @@ impl Disk {
                 self.base.name()
             )));
         }
-        upto.iter().filter(|slice| !slice.is_committed()).try_for_each(|slice| slice.commit())?;
+        // The newest first: its mark commits what is before it, so that no state between two epochs ever counts.
+        upto.iter().rev().filter(|slice| !slice.is_committed()).try_for_each(|slice| slice.commit())?;
         self.room.notify_all();
         Ok(())
     }

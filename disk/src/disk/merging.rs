@@ -80,6 +80,7 @@ impl Disk {
             };
             mirror.before_merge(&content.pieces().filter_map(piece).collect::<Vec<_>>())?;
         }
+        self.begun.fetch_max(last.id.serial, Ordering::AcqRel);
         self.write_base(&batch, &content)?;
         self.flush_base()?;
         if let Some(mirror) = &self.mirror {
@@ -121,16 +122,31 @@ impl Disk {
         self.table().merged
     }
 
-    /// Hold the base still, and say where.
-    pub(crate) fn hold_base_still(&self) -> Tag {
+    /// Hold the base still at exactly one state, and say at which.
+    pub(crate) fn hold_base_still(&self) -> Result<Tag> {
         let tag = self.hold_merging(Some(0));
-        self.hold_merging(Some(tag.serial))
+        // A batch that was merged in part, by this process or by one that died, is merged to its end.
+        let begun = self.begun.load(Ordering::Acquire);
+        if tag.serial >= begun {
+            return Ok(self.hold_merging(Some(tag.serial)));
+        }
+        self.hold_merging(Some(begun));
+        loop {
+            match self.merge()? {
+                Merged::Slices { .. } => {}
+                Merged::Nothing => return Ok(self.table().merged),
+                Merged::Waiting(why) => return Err(Error::Owned(why)),
+            }
+        }
     }
 
     /// Merge up to this state and hold there; `None`: it is not committed yet.
     pub(crate) fn hold_base_at(&self, tag: Tag) -> Result<Option<Tag>> {
-        self.hold_merging(Some(tag.serial));
-        while let Merged::Slices { .. } = self.merge()? {}
+        let still = self.hold_base_still()?;
+        if still.serial < tag.serial {
+            self.hold_merging(Some(tag.serial));
+            while let Merged::Slices { .. } = self.merge()? {}
+        }
         let merged = self.table().merged;
         if merged.serial < tag.serial {
             return Ok(None);

@@ -27,6 +27,14 @@ impl Disk {
         (*mode != Mode::Direct).then(|| self.table().merged)
     }
 
+    /// The newest state that counts; `None` while the base is written directly.
+    pub(crate) fn committed_at(&self) -> Option<Tag> {
+        let mode = read(&self.mode);
+        let table = self.table();
+        let newest = table.slices.values().rev().find(|s| s.is_committed()).map_or(table.merged, |s| s.tag());
+        (*mode != Mode::Direct).then_some(newest)
+    }
+
     /// The states of closed slices that are not merged, and the newest closed state.
     pub(crate) fn waiting_states(&self) -> (Vec<Tag>, Tag) {
         let table = self.table();
@@ -47,6 +55,17 @@ impl Disk {
     /// Write the owner record with what is known of peers now.
     pub(crate) fn store_peers(&self) -> Result<()> {
         self.owner_update(|_| {}).map(drop)
+    }
+
+    /// What was read from the base is durable here.
+    pub(crate) fn flush_content(&self) -> Result<()> {
+        let direct = *read(&self.mode) == Mode::Direct;
+        #[cfg(test)]
+        if crate::sim::sabotaged(crate::sim::Sabotage::SentUnflushed) {
+            return Ok(());
+        }
+        // Merges flush by themselves before their blocks are cleared.
+        if direct { self.flush_direct() } else { Ok(()) }
     }
 
     /// Whether the base is this process's alone; a sentence if not.

@@ -67,7 +67,6 @@ pub struct CopyStatus {
 /// What goes on.
 enum Session {
     Idle,
-    /// In this generation.
     Syncing(Generation),
     Follows(Arc<Disk>),
 }
@@ -79,6 +78,8 @@ struct Inner {
     merger: Option<Merger>,
     incoming: Option<Incoming>,
     pinned: bool,
+    /// See [`Role::Syncing`]. Kept here too, in case that it cannot be stored.
+    distrust: bool,
 }
 
 /// See the [module](self).
@@ -91,7 +92,7 @@ pub struct Copy {
 /// What is in a directory whose record is this.
 fn standing(dir: &dyn Directory, owner: &Ownership) -> Result<Standing> {
     let role = owner.mirror.as_ref().map(|mirror| &mirror.role);
-    if let Some(Role::Syncing { from, sync }) = role {
+    if let Some(Role::Syncing { from, sync, .. }) = role {
         return Ok(Standing::Syncing { from: from.clone(), sync: *sync });
     }
     let (slices, _) = recover::examine(dir, owner, |_| {})?;
@@ -153,7 +154,14 @@ impl Copy {
         with.base.take_charge()?;
         // A process that was killed leaves writes in the kernel's cache.
         with.base.flush()?;
-        let inner = Inner { session: Session::Idle, lock: Some(lock), merger: None, incoming: None, pinned: false };
+        let inner = Inner {
+            session: Session::Idle,
+            lock: Some(lock),
+            merger: None,
+            incoming: None,
+            pinned: false,
+            distrust: false,
+        };
         let copy = Copy { with, merging, inner: Mutex::new(inner) };
         copy.record()?;
         Ok(copy)
@@ -286,8 +294,9 @@ impl Copy {
         let forgotten: Vec<_> = slices.drain(keep..).map(|slice| slice.file_name).collect();
         // Slices of an earlier generation that are part of the new primary's history are committed, by that.
         let adopt = before.generation != rejoin.generation;
-        let names = slices.iter().map(|slice| slice.file_name.clone());
-        let accepted = if adopt { names.collect() } else { names.filter(|n| before.accepted.contains(n)).collect() };
+        // Accepted by name: a commit mark that is read may be only in the kernel's cache, if its flush failed.
+        let counts = slices.iter().filter(|slice| adopt || slice.committed);
+        let accepted = counts.map(|slice| slice.file_name.clone()).collect();
         let role = Role::Follows { of: rejoin.from.clone() };
         let owner = Ownership {
             machine: self.with.machine.clone(),
@@ -423,7 +432,9 @@ impl Copy {
         let owner = self.record()?;
         self.admit(&begin.machine, &begin.from, begin.generation, owner.as_ref())?;
         let role = owner.as_ref().and_then(|owner| owner.mirror.as_ref()).map(|mirror| &mirror.role);
-        let ours = matches!(role, Some(Role::Syncing { from, sync }) if *from == begin.from && *sync == begin.sync);
+        inner.distrust |= begin.resumed && matches!(role, Some(Role::Syncing { distrust: true, .. }));
+        let distrust = inner.distrust;
+        let ours = matches!(role, Some(Role::Syncing { from, sync, .. }) if *from == begin.from && *sync == begin.sync);
         if begin.resumed && !ours {
             return self.refuse(format!("knows nothing of the synchronisation with which {} goes on", begin.from));
         }
@@ -457,7 +468,7 @@ impl Copy {
             Identity { machine: self.with.machine.clone(), node: self.with.node.clone(), generation: begin.generation };
         let mut record = Ownership::fresh(begin.disk, &me, self.with.base.name(), self.with.format, begin.size);
         record.newest = begin.keep.unwrap_or(record.newest);
-        let role = Role::Syncing { from: begin.from.clone(), sync: begin.sync };
+        let role = Role::Syncing { from: begin.from.clone(), sync: begin.sync, distrust };
         record.mirror = Some(Mirror { role, history: begin.history.clone(), peers: Vec::new(), discard: None });
         #[cfg(test)]
         if crate::sim::sabotaged(crate::sim::Sabotage::BeginForgotten) {
@@ -494,17 +505,18 @@ impl Copy {
     pub fn apply(&self, item: &Item) -> Result<Applied> {
         let inner = self.inner();
         self.require_syncing(&inner)?;
+        let trust = !inner.distrust;
         match &item.content {
             Content::Data(bytes) if bytes.len() as u64 == item.len => self.with.base.write_at(item.at, bytes)?,
             Content::Data(bytes) => return self.refuse(format!("was sent {} bytes for {}", bytes.len(), item.len)),
             // What is zero stays as it is: it may be a hole.
             Content::Zero => {
-                if item.len > ITEM || !is_zero(&self.read(item)?) {
+                if !trust || item.len > ITEM || !is_zero(&self.read(item)?) {
                     self.with.base.write_zeroes(item.at, item.len, true)?;
                 }
             }
             Content::Hash(hash) => {
-                if blake3::hash(&self.read(item)?) != *hash {
+                if !trust || blake3::hash(&self.read(item)?) != *hash {
                     return Ok(Applied::Differs);
                 }
             }
@@ -517,13 +529,30 @@ impl Copy {
     /// # Errors
     /// What the storage says. Then the session is to be given up: what was not acknowledged is sent again.
     pub fn flush(&self) -> Result<()> {
-        let inner = self.inner();
-        self.require_syncing(&inner)?;
+        let inner = &mut *self.inner();
+        self.require_syncing(inner)?;
         #[cfg(test)]
         if crate::sim::sabotaged(crate::sim::Sabotage::CopyNotFlushed) {
             return Ok(());
         }
-        self.with.base.flush()
+        self.flush_base(inner)
+    }
+
+    fn flush_base(&self, inner: &mut Inner) -> Result<()> {
+        self.with.base.flush().inspect_err(|_| {
+            inner.distrust = true;
+            // If that cannot be stored, a process that begins again cannot know it; as for any flush that failed.
+            drop(self.store_distrust());
+        })
+    }
+
+    fn store_distrust(&self) -> Result<()> {
+        let claim = owner::claim(self.dir())?;
+        let Some(mut owner) = self.record()? else { return Ok(()) };
+        if let Some(Role::Syncing { distrust, .. }) = owner.mirror.as_mut().map(|mirror| &mut mirror.role) {
+            *distrust = true;
+        }
+        owner.store(self.dir(), &claim)
     }
 
     /// The synchronisation is complete: the copy is exactly the disk as of this tag, durably.
@@ -533,7 +562,7 @@ impl Copy {
     pub fn into_step(&self, tag: Tag) -> Result<()> {
         let inner = &mut *self.inner();
         let generation = self.require_syncing(inner)?;
-        self.with.base.flush()?;
+        self.flush_base(inner)?;
         let dir = self.dir();
         let claim = owner::claim(dir)?;
         let Some(mut owner) = self.record()? else { return self.refuse("has lost its record") };
@@ -547,6 +576,7 @@ impl Copy {
         owner.newest = tag;
         owner.store(dir, &claim)?;
         drop(claim);
+        inner.distrust = false;
         let disk = self.follow(inner, generation, owner.disk, Vec::new(), tag);
         self.start(inner, disk)
     }
@@ -571,22 +601,18 @@ impl Copy {
         disk.receive(&mut inner.incoming, piece)
     }
 
-    /// The epoch's end: everything up to this tag is here, complete and durable when this returns.
+    /// The epoch's end: everything up to this tag is here, complete and durable when this returns. Pieces of later slices may have come before.
     ///
     /// # Errors
     /// It is not here, or is something else; what the storage says.
     pub fn seal(&self, tag: Tag) -> Result<()> {
         let inner = self.inner();
         let disk = self.following(&inner)?;
-        if inner.incoming.is_some() {
-            return self.refuse("was told the end of an epoch in the middle of a slice");
-        }
-        disk.newest_is(tag)?;
         #[cfg(test)]
         if crate::sim::sabotaged(crate::sim::Sabotage::CopyNotSealed) {
             return Ok(());
         }
-        disk.seal_received()
+        disk.seal_received(tag, inner.incoming.as_ref())
     }
 
     /// The epoch's memory was committed. Durable when it returns: then it may be acknowledged.
@@ -655,7 +681,7 @@ impl Copy {
         let inner = &mut *self.inner();
         let disk = self.following(inner)?;
         inner.pinned = true;
-        let at = disk.hold_base_still();
+        let at = disk.hold_base_still()?;
         if at.serial > tag.serial { Ok(Some(at)) } else { disk.hold_base_at(tag) }
     }
 

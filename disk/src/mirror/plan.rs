@@ -137,8 +137,9 @@ impl Disk {
             Found::Compare(why) => Plan::Full { why: why.clone() },
             Found::Resume(_) => Plan::Blocks { bytes: marked },
             Found::At(tag) => {
-                let in_slices = self.merged_at().is_some_and(|merged| merged.serial <= tag.serial);
-                if in_slices && marked == 0 && self.is_protected() {
+                // All that counts here it has: so it may be used at any time from the beginning of the session on.
+                let complete = self.committed_at().is_some_and(|committed| committed.serial <= tag.serial);
+                if complete && marked == 0 && self.is_protected() {
                     return Plan::InStep;
                 }
                 if marked >= total {

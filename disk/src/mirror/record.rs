@@ -68,6 +68,9 @@ pub enum Role {
         from: String,
         /// Which synchronisation.
         sync: u64,
+        /// A flush failed: what is read there may be only in the kernel's cache, so nothing is taken for the same.
+        #[serde(default)]
+        distrust: bool,
     },
     /// It followed, and somebody went on without it: not usable.
     Outdated {

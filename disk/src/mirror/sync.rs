@@ -21,7 +21,7 @@ use super::plan::Found;
 use super::record::Peer;
 use super::{Begin, Content, Item, PeerState, Plan, Range, Rejoin};
 use crate::block::Block;
-use crate::disk::Disk;
+use crate::disk::{Disk, Merged};
 use crate::error::{Error, Result};
 use crate::record::Tag;
 
@@ -32,7 +32,7 @@ const ITEM: u64 = 4 << 20;
 /// Compared at once.
 const COMPARED: u64 = 1 << 20;
 /// Blocks' bits are cleared in the file after so much was acknowledged.
-const CLEARED: u64 = 64 << 20;
+const CLEARED: u64 = 32 << 20;
 
 /// What [`Sync::next`] has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -208,6 +208,9 @@ impl Sync {
 
     /// There is nothing to send.
     fn idle(&mut self) -> Result<Next> {
+        if self.window.is_empty() {
+            self.clear()?;
+        }
         let Some(tag) = self.held.filter(|_| self.window.is_empty()) else { return Ok(Next::Wait) };
         if !self.announced {
             // From now on the copy may say that it has this, though nobody here hears it.
@@ -272,11 +275,19 @@ impl Sync {
         self.again.extend(differ);
         self.done += cleared;
         self.uncleared += cleared;
-        if self.uncleared >= CLEARED || (self.window.is_empty() && self.uncleared > 0) {
-            self.forget()?;
-            self.live(|live| live.bits.store())??;
-            self.uncleared = 0;
+        if self.uncleared >= CLEARED { self.clear() } else { Ok(()) }
+    }
+
+    /// What was acknowledged need not be sent again, also after a crash.
+    fn clear(&mut self) -> Result<()> {
+        if self.uncleared == 0 {
+            return Ok(());
         }
+        // What the guest wrote and has not flushed was sent like anything else. It must not be lost here and stay there.
+        self.disk.flush_content()?;
+        self.forget()?;
+        self.live(|live| live.bits.store())??;
+        self.uncleared = 0;
         Ok(())
     }
 
@@ -284,7 +295,7 @@ impl Sync {
     /// called before.
     ///
     /// # Errors
-    /// The disk is not protected.
+    /// The disk is not protected; as [`Disk::merge`], as what was committed is merged first.
     pub fn hold(&mut self) -> Result<()> {
         if !self.disk.is_protected() {
             return Err(Error::Refused(format!(
@@ -292,7 +303,15 @@ impl Sync {
                 self.disk.name()
             )));
         }
-        self.held = Some(self.disk.hold_base_still());
+        // What counts already is to be in what the copy gets: it may be used as soon as it has it.
+        loop {
+            match self.disk.merge()? {
+                Merged::Slices { .. } => {}
+                Merged::Nothing => break,
+                Merged::Waiting(why) => return Err(Error::Owned(why)),
+            }
+        }
+        self.held = Some(self.disk.hold_base_still()?);
         Ok(())
     }
 
@@ -331,6 +350,8 @@ impl Sync {
 
 impl Drop for Sync {
     fn drop(&mut self) {
+        // If it cannot be stored it is sent again.
+        drop(self.clear());
         if let Ok(mirror) = self.disk.mirroring() {
             let mut state = mirror.state();
             state.busy = None;
@@ -473,12 +494,16 @@ impl Disk {
                 }
                 prepared.keep = Some(tag);
             }
-            (Found::Compare(_) | Found::At(_), _) => {
+            (found @ (Found::Compare(_) | Found::At(_)), _) => {
+                if let Found::At(tag) = found {
+                    prepared.keep = Some(tag);
+                }
                 let bits = Bitmap::create(&self.dir, &peer.node, self.disk_id(), self.size(), true)?;
                 prepared.unknown = Some(bits.dirty.clone());
-                prepared.forgotten = true;
-                let peer =
-                    Peer { node: peer.node.clone(), has: None, also: Vec::new(), sync: Some(number), full: true };
+                // Until something was sent it is what it was, if it does not begin at all.
+                let before = state.find(&peer.node).map(|live| live.peer.clone());
+                let (has, also) = before.map_or((None, Vec::new()), |before| (before.has, before.also));
+                let peer = Peer { node: peer.node.clone(), has, also, sync: Some(number), full: true };
                 state.peers.retain(|live| live.peer.node != peer.node);
                 state.peers.push(Live { peer, bits, lost: None });
             }

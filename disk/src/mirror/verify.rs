@@ -54,7 +54,7 @@ impl Verify {
     /// The disk is not protected, or no peer is joined.
     pub fn pin(&mut self) -> Result<Tag> {
         self.require()?;
-        let tag = self.disk.hold_base_still();
+        let tag = self.disk.hold_base_still()?;
         self.pinned = Some(tag);
         Ok(tag)
     }
