@@ -384,8 +384,8 @@ impl Scsi {
             return;
         }
         let (asc, ascq) = attention.codes();
-        // There are at most MAX_TARGETS.
-        let lun = [1, unit as u8, 0x40, 0, 0, 0, 0, 0];
+        // There are at most MAX_TARGETS. (Not in flat addressing: Linux takes its 0x40 for a part of the number here.)
+        let lun = [1, unit as u8, 0, 0, 0, 0, 0, 0];
         let reason = u32::from(asc) | u32::from(ascq) << 8;
         self.events.push_back(Event { event: spec::VIRTIO_SCSI_T_PARAM_CHANGE, lun, reason });
     }

@@ -300,7 +300,7 @@ fn changes_are_told_by_events_and_what_is_missed_is_told_too() {
     guest.add(EVENTS, &[(at, 16, true)]);
     guest.kick(EVENTS);
     guest.with(|d, ctx| d.set_sectors(0, 2 * SECTORS, ctx));
-    assert_eq!(guest.bytes(at, 16), [3, 0, 0, 0, 1, 0, 0x40, 0, 0, 0, 0, 0, 0x2a, 9, 0, 0]);
+    assert_eq!(guest.bytes(at, 16), [3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0x2a, 9, 0, 0]);
     assert_eq!(guest.msi_data(), [0x42]);
     guest.ask(REQUESTS, 0, SDA, &[0; 6], &[]);
     assert_eq!(guest.answer(0).sense(), (6, 0x2a, 9));
@@ -508,6 +508,6 @@ mod saved {
         fresh: device(),
         used: used(),
         exercise: |scsi| _ = scsi.save(),
-        golden: "60200203736461802008000363643000000101062f612e69736f8080080100010001030100400000000000aa1200030304028080283380802c80040180802a6c020701808228330280822a6c80802c801000040180e029180180e02b01",
+        golden: "60200203736461802008000363643000000101062f612e69736f8080080100010001030100000000000000aa1200030304028080283380802c80040180802a6c020701808228330280822a6c80802c801000040180e029180180e02b01",
     }
 }
