@@ -146,15 +146,15 @@ impl Ring {
     /// Tell the kernel of everything that was queued.
     pub fn submit(&self) {
         let shared = &*self.shared;
-        if !shared.queued.swap(false, Ordering::AcqRel) {
-            return;
-        }
-        let slots = shared.slots();
-        shared.enter_submit();
-        drop(slots);
-        // What a page cache answered has ended already: no other thread need wake for it.
-        if let Ok(reaping) = shared.reaping.try_lock() {
-            shared.reap(reaping);
+        // What callbacks queue meanwhile belongs to it: the reaper may be waiting for requests of which the kernel has not heard.
+        while shared.queued.swap(false, Ordering::AcqRel) {
+            let slots = shared.slots();
+            shared.enter_submit();
+            drop(slots);
+            // What a page cache answered has ended already: no other thread need wake for it.
+            if let Ok(reaping) = shared.reaping.try_lock() {
+                shared.reap(reaping);
+            }
         }
         if shared.under_way.load(Ordering::Acquire) > 0 {
             shared.begun.notify_one();
@@ -237,6 +237,8 @@ impl Shared {
                 return;
             }
             drop(slots);
+            // (What callbacks have queued goes with it.)
+            self.queued.store(false, Ordering::Release);
             // SAFETY: no argument is passed.
             let waited = unsafe {
                 self.ring.submitter().enter::<libc::sigset_t>(

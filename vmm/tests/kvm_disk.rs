@@ -4,6 +4,8 @@
 #![allow(unsafe_code)] // The guest's machine code is found by its labels.
 
 mod common;
+#[path = "../../disk/tests/common/mod.rs"]
+mod target;
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -73,6 +75,8 @@ struct Shared {
     bus: DiskBus,
     cdroms: Vec<CdromSpec>,
     tuning: &'static str,
+    /// Another base than the file.
+    base: Option<String>,
 }
 
 thread_local! {
@@ -87,7 +91,7 @@ impl Shared {
     fn with(bus: DiskBus) -> Self {
         let dir = scratch();
         std::fs::write(dir.path().join("disk"), vec![0; 1 << 20]).unwrap();
-        Self { dir, nodes: 0, bus, cdroms: Vec::new(), tuning: TUNING.get() }
+        Self { dir, nodes: 0, bus, cdroms: Vec::new(), tuning: TUNING.get(), base: None }
     }
     fn disk(&self) -> PathBuf {
         self.dir.path().join("disk")
@@ -97,7 +101,11 @@ impl Shared {
     }
     fn spec(&self) -> DiskSpec {
         let bus = if self.bus == DiskBus::Scsi { ",bus=scsi" } else { "" };
-        format!("name=vda,file={},format=raw{bus}{}", self.disk().display(), self.tuning).parse().unwrap()
+        let slices = self.slices().display().to_string();
+        match &self.base {
+            Some(base) => format!("name=vda,file={base},format=raw,slices={slices}").parse().unwrap(),
+            None => format!("name=vda,file={},format=raw{bus}{}", self.disk().display(), self.tuning).parse().unwrap(),
+        }
     }
     /// A machine on a node of its own, its RAM holding this image.
     fn node(&mut self, image: Option<&[u8]>) -> Node {
@@ -618,6 +626,65 @@ fn when_the_file_system_is_full_the_guests_write_waits_cuts_are_made_and_it_goes
     };
     // (The mount ends with this thread and those that it starts.)
     std::thread::scope(|scope| scope.spawn(body).join().unwrap());
+}
+
+/// The storage under it goes away for as long as it likes: here an iSCSI target that is killed, as an NFS server or a path that is gone would be.
+#[test]
+fn when_an_iscsi_target_is_gone_requests_wait_cuts_are_made_and_nothing_is_lost_and_a_takeover_shuts_the_old_owner_out()
+{
+    if !kvm_is_there() {
+        return;
+    }
+    let Some(mut tgt) = target::Tgt::start(false) else { return };
+    let mut shared = Shared::new();
+    shared.base = Some(tgt.url().to_string());
+    std::fs::create_dir(shared.slices()).unwrap();
+    let first = shared.node(None).boot(1, Gate::Hold);
+    first.goes_on(ROUND + 1);
+    let status = |node: &Node| node.machine.status().disks[0].clone();
+    assert!(status(&first).fence.contains("persistent reservation, key 0x"), "{:?}", status(&first));
+    assert_eq!((status(&first).mode.as_str(), status(&first).io.as_str()), ("direct", "cache=none,aio=libiscsi"));
+
+    // Unprotected, it waits for its writes.
+    tgt.kill();
+    let gone = |node: &Node| {
+        status(node)
+            .problem
+            .is_some_and(|why| why.contains("has not been reachable for") && why.contains("nothing is lost"))
+    };
+    wait("the status says that the target is gone", || gone(&first));
+    let stands = first.number();
+    tgt.run();
+    wait("it is heard again", || !gone(&first));
+    first.goes_on(ROUND);
+    assert!(first.number() > stands);
+
+    // Protected, checkpoints are made meanwhile.
+    let mut session = first.attach();
+    let mut image = Image { ram: first.ram(), state: Vec::new() };
+    first.checkpoint(&mut session, 1, true, &mut image);
+    first.goes_on(ROUND);
+    tgt.kill();
+    wait("the status says that the target is gone", || gone(&first));
+    first.checkpoint(&mut session, 2, false, &mut image);
+    tgt.run();
+    first.goes_on(ROUND);
+    first.checkpoint(&mut session, 3, false, &mut image);
+
+    // The first is left behind.
+    let next = shared.node(Some(&image.ram));
+    next.take_over(2, &image.state).unwrap();
+    next.goes_on(ROUND);
+    drop(session);
+    let mut session = first.attach();
+    assert!(session.gate_open().is_err());
+    first.is_fenced_by(2);
+    first.machine.fence();
+    drop(session);
+    first.end();
+    next.goes_on(2 * ROUND);
+    assert_eq!(next.machine.status().problem(), None);
+    next.end();
 }
 
 #[test]

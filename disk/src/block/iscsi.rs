@@ -436,6 +436,15 @@ impl Reservations for Inner {
             // It would wait for the target. A key that stays is preempted by the next owner.
             return Ok(());
         }
-        self.reserve_out(scsi::REGISTER_AND_IGNORE, 0, 0, false)
+        let (cdb, parameters) = scsi::reserve_out(scsi::REGISTER_AND_IGNORE, 0, 0, false);
+        let (sender, ended) = sync_channel(1);
+        let done = Box::new(move |status, _| drop(sender.send(status)));
+        let data = Data::Out(Buffer::copy(&parameters));
+        self.session.send(Command { what: What::Cdb(cdb), data, urgent: true, done });
+        // Nor does a target that falls silent now hold up who lets go.
+        match ended.recv_timeout(Duration::from_secs(3)) {
+            Ok(status) => judge(&self.name, 0x5f, status).map(drop),
+            Err(_) => Ok(()),
+        }
     }
 }

@@ -47,6 +47,11 @@ impl Drop for Flight {
 }
 
 impl Disk {
+    /// Whether a write goes to the base as it is, with nothing to be done before or after it.
+    pub(super) fn plainly_direct(&self, mode: Mode) -> bool {
+        mode == Mode::Direct
+    }
+
     pub(super) fn begin_in_base(&self, op: Op, ended: Ended) -> Option<(Op, Ended)> {
         if self.alive().is_err() {
             // The blocking call says it.
@@ -67,8 +72,7 @@ impl Disk {
             }
             Op::Write { .. } => {
                 let mode = read(&self.mode);
-                // (A mirrored disk notes what its copies will lack before each direct write.)
-                if *mode != Mode::Direct || self.mirror.is_some() {
+                if !self.plainly_direct(*mode) {
                     return Some((op, ended));
                 }
                 let flight = self.flying.begin();

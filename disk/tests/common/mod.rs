@@ -1,5 +1,7 @@
 //! A real iSCSI target, tgt, in a process of its own: on a private port, controlled through a private socket, backed by a file. It needs no kernel module.
 
+#![allow(dead_code)] // Not every test program uses all of it.
+
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};

@@ -2,17 +2,17 @@
 //! index's memory. No guest and no KVM. `target/bench/disk.json` has it under `block_layer`; what a guest sees stands beside it.
 //!
 //! Plain is the better of two: one thread with an io_uring of 32 requests, and 32 threads with `pread` and `pwrite`. The layer is a [`Disk`] as the VMM opens it,
-//! in direct mode: as the VMM does it where the storage begins requests by itself, else with 32 threads. All take turns, several times; medians count.
+//! in direct mode: requests that are begun, each outcome beginning the next, and 32 threads (a VMM has 4 for a disk). All take turns, several times; medians count.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::Serialize;
 use understudy_disk::block::{self, Aio, Cache, Tuning};
 use understudy_disk::{
@@ -194,38 +194,61 @@ fn with_threads(
     Ok(done.into_inner() as f64 / started.elapsed().as_secs_f64())
 }
 
-/// One submitter that keeps `DEPTH` requests under way. `None`: this disk's requests cannot be begun.
-fn with_begin(disk: &Disk, case: Case, time: Duration, places: &mut Places) -> Result<Option<f64>> {
+/// Requests that keep themselves under way: each outcome begins the next one, in the thread that hears of it. (A VMM hands it to the guest there.)
+struct Chain {
+    disk: Arc<Disk>,
+    case: Case,
+    until: Instant,
+    places: Mutex<Places>,
+    done: AtomicU64,
+    ended: Sender<understudy_disk::Result<()>>,
+}
+
+impl Chain {
+    fn begin(self: &Arc<Self>, buffer: Buffer) {
+        let at = self.places.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+        let op = if self.case.write { Op::Write { at, from: buffer } } else { Op::Read { at, to: buffer } };
+        let this = self.clone();
+        let ended = Box::new(move |result: understudy_disk::Result<Buffer>| match result {
+            Ok(buffer) => {
+                this.done.fetch_add(1, Ordering::Relaxed);
+                if Instant::now() < this.until {
+                    this.begin(buffer);
+                } else {
+                    drop(this.ended.send(Ok(())));
+                }
+            }
+            Err(e) => drop(this.ended.send(Err(e))),
+        });
+        if let Some((_, ended)) = self.disk.begin(op, ended) {
+            ended(Err(Error::Refused("a request was not begun".into())));
+        }
+    }
+}
+
+/// `DEPTH` chains of requests. `None`: this disk's requests cannot be begun.
+fn with_begin(disk: &Arc<Disk>, case: Case, time: Duration, places: Places) -> Result<Option<f64>> {
     if !disk.begins(case.write) {
         return Ok(None);
     }
-    let (sender, ended) = channel::<understudy_disk::Result<Buffer>>();
-    let begin = |buffer: Buffer, at: u64| -> Result<()> {
-        let sender = sender.clone();
-        let op = if case.write { Op::Write { at, from: buffer } } else { Op::Read { at, to: buffer } };
-        let given_back = disk.begin(op, Box::new(move |result| drop(sender.send(result))));
-        ensure!(given_back.is_none(), "a request was not begun");
-        Ok(())
-    };
+    let (sender, ended) = channel();
     let started = Instant::now();
+    let chain = Arc::new(Chain {
+        disk: disk.clone(),
+        case,
+        until: started + time,
+        places: Mutex::new(places),
+        done: AtomicU64::new(0),
+        ended: sender,
+    });
     for _ in 0..DEPTH {
-        begin(Buffer::new(case.len), places.next())?;
+        chain.begin(Buffer::new(case.len));
     }
-    let (mut done, mut under_way) = (0_u64, DEPTH);
-    while under_way > 0 {
-        disk.submit();
-        let first = ended.recv().context("a request has no end")?;
-        for result in std::iter::once(first).chain(ended.try_iter()) {
-            let buffer = result?;
-            done += 1;
-            under_way -= 1;
-            if started.elapsed() < time {
-                begin(buffer, places.next())?;
-                under_way += 1;
-            }
-        }
+    disk.submit();
+    for _ in 0..DEPTH {
+        ended.recv().context("a request has no end")??;
     }
-    Ok(Some(done as f64 / started.elapsed().as_secs_f64()))
+    Ok(Some(chain.done.load(Ordering::Relaxed) as f64 / started.elapsed().as_secs_f64()))
 }
 
 fn beside_plain(
@@ -244,14 +267,15 @@ fn beside_plain(
     }
     let Ok(plain_file) = options.open(file) else { return Ok(None) };
     let size = extent.file;
-    let disks: Vec<(&str, Disk)> = [("threads", Aio::Threads), ("io_uring", Aio::IoUring)]
+    let disks: Vec<(&str, Arc<Disk>)> = [("threads", Aio::Threads), ("io_uring", Aio::IoUring)]
         .into_iter()
         .enumerate()
         .map(|(i, (aio, kind))| {
             // Each has a record of its own: a disk has one owner.
             let own = dir.join(format!("{name}-{i}"));
             std::fs::create_dir_all(&own)?;
-            Ok((aio, open_disk(file, &own, Tuning { cache, aio: kind }, Memory::None, 1, Limits::default())?))
+            let disk = open_disk(file, &own, Tuning { cache, aio: kind }, Memory::None, 1, Limits::default())?;
+            Ok((aio, Arc::new(disk)))
         })
         .collect::<Result<_>>()?;
     for (aio, disk) in &disks {
@@ -287,7 +311,7 @@ fn beside_plain(
                     };
                     let rate = match *aio {
                         "threads" => Some(with_threads(extent.time, &case.places(size), layered)?),
-                        _ => with_begin(disk, case, extent.time, &mut case.places(size))?,
+                        _ => with_begin(disk, case, extent.time, case.places(size))?,
                     };
                     rates[2 + i].extend(rate);
                 }
