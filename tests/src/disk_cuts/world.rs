@@ -96,7 +96,7 @@ impl World {
             None => places::root_dir()?.join("boot/vmlinuz"),
         };
         let initrd = places::lab_dir()?.join("guest/initrd-disk");
-        ensure!(initrd.exists(), "the guest's initramfs is not at {}: `make lab-guest` builds it", initrd.display());
+        ensure!(initrd.exists(), "the guest's initramfs is not at {}: `make lab-disk` builds it", initrd.display());
         let cmdline = "console=ttyS1 quiet mitigations=off understudy.disk=/dev/vda understudy.mem_mib=8 \
                        understudy.mem_pause_us=50000";
         let room = Mounted::new(at.join("room"))?;
