@@ -35,7 +35,7 @@ const BOUND: Duration = Duration::from_secs(300);
 /// A host with other work may say nothing for a while; what is lost must be lost by the cut.
 const PEER_TIMEOUT_MS: u64 = 15_000;
 /// Between two checkpoints: emulated processors have little time for them.
-const INTERVAL_MS: u64 = 100;
+const INTERVAL_MS: u64 = 400;
 const NAMES: [&str; 2] = ["a", "b"];
 
 /// A file system of its own; it goes with this value.
