@@ -11,7 +11,7 @@ SBINDIR    ?= $(PREFIX)/sbin
 TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm understudy-disk
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab-test bench fuzz lint build lab-root lab-guest install clean prerequisites needs-root
+.PHONY: help demo test lab-test bench fuzz lint build lab-root lab-guest lab-disk install clean prerequisites needs-root
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -24,10 +24,10 @@ demo: needs-root build lab-guest ## a Linux guest survives power cuts under Pace
 test: prerequisites ## all tests, tier by tier: fast, kvm, lab
 	tests/run
 
-lab-test: needs-root build lab-guest ## only the lab tier (root)
+lab-test: needs-root build lab-guest lab-disk ## only the lab tier (root)
 	$(LAB) vm run -- understudy-lab-tests
 
-bench: needs-root build lab-guest ## the figures; JSON under target/bench (BENCH=--quick: two minutes instead of fifteen)
+bench: needs-root build lab-guest lab-disk ## the figures; JSON under target/bench (BENCH=--quick: two minutes instead of fifteen)
 	@mkdir -p target/bench
 	$(CARGO) build --release --workspace --bins
 	$(dir $(BIN))release/understudy-bench replication $(BENCH)
@@ -62,8 +62,10 @@ build: prerequisites ## all executables (debug profile: what the tests use)
 lab-root: build ## the private Debian that the lab's nodes are made of, under target/lab (root)
 	$(LAB) root
 
-lab-guest: lab-root ## the guests of demo and tests: initramfs images, and a disk with databases
+lab-guest: lab-root ## the demo guest's initramfs
 	$(BIN)/understudy-initramfs --root target/lab/root --output target/lab/guest/initrd > target/lab/guest.json
+
+lab-disk: lab-root ## the guest with databases: its initramfs and its disk (apt, once)
 	$(BIN)/understudy-initramfs --disk --root target/lab/root --output target/lab/guest/initrd-disk > target/lab/guest-disk.json
 	$(LAB) guest-disk > /dev/null
 

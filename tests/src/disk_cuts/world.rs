@@ -35,7 +35,7 @@ const BOUND: Duration = Duration::from_secs(300);
 /// A host with other work may say nothing for a while; what is lost must be lost by the cut.
 const PEER_TIMEOUT_MS: u64 = 15_000;
 /// Between two checkpoints: emulated processors have little time for them.
-const INTERVAL_MS: u64 = 100;
+const INTERVAL_MS: u64 = 400;
 const NAMES: [&str; 2] = ["a", "b"];
 
 /// A file system of its own; it goes with this value.
@@ -96,7 +96,7 @@ impl World {
             None => places::root_dir()?.join("boot/vmlinuz"),
         };
         let initrd = places::lab_dir()?.join("guest/initrd-disk");
-        ensure!(initrd.exists(), "the guest's initramfs is not at {}: `make lab-guest` builds it", initrd.display());
+        ensure!(initrd.exists(), "the guest's initramfs is not at {}: `make lab-disk` builds it", initrd.display());
         let cmdline = "console=ttyS1 quiet mitigations=off understudy.disk=/dev/vda understudy.mem_mib=8 \
                        understudy.mem_pause_us=50000";
         let room = Mounted::new(at.join("room"))?;
