@@ -49,7 +49,8 @@ impl Drop for Flight {
 impl Disk {
     /// Whether a write goes to the base as it is, with nothing to be done before or after it.
     pub(super) fn plainly_direct(&self, mode: Mode) -> bool {
-        mode == Mode::Direct
+        // (A mirrored disk notes what its copies will lack before each direct write, and afterwards.)
+        mode == Mode::Direct && self.mirror.is_none()
     }
 
     pub(super) fn begin_in_base(&self, op: Op, ended: Ended) -> Option<(Op, Ended)> {
