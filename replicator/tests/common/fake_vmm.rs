@@ -239,6 +239,7 @@ impl FakeVmm {
         match request {
             VmmRequest::Status => {
                 let status = VmmStatus {
+                    cdroms: Vec::new(),
                     machine: "m".into(),
                     state: machine.state.unwrap(),
                     generation: machine.generation,
