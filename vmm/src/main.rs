@@ -186,7 +186,8 @@ struct Run {
     /// Virtio console: file:PATH.
     #[arg(long, value_name = "BACKEND")]
     console: Option<BackendConfig>,
-    /// A disk, as often as there are disks: name=NAME,file=PATH,format=raw|qcow2[,slices=DIR][,queues=N][,readonly]. NAME is what status and guest call
+    /// A disk, as often as there are disks: name=NAME,file=PATH|iscsi://HOST[:PORT]/TARGET/LUN,format=raw|qcow2[,slices=DIR][,queues=N][,cache=none|writeback]
+    /// [,aio=auto|io_uring|threads][,chap=FILE][,readonly]. NAME is what status and guest call
     /// it, DIR (default: PATH.row) is where writes wait until their checkpoint is committed; both must be the same files on every node.
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskSpec>,
