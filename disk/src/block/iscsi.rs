@@ -438,7 +438,10 @@ impl Reservations for Inner {
         }
         let (cdb, parameters) = scsi::reserve_out(scsi::REGISTER_AND_IGNORE, 0, 0, false);
         let (sender, ended) = sync_channel(1);
-        let done = Box::new(move |status, _| drop(sender.send(status)));
+        let done = Box::new(move |status, _| {
+            // Whoever waited may have gone.
+            let _ = sender.send(status);
+        });
         let data = Data::Out(Buffer::copy(&parameters));
         self.session.send(Command { what: What::Cdb(cdb), data, urgent: true, done });
         // Nor does a target that falls silent now hold up who lets go.
