@@ -18,8 +18,9 @@ pub(crate) mod device;
 pub(crate) mod guest;
 pub(crate) mod unredirected;
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::net::TcpListener;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -27,8 +28,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use understudy_disk::LocalDirectory;
-use understudy_protocol::control::{PromoteFrom, ReplicatorRequest, Role, TakenOver, VmmRequest, VmmState, call_once};
+use understudy_protocol::control::{
+    PromoteFrom, ReplicatorRequest, Role, TakenOver, VerifyStarted, VmmRequest, VmmState, call_once,
+};
 use understudy_protocol::ids::Generation;
+use understudy_protocol::statistics::DiskVerifyStatus;
 
 use self::device::Device;
 use crate::bench::Spread;
@@ -271,7 +275,40 @@ impl World {
     /// Nothing is under way any more: what was written must have been heard.
     fn finish(&self) -> Result<()> {
         self.device.be_quiet();
-        self.device.wait("the guest has heard everything", BOUND, |seen| seen.heard == seen.written)
+        self.device.wait("the guest has heard everything", BOUND, |seen| seen.heard == seen.written)?;
+        if self.disks == Disks::Mirrored { self.compare() } else { Ok(()) }
+    }
+
+    /// The disk and its copy are the same; and a byte that is not is found.
+    fn compare(&self) -> Result<()> {
+        let same = self.verified()?;
+        let whole = DISK_BYTES as u64;
+        ensure!(
+            same.differing_bytes == 0 && (same.done_bytes, same.total_bytes) == (whole, whole),
+            "the disk and its copy were compared: {}",
+            same.last
+        );
+        let copy = disk_of(self.dir.path(), self.disks, 1 - self.primary);
+        let copy = OpenOptions::new().read(true).write(true).open(copy).context("opening the copy")?;
+        let mut byte = [0];
+        copy.read_exact_at(&mut byte, whole - 1)?;
+        copy.write_all_at(&[byte[0] ^ 1], whole - 1)?;
+        let differs = self.verified()?;
+        ensure!(
+            differs.last.contains("FAILED") && differs.differing_bytes > 0,
+            "a byte of the copy was changed, and the comparison says: {}",
+            differs.last
+        );
+        Ok(())
+    }
+
+    fn verified(&self) -> Result<DiskVerifyStatus> {
+        let primary = &self.sides[self.primary];
+        let VerifyStarted { pass } = primary.ask_replicator(&ReplicatorRequest::VerifyDisks)?;
+        wait_for("the disk compared with its copy", BOUND, || {
+            let verify = primary.replicator()?.disk_verify;
+            Ok((verify.pass == pass && !verify.running).then_some(verify))
+        })
     }
 
     /// With the end of everybody's log.

@@ -4,13 +4,24 @@ use std::process::Command;
 
 #[test]
 fn power_cuts_at_random_moments_lose_and_double_nothing() {
+    cut(15, &[]);
+}
+
+#[test]
+fn power_cuts_of_hosts_with_a_disk_each_lose_and_double_nothing() {
+    cut(8, &["--mirrored"]);
+}
+
+fn cut(count: u64, how: &[&str]) {
     if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
         eprintln!("SKIPPED: /dev/kvm cannot be opened, so nothing was proven");
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     let cuts = Command::new(env!("CARGO_BIN_EXE_understudy-bench"))
-        .args(["power-cuts", "--count", "15", "--report"])
+        .args(["power-cuts", "--count", &count.to_string()])
+        .args(how)
+        .arg("--report")
         .arg(dir.path().join("report.json"))
         .output()
         .unwrap();
@@ -19,7 +30,7 @@ fn power_cuts_at_random_moments_lose_and_double_nothing() {
     assert!(cuts.status.success(), "{said}");
     let report = std::fs::read(dir.path().join("report.json")).unwrap();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
-    assert_eq!(report["primary_cuts"].as_u64().unwrap() + report["standby_cuts"].as_u64().unwrap(), 15);
+    assert_eq!(report["primary_cuts"].as_u64().unwrap() + report["standby_cuts"].as_u64().unwrap(), count);
 }
 
 #[test]

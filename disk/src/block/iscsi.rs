@@ -439,7 +439,7 @@ impl Reservations for Inner {
         let (cdb, parameters) = scsi::reserve_out(scsi::REGISTER_AND_IGNORE, 0, 0, false);
         let (sender, ended) = sync_channel(1);
         let done = Box::new(move |status, _| {
-            // Whoever asked waits for it.
+            // Whoever waited may have gone.
             let _ = sender.send(status);
         });
         let data = Data::Out(Buffer::copy(&parameters));
