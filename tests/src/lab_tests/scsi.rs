@@ -131,8 +131,10 @@ impl Drop for Machine {
 }
 
 impl Machine {
+    /// The lines that are there to their end.
     fn said(&self) -> String {
-        String::from_utf8_lossy(&fs::read(self.dir.join("com1")).unwrap_or_default()).replace('\r', "")
+        let said = String::from_utf8_lossy(&fs::read(self.dir.join("com1")).unwrap_or_default()).replace('\r', "");
+        said.rfind('\n').map_or_else(String::new, |end| said[..=end].to_owned())
     }
 
     /// Wait until the guest says this; the rest of its line.
