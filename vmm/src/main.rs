@@ -219,8 +219,9 @@ struct Run {
     /// Virtio console: file:PATH.
     #[arg(long, value_name = "BACKEND")]
     console: Option<BackendConfig>,
-    /// A disk, as often as there are disks: name=NAME,file=PATH,format=raw|qcow2[,bus=virtio|scsi][,slices=DIR][,queues=N][,readonly]. NAME is what status and
-    /// guest call it, DIR (default: PATH.row) is where writes wait until their checkpoint is committed; both must be the same files on every node.
+    /// A disk, as often as there are disks: name=NAME,file=PATH|iscsi://HOST[:PORT]/TARGET/LUN,format=raw|qcow2[,bus=virtio|scsi][,slices=DIR][,queues=N][,cache=none|writeback]
+    /// [,aio=auto|io_uring|threads][,chap=FILE][,readonly]. NAME is what status and guest call
+    /// it, DIR (default: PATH.row) is where writes wait until their checkpoint is committed; both must be the same files on every node.
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskSpec>,
     /// A CD-ROM drive, as often as there are drives: name=NAME[,file=ISO][,bus=scsi]. ISO is what lies in it when the machine is switched on; the same

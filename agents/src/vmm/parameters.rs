@@ -55,7 +55,8 @@ pub static CONSOLE: Param<String> = Param::text("console")
     .long("What is behind the guest's virtio console: file:PATH. Not set: there is none.");
 /// Disks.
 pub static DISKS: Param<String> = Param::text("disks").check(disks).short("Disks").long(
-    "The guest's disks, one a line or separated by semicolons: name=NAME,file=PATH,format=raw|qcow2[,bus=virtio|scsi][,slices=DIRECTORY][,queues=N][,readonly]. \
+    "The guest's disks, one a line or separated by semicolons: name=NAME,file=PATH,format=raw|qcow2[,bus=virtio|scsi][,slices=DIRECTORY][,queues=N][,cache=none|writeback][,aio=auto|io_uring|threads][,readonly]; \
+     PATH may be iscsi://HOST[:PORT]/TARGET/LUN, then with slices and, for CHAP, chap=FILE. \
      PATH is a file or a block device that every node sees as the same one; NAME is what status and guest call it; DIRECTORY (default: PATH.row, and to be said \
      for a block device) is where a protected machine's writes wait until their checkpoint is committed, on a file system that every node sees, with locks that \
      work between nodes. The same on every node. A machine with disks cannot be migrated live yet.",
