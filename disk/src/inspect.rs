@@ -12,6 +12,8 @@ use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::block::{Block, Format, SECTOR, open};
 use crate::error::{Doing, Error, Result};
+use crate::index::{Index, Piece, Source as IndexSource};
+use crate::mirror::bitmap;
 use crate::mirror::record::{Mirror, Role, Turn};
 use crate::owner::{self, BASE_LOCK, Claim, Ownership};
 use crate::record::{Kind, Standing, scan};
@@ -39,6 +41,36 @@ pub struct Inspection {
     pub strays: Vec<String>,
     /// What would keep the machine from booting from it.
     pub problem: Option<String>,
+    /// What a mirrored disk's peers may lack.
+    pub peers: Vec<PeerReport>,
+}
+
+/// One peer of a mirrored disk.
+#[derive(Debug, Clone, Serialize)]
+pub struct PeerReport {
+    /// Its node.
+    pub node: String,
+    /// It has everything up to this slice, and all that is not in `differing`; `None`: not known.
+    pub has: Option<u64>,
+    /// A synchronisation of it was begun and has not ended.
+    pub syncing: bool,
+    /// Bytes of blocks that may differ, beside those in slices; `None`: not known, so everything will be compared.
+    pub differing: Option<u64>,
+}
+
+fn peers(dir: &dyn Directory, owner: &Ownership) -> Result<Vec<PeerReport>> {
+    let mut all = Vec::new();
+    for peer in owner.mirror.iter().flat_map(|mirror| &mirror.peers) {
+        let bytes = bitmap::load_file(dir, &peer.node).doing(|| format!("reading the bitmap of {}", peer.node))?;
+        let read = bytes.and_then(|bytes| bitmap::summary(&bytes, owner.disk).ok());
+        all.push(PeerReport {
+            node: peer.node.clone(),
+            has: peer.has.map(|tag| tag.serial),
+            syncing: peer.sync.is_some(),
+            differing: read.map(|(geometry, blocks, _)| blocks.saturating_mul(geometry.block).min(geometry.size)),
+        });
+    }
+    Ok(all)
 }
 
 /// One slice.
@@ -91,6 +123,7 @@ pub fn inspect(disk: &Path, format: Format, slices: &Path, progress: impl FnMut(
         waiting: 0,
         strays: Vec::new(),
         problem: None,
+        peers: Vec::new(),
     };
     if !slices.exists() {
         return Ok(inspection);
@@ -109,6 +142,10 @@ pub fn inspect(disk: &Path, format: Format, slices: &Path, progress: impl FnMut(
     if owner.size > base.size() {
         let was = owner.size;
         inspection.problem = Some(Error::Shrank { path: inspection.disk.clone(), was, is: base.size() }.to_string());
+    }
+    inspection.peers = peers(&dir, &owner)?;
+    if let Err(e) = recover::usable(&dir, &owner) {
+        inspection.problem.get_or_insert(e.to_string());
     }
     match recover::examine(&dir, &owner, progress) {
         Ok((found, strays)) => {
@@ -360,4 +397,103 @@ pub fn outdate(slices: &Path, by: Option<&str>) -> Result<()> {
         mirror.role = role;
     }
     still.owner.store(&still.dir, &still.claim)
+}
+
+/// What [`compare`] found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Comparison {
+    /// Bytes compared.
+    pub bytes: u64,
+    /// Bytes of pieces of a mebibyte that differ.
+    pub differing: u64,
+    /// Where the first of them are (at most 64).
+    pub at: Vec<u64>,
+}
+
+/// Compare two disks that nobody uses, each with what is committed in its slices. `progress` is told bytes, of so many.
+///
+/// # Errors
+/// A process holds one; their sizes differ; one is not usable, or damaged; what the storage says.
+pub fn compare(
+    one: (&Path, Format, &Path),
+    two: (&Path, Format, &Path),
+    mut progress: impl FnMut(u64, u64),
+) -> Result<Comparison> {
+    let open = |(disk, format, slices): (&Path, Format, &Path)| -> Result<Whole> {
+        let base = open(disk, format, true)?;
+        let still = still(Some(base.clone()), slices)?;
+        let mut whole = Whole { base, index: Index::default(), slices: Vec::new(), _still: None };
+        if let Some(still) = still {
+            recover::usable(&still.dir, &still.owner)?;
+            for (serial, slice) in (0..).zip(still.committed()?) {
+                for (record, data) in &slice.scan.records {
+                    let source = match record.kind {
+                        Kind::Data => IndexSource::Slice { serial, data: *data },
+                        _ => IndexSource::Zero { serial, unmap: false },
+                    };
+                    whole.index.insert(Piece { sector: record.sector, sectors: record.sectors.into(), source });
+                }
+                whole.slices.push(slice);
+            }
+            whole._still = Some(still);
+        }
+        Ok(whole)
+    };
+    let (one, two) = (open(one)?, open(two)?);
+    if one.base.size() != two.base.size() {
+        return Err(Error::Refused(format!(
+            "{} has {} bytes and {} has {}: they are not copies of one disk",
+            one.base.name(),
+            one.base.size(),
+            two.base.name(),
+            two.base.size()
+        )));
+    }
+    let mut found = Comparison { bytes: 0, differing: 0, at: Vec::new() };
+    let (mut first, mut second) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    while found.bytes < one.base.size() {
+        let now = (one.base.size() - found.bytes).min(1 << 20) as usize;
+        one.read(found.bytes, &mut first[..now])?;
+        two.read(found.bytes, &mut second[..now])?;
+        if first[..now] != second[..now] {
+            found.differing += now as u64;
+            if found.at.len() < 64 {
+                found.at.push(found.bytes);
+            }
+        }
+        found.bytes += now as u64;
+        progress(found.bytes, one.base.size());
+    }
+    Ok(found)
+}
+
+/// A disk as a boot would find it.
+struct Whole {
+    base: Arc<dyn Block>,
+    index: Index,
+    /// By the index's numbers.
+    slices: Vec<Examined>,
+    _still: Option<Still>,
+}
+
+impl Whole {
+    fn read(&self, at: u64, to: &mut [u8]) -> Result<()> {
+        let first = at / SECTOR;
+        for piece in self.index.lookup(first, to.len() as u64 / SECTOR) {
+            let from = ((piece.sector - first) * SECTOR) as usize;
+            let to = &mut to[from..from + (piece.sectors * SECTOR) as usize];
+            match piece.source {
+                IndexSource::Base => self.base.read_at(piece.sector * SECTOR, to)?,
+                IndexSource::Zero { .. } => to.fill(0),
+                IndexSource::Slice { serial, data } => {
+                    let slice = &self.slices[serial as usize];
+                    let got = slice.file.read_at(data, to).doing(|| format!("reading {}", slice.file_name))?;
+                    if got != to.len() {
+                        return Err(Error::Corrupt { what: format!("{} became shorter", slice.file_name) });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
 }

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 use understudy_disk::block::{Format, open, overwrite_check};
 use understudy_disk::inspect::{self, Inspection};
+use understudy_disk::mirror::record::Role;
 use understudy_disk::{Block, LocalDirectory, Qcow2, Raw};
 
 /// Disks of protected machines: the disk itself (the base), and beside it the slices, in which writes wait until their epoch is committed.
@@ -117,6 +118,44 @@ enum Command {
         /// The new size
         #[arg(value_parser = size)]
         size: u64,
+    },
+    /// Compare two copies of a disk, each with what is committed in its slices. Refused while a process holds one of them
+    ///
+    /// Both must be reachable from here. Copies of a mirrored disk are the same only if they are at the same slice ('inspect' says it); while machine and
+    /// standby run, the standby's verification compares them at one state instead. Exit status 1: they differ, and the last line says where.
+    Verify {
+        #[command(flatten)]
+        disk: Disk,
+        /// The other copy
+        other: PathBuf,
+        /// Its format
+        #[arg(long, default_value = "raw")]
+        other_format: Format,
+        /// Where its slices are [default: OTHER.row]
+        #[arg(long)]
+        other_slices: Option<PathBuf>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Give up what this copy of a mirrored disk wrote alone, so that another node's disk may overwrite it, once
+    ///
+    /// After both nodes wrote (a split brain), the node that runs refuses to synchronise the other's copy and names it. Decide which one is needed; on the OTHER
+    /// node, with the machine stopped there, say this. Nothing is overwritten before the next session.
+    Discard {
+        #[command(flatten)]
+        disk: Disk,
+        /// The node whose disk is needed
+        #[arg(long, value_name = "NODE")]
+        in_favour_of: String,
+    },
+    /// Mark a standby's copy of a mirrored disk as outdated, so that no machine is booted from it until it was synchronised; or clear the mark
+    Outdate {
+        #[command(flatten)]
+        disk: Disk,
+        /// This old state is what is wanted: what was written elsewhere since will be lost
+        #[arg(long)]
+        clear: bool,
     },
     /// Take the disk away from its machine, so that another one can claim it. Refused while a process holds it or slices wait
     Release {
@@ -250,6 +289,45 @@ fn run(command: Command) -> Result<()> {
             println!("{}: {} before, {} now", disk.disk.display(), bytes(was), bytes(size));
             Ok(())
         }
+        Command::Verify { disk, other, other_format, other_slices, json: as_json } => {
+            let theirs = other_slices.unwrap_or_else(|| LocalDirectory::beside(&other));
+            let mut progress = None;
+            let found = inspect::compare(
+                (&disk.disk, disk.format, &disk.directory()),
+                (&other, other_format, &theirs),
+                |done, of| progress.get_or_insert_with(|| Progress::new("comparing", of)).at(done),
+            )?;
+            if let Some(progress) = progress {
+                progress.done();
+            }
+            if as_json {
+                json(&found)?;
+            }
+            match found.at.first() {
+                None if as_json => Ok(()),
+                None => {
+                    println!("{} and {} are the same: {}", disk.disk.display(), other.display(), bytes(found.bytes));
+                    Ok(())
+                }
+                Some(at) => bail!(
+                    "{} and {} differ in {} of {}, first in the mebibyte at {at}",
+                    disk.disk.display(),
+                    other.display(),
+                    bytes(found.differing),
+                    bytes(found.bytes)
+                ),
+            }
+        }
+        Command::Discard { disk, in_favour_of } => {
+            inspect::discard(&disk.directory(), &in_favour_of)?;
+            println!("what {} has of its own may be overwritten by {in_favour_of}'s disk", disk.disk.display());
+            Ok(())
+        }
+        Command::Outdate { disk, clear } => {
+            inspect::outdate(&disk.directory(), (!clear).then_some("an administrator"))?;
+            println!("{} is {}", disk.disk.display(), if clear { "not outdated any more" } else { "outdated" });
+            Ok(())
+        }
         Command::Release { disk, machine } => {
             inspect::release(&disk.directory(), &machine)?;
             println!("{} belongs to no machine now", disk.disk.display());
@@ -296,6 +374,24 @@ fn show(i: &Inspection) -> Result<()> {
             s.records,
             s.standing
         )?;
+    }
+    if let Some(mirror) = &owner.mirror {
+        let is = match &mirror.role {
+            Role::Ran => "the machine ran from this copy last".into(),
+            Role::Follows { of } => format!("a copy that follows {of}"),
+            Role::Syncing { from, .. } => format!("being synchronised from {from}: not complete"),
+            Role::Outdated { of, by } => format!("outdated, as {by} said; it followed {of}"),
+        };
+        writeln!(out, "  mirrored: {is}")?;
+        if let Some(node) = &mirror.discard {
+            writeln!(out, "    what it has of its own may be overwritten by {node}'s disk")?;
+        }
+    }
+    for peer in &i.peers {
+        let has = peer.has.map_or("not known".into(), |serial| format!("up to slice {serial}"));
+        let differ = peer.differing.map_or("not known, everything will be compared".into(), bytes);
+        let syncing = if peer.syncing { ", a synchronisation has begun and not ended" } else { "" };
+        writeln!(out, "    {}: has {has}; may differ: {differ}{syncing}", peer.node)?;
     }
     for name in &i.strays {
         writeln!(out, "    {name}: of no consequence; removed when the disk is opened")?;

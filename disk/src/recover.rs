@@ -266,7 +266,7 @@ fn admit(disk: &str, owner: &Ownership, me: &Identity, alone: bool) -> Result<()
 }
 
 /// A copy that is part this and part that, or known to be old, is not run from.
-fn usable(dir: &dyn Directory, owner: &Ownership) -> Result<()> {
+pub(crate) fn usable(dir: &dyn Directory, owner: &Ownership) -> Result<()> {
     #[cfg(test)]
     if crate::sim::sabotaged(crate::sim::Sabotage::UseUnfinished) {
         return Ok(());

@@ -461,7 +461,7 @@ fn what_was_written_on_both_sides_is_refused_until_an_administrator_gives_one_up
     };
     says(copy.begin(&begin), &["was written alone", "not overwritten"]);
     says(copy.begin(&Begin { keep: None, ..begin.clone() }), &["was written alone"]);
-    says(copy.begin(&Begin { generation: Generation(0), ..begin }), &["is owned by generation 1"]);
+    says(copy.begin(&Begin { generation: Generation(0), ..begin }), &["by nobody"]);
     drop(copy);
     understudy_disk::inspect::discard(&a.slices(), "b").unwrap();
     let copy = a.copy().unwrap();
@@ -613,4 +613,50 @@ fn a_log_that_is_not_what_was_written_is_refused() {
     says(pair.copy.commit(tag), &["was not sealed"]);
     pair.copy.seal(tag).unwrap();
     pair.copy.commit(tag).unwrap();
+}
+
+#[test]
+fn the_tool_shows_compares_and_marks_copies() {
+    use std::process::Command;
+    let tool = |arguments: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_understudy-disk")).args(arguments).output().unwrap();
+        (
+            out.status.success(),
+            String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr),
+        )
+    };
+    let (a, b) = nodes();
+    let mut pair = pair(&a, &b);
+    fill(&*pair.disk, 0, 512, 2);
+    pair.checkpoint();
+    let (one, two) = (a.disk().display().to_string(), b.disk().display().to_string());
+    let (ok, said) = tool(&["verify", &one, &two]);
+    assert!(!ok && said.contains("is in use by m"), "{said}");
+    pair.disk.leave();
+    drop(pair);
+    let (ok, said) = tool(&["verify", &one, &two]);
+    assert!(ok && said.contains("are the same"), "{said}");
+    let (ok, said) = tool(&["inspect", &one]);
+    assert!(ok && said.contains("ran from this copy last") && said.contains("b: has up to slice"), "{said}");
+    let (ok, said) = tool(&["inspect", &two]);
+    assert!(ok && said.contains("a copy that follows a"), "{said}");
+    let (ok, said) = tool(&["outdate", &one]);
+    assert!(!ok && said.contains("nobody's copy"), "{said}");
+    assert!(tool(&["outdate", &two]).0);
+    let (_, said) = tool(&["inspect", &two]);
+    assert!(said.contains("outdated, as an administrator said") && said.contains("PROBLEM"), "{said}");
+    let (ok, said) = tool(&["verify", &one, &two]);
+    assert!(!ok && said.contains("is outdated"), "{said}");
+    assert!(tool(&["outdate", &two, "--clear"]).0);
+    let (ok, said) = tool(&["discard", &two, "--in-favour-of", "b"]);
+    assert!(!ok && said.contains("own copy"), "{said}");
+    assert!(tool(&["discard", &two, "--in-favour-of", "a"]).0);
+    let (_, said) = tool(&["inspect", &two]);
+    assert!(said.contains("may be overwritten by a's disk"), "{said}");
+    {
+        let image = fs::OpenOptions::new().write(true).open(b.disk()).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&image, &[0xff], 40 * MIB + 3).unwrap();
+    }
+    let (ok, said) = tool(&["verify", &one, &two]);
+    assert!(!ok && said.contains("differ in 1.0 MiB") && said.contains("41943040"), "{said}");
 }

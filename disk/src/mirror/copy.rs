@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
-use understudy_protocol::ids::Generation;
+use understudy_protocol::ids::{Epoch, Generation};
 
-use super::record::{Mirror, Role, on_history};
+use super::record::{Mirror, Role, TURNS, on_history};
 use super::sync::is_zero;
 use super::{Begin, Content, Item, LogPiece, PeerState, Rejoin, Standing, Turn};
-use crate::block::{Block, Format};
+use crate::block::{Block, Format, admit};
 use crate::disk::{Disk, Following, Incoming, Limits, Merged};
 use crate::error::{Doing, Error, Result};
 use crate::merger::Merger;
@@ -25,6 +25,8 @@ use crate::store::{Directory, Lock};
 
 /// Most bytes in an [`Item`] that has or compares content.
 const ITEM: u64 = 16 << 20;
+/// Before the first slice.
+const NOTHING: Tag = Tag { serial: 0, generation: Generation::ZERO, epoch: Epoch::ZERO, records: 0, digest: 0 };
 
 /// What to open.
 pub struct CopyOptions {
@@ -242,6 +244,9 @@ impl Copy {
 
     /// Whether this sender may speak.
     fn admit(&self, machine: &str, from: &str, generation: Generation, owner: Option<&Ownership>) -> Result<()> {
+        if generation == Generation::ZERO || from.is_empty() {
+            return self.refuse("was sent something by nobody");
+        }
         if machine != self.with.machine {
             return self.refuse(format!("is of the machine {}, and {from} sends that of {machine}", self.with.machine));
         }
@@ -260,6 +265,14 @@ impl Copy {
                 theirs: owner.generation,
                 ours: generation,
             });
+        }
+        Ok(())
+    }
+
+    /// Numbers that can be counted on from, and a history that has room in the record.
+    fn plausible(&self, tag: Tag, history: &[Turn]) -> Result<()> {
+        if tag.serial > u64::MAX / 2 || history.len() > TURNS {
+            return self.refuse("was sent numbers that no disk has");
         }
         Ok(())
     }
@@ -408,6 +421,7 @@ impl Copy {
     pub fn rejoin(&self, rejoin: &Rejoin) -> Result<()> {
         let inner = &mut *self.inner();
         Self::stop(inner);
+        self.plausible(rejoin.at, &rejoin.history)?;
         let Some(owner) = self.record()? else { return self.refuse("never had content, and cannot be in step") };
         self.admit(&rejoin.machine, &rejoin.from, rejoin.generation, Some(&owner))?;
         if owner.disk != rejoin.disk {
@@ -429,6 +443,7 @@ impl Copy {
     pub fn begin(&self, begin: &Begin) -> Result<()> {
         let inner = &mut *self.inner();
         Self::stop(inner);
+        self.plausible(begin.keep.unwrap_or(NOTHING), &begin.history)?;
         let owner = self.record()?;
         self.admit(&begin.machine, &begin.from, begin.generation, owner.as_ref())?;
         let role = owner.as_ref().and_then(|owner| owner.mirror.as_ref()).map(|mirror| &mirror.role);
@@ -493,6 +508,7 @@ impl Copy {
         if item.len > ITEM {
             return self.refuse(format!("was sent {} bytes in one piece", item.len));
         }
+        admit(&*self.with.base, item.at, item.len)?;
         let mut bytes = vec![0; item.len as usize];
         self.with.base.read_at(item.at, &mut bytes)?;
         Ok(bytes)
@@ -505,6 +521,7 @@ impl Copy {
     pub fn apply(&self, item: &Item) -> Result<Applied> {
         let inner = self.inner();
         self.require_syncing(&inner)?;
+        admit(&*self.with.base, item.at, item.len)?;
         let trust = !inner.distrust;
         match &item.content {
             Content::Data(bytes) if bytes.len() as u64 == item.len => self.with.base.write_at(item.at, bytes)?,
@@ -562,6 +579,7 @@ impl Copy {
     pub fn into_step(&self, tag: Tag) -> Result<()> {
         let inner = &mut *self.inner();
         let generation = self.require_syncing(inner)?;
+        self.plausible(tag, &[])?;
         self.flush_base(inner)?;
         let dir = self.dir();
         let claim = owner::claim(dir)?;

@@ -29,7 +29,7 @@ struct Flight {
 
 enum Session {
     None,
-    Syncing { sync: Sync, held: bool },
+    Syncing { sync: Box<Sync>, held: bool },
     InStep { reader: LogReader },
 }
 
@@ -253,8 +253,7 @@ impl Pair {
             self.possible.iter_mut().zip(&self.content).for_each(|(p, v)| p.push(*v));
         }
         let other = self.other();
-        if self.random.one_in(2)
-            && self.image.is_some()
+        if self.image.is_some()
             && let Some(copy) = &self.nodes[other].copy
         {
             match copy.outdate(&format!("n{}", self.at)) {
@@ -341,8 +340,14 @@ impl Pair {
         self.nodes[other].copy = None;
         let process = self.nodes[other].process;
         self.nodes[other].world.cut_node(process);
+        let dir = self.nodes[other].world.directory(process + 1);
+        let owner = crate::owner::Ownership::load(&*dir).ok().flatten();
+        let role = owner.and_then(|owner| owner.mirror).map(|mirror| mirror.role);
         match self.open(other, Memory::None) {
             Ok(disk) => {
+                use crate::mirror::record::Role;
+                let unusable = matches!(role, Some(Role::Syncing { .. } | Role::Outdated { .. }));
+                assert!(!unusable, "a copy was run from that is {role:?}");
                 self.count("forced");
                 self.content = read_all(&disk).unwrap();
                 self.possible = self.content.iter().map(|v| vec![*v]).collect();
@@ -462,7 +467,7 @@ impl Pair {
                 if begin.resumed {
                     self.count("resumed");
                 }
-                self.session = Session::Syncing { sync, held: false };
+                self.session = Session::Syncing { sync: Box::new(sync), held: false };
                 self.nodes[other].copy.as_ref().expect("it is there").begin(&begin)?;
                 self.nodes[other].alone = false;
             }
@@ -789,7 +794,7 @@ fn mirrored_disks_are_a_committed_epoch_on_whatever_node_they_are_opened() {
             "takeover",
             "unprotected",
         ] {
-            assert!(counts.get(what).is_some_and(|n| *n > 10), "{what} hardly ever happened: {counts:?}");
+            assert!(counts.get(what).is_some_and(|n| *n > 5), "{what} hardly ever happened: {counts:?}");
         }
     }
 }
