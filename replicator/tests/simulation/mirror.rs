@@ -169,7 +169,7 @@ impl Copy {
         }
     }
 
-    pub fn into_step(&mut self, tags: &[Option<Tag>]) {
+    pub fn step_into(&mut self, tags: &[Option<Tag>]) {
         self.at = tags[0].map(|tag| tag.serial);
     }
 

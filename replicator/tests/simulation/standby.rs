@@ -34,7 +34,7 @@ impl World {
             (Step::BeginCopies, _) if self.sabotage == Sabotage::SkipCopyBegin => {}
             (Step::BeginCopies, Some(Message::CopyBegin(starts))) => copy.begin(&starts),
             (Step::ApplyPart, Some(Message::Part(part))) => copy.apply(&part),
-            (Step::StepCopies, Some(Message::InStep(tags))) => copy.into_step(&tags),
+            (Step::StepCopies, Some(Message::InStep(tags))) => copy.step_into(&tags),
             (Step::AppendLog, Some(Message::Log(log))) => copy.append(&log)?,
             (Step::SealCopies, Some(Message::Seal(tags))) if !late => copy.seal(&tags),
             (Step::CommitCopies, _) => {

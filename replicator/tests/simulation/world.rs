@@ -141,7 +141,7 @@ impl World {
             vmm: Vmm {
                 ram: vec![0; PAGES as usize],
                 disks: seed % 4 < 3,
-                mirror: (seed % 4 > 0 && seed % 4 < 3).then(Mirror::default),
+                mirror: matches!(seed % 4, 1 | 2).then(Mirror::default),
                 ..Vmm::default()
             },
             sender: Sender::new(config, now),
