@@ -160,7 +160,8 @@ fn protected(dir: &Path, linux: Linux) -> Result<Rates> {
         interval_ms: INTERVAL_MS,
         serial: Some(format!("file:{}", serial.display())),
         disk: Some(disk.parse().context("naming the disk")?),
-        replicator: ["--pipeline", "3", "--peer-timeout-ms", "15000"].map(str::to_owned).into(),
+        // As much as storage and replication carry, not what throttling leaves of it.
+        replicator: ["--pipeline", "3", "--slow-link", "stall", "--peer-timeout-ms", "15000"].map(str::to_owned).into(),
         linux: Some(linux),
         ..Setup::new(MEMORY_MIB)
     };

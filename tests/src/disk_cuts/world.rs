@@ -102,7 +102,8 @@ impl World {
         let room = Mounted::new(at.join("room"))?;
         let disk = at.join("disk");
         let disk = format!("name=vda,file={},format=raw,slices={}", disk.display(), slices(at).display());
-        let more = ["--pipeline", "3", "--peer-timeout-ms"].map(str::to_owned);
+        // Outputs may wait: a guest that is slowed down for emulated replication gets nothing done.
+        let more = ["--pipeline", "3", "--slow-link", "stall", "--peer-timeout-ms"].map(str::to_owned);
         let setup = Setup {
             vcpus: 1,
             interval_ms: INTERVAL_MS,
