@@ -114,7 +114,7 @@ gone() { ! dd if=/dev/sr0 of=/dev/null bs=2048 count=1 status=none; }
 until_ gone
 say "the drive is empty"
 until_ mount -t iso9660 -o ro /dev/sr0 /mnt
-say another "$(cat /mnt/hello.txt)"
+say another "$(head -c 15 /mnt/hello.txt)" and "$(cat /mnt/hello.txt | tr -d " " | head -c 99)"
 end finished
 "#;
 
@@ -238,8 +238,8 @@ fn play(dir: &Path) -> Result<()> {
     machine.says("the drive is empty")?;
     machine.done(&["insert", "cd0", &path("2.iso")])?;
     let another = machine.says("another")?;
-    ensure!(another.starts_with("the second disc"), "the second disc has {another:?}");
-    machine.says("finished")?;
+    ensure!(another == "the second disc and theseconddisc", "the second disc has {another:?}");
+    // (Its last words may be lost when it switches itself off.)
     wait_until("the machine is off", BOUND, || Ok(machine.vmm.try_wait()?.is_some()))?;
     let size = fs::metadata(dir.join("disk"))?.len();
     ensure!(size == 96 * MIB, "the disk has {size} bytes");
