@@ -94,6 +94,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "policy", about: "policy files", run: targets::cluster::policy },
     Target { name: "environment", about: "an agent's environment", run: targets::cluster::environment },
     Target { name: "slice", about: "a disk's slice after a crash", run: targets::disk::slice },
+    Target { name: "mirror", about: "both ends of a mirrored disk's session", run: targets::disk::mirror },
     Target { name: "owner", about: "the record of whose disk it is, and names of slices", run: targets::disk::owner },
     Target {
         name: "takeover",

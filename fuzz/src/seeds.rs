@@ -235,6 +235,9 @@ fn disks() -> Vec<Seed> {
     // Three slices of two requests each, the first two committed, then a takeover with the last one's tag.
     let one = [0xc2, 2, 1, 1, 7, 0, 9, 3];
     let sealed = [0x82, 2, 1, 1, 8, 2, 4, 0, 5];
+    let peer = r#"{"node":"b","machine":"m","disk":7,"generation":1,"size":16384,"format":"raw","standing":{"Follows":{"at":{"serial":2,
+        "generation":1,"epoch":0,"records":0,"digest":0},"sealed":[]}},"discard":null}"#
+        .to_owned();
     let three = [&[3 << 3][..], &[1, 1], &one, &[1, 2], &one, &[1, 3], &sealed, &[1]].concat();
     vec![
         ("slice", "committed", disk::sample()),
@@ -256,6 +259,8 @@ fn disks() -> Vec<Seed> {
             "disk",
             b"name=vda,file=iscsi://san/iqn.a:b/1,format=raw,slices=/vm/row,chap=/etc/chap,queues=4".to_vec(),
         ),
+        ("mirror", "state", peer.into_bytes()),
+        ("mirror", "session", [&[0, 0, 2, 1, 32][..], &one, &[9]].concat()),
     ]
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use understudy_disk::block::scsi;
+use understudy_disk::mirror::{Content, Copy, CopyOptions, Item, LogPiece, PeerState, Range, SliceLabel, bitmap};
 use understudy_disk::record::{Digest, Kind, RECORD, Record, SliceId, Standing, scan};
 use understudy_disk::reservation;
 use understudy_disk::slice::SliceName;
@@ -312,4 +313,94 @@ pub fn storage(bytes: &[u8]) {
     if let Ok(disk) = text.parse::<DiskSpec>() {
         assert_eq!(disk.to_string().parse(), Ok(disk));
     }
+}
+
+fn copy(dir: &Arc<Dir>) -> Result<Copy> {
+    Copy::open(CopyOptions {
+        base: Arc::new(Base(Mutex::new(vec![0; SECTORS as usize * 512]))),
+        format: Format::Raw,
+        directory: dir.clone(),
+        machine: "m".into(),
+        node: "b".into(),
+        limits: Limits::default(),
+    })
+}
+
+/// What the other node of a mirrored disk says: its state to the primary, and everything that a primary sends to a copy.
+pub fn mirror(bytes: &[u8]) {
+    let _ = bitmap::summary(bytes, 7);
+    let me = Identity { machine: "m".into(), node: "a".into(), generation: Generation(3) };
+    let base = Arc::new(Base(Mutex::new(vec![1; SECTORS as usize * 512])));
+    let options = Options {
+        base,
+        format: Format::Raw,
+        directory: Arc::new(Dir::default()),
+        identity: me,
+        memory: Memory::None,
+        limits: Limits::default(),
+    };
+    let Ok(primary) = Disk::open_mirrored(options).map(Arc::new) else { panic!("nothing stands against opening it") };
+    let mut input = Input::new(bytes);
+    let at = input.number() as usize % bytes.len().max(1);
+    if let Ok(peer) = serde_json::from_slice::<PeerState>(&bytes[at.min(bytes.len())..]) {
+        let plan = primary.plan(&peer);
+        assert!(plan.is_ok());
+        if let Ok((mut sync, _)) = primary.sync(&peer) {
+            let _ = sync.next(4096);
+            let _ = sync.acknowledge(input.number(), &[Range { at: input.odd_number(), len: input.odd_number() }]);
+        }
+    }
+    // A copy in step to which something is sent.
+    let dir = Arc::new(Dir::default());
+    let Ok(copy) = copy(&dir) else { panic!("nothing stands against opening it") };
+    let Ok(state) = copy.state() else { panic!("it is empty") };
+    let Ok((mut sync, mut begin)) = primary.sync(&state) else { return };
+    if input.byte() == 1 {
+        begin.size = input.odd_number();
+        begin.generation = Generation(input.number());
+        begin.keep =
+            Some(Tag { serial: input.number(), generation: Generation(1), epoch: Epoch(1), records: 0, digest: 0 });
+    }
+    if copy.begin(&begin).is_err() {
+        return;
+    }
+    for _ in 0..3 {
+        let content = match input.byte() % 4 {
+            0 => Content::Zero,
+            1 => Content::Hash([input.byte(); 32]),
+            _ => Content::Data(vec![input.byte(); usize::from(input.byte()) * 16]),
+        };
+        let _ = copy.apply(&Item { number: 1, at: input.odd_number(), len: input.odd_number(), content });
+    }
+    let Ok(Some(tag)) = primary.protect(Epoch(1)).and_then(|()| {
+        sync.hold()?;
+        Ok(Some(Tag { serial: 5, generation: Generation(3), epoch: Epoch(0), records: 0, digest: 0 }))
+    }) else {
+        return;
+    };
+    if copy.into_step(tag).is_err() {
+        return;
+    }
+    let id = SliceId { disk: begin.disk, generation: Generation(3), epoch: Epoch(1), serial: 6 };
+    let (log, digest, _) = log(id, &mut input);
+    let closed = digest.tag(id);
+    let label = SliceLabel { serial: 6, generation: Generation(3), epoch: Epoch(1) };
+    let cut = input.number() as usize % (log.len() + 1);
+    let mut pieces = vec![(0, log[..cut].to_vec(), None), (cut as u64, log[cut..].to_vec(), Some(closed))];
+    if input.byte() == 1
+        && let Some(byte) = pieces[0].1.first_mut()
+    {
+        *byte ^= input.byte();
+    }
+    for (offset, bytes, closed) in pieces {
+        if copy.append(&LogPiece { slice: label, offset, bytes, closed }).is_err() {
+            copy.abandon();
+            break;
+        }
+    }
+    if copy.seal(closed).is_ok() {
+        assert!(copy.commit(closed).is_ok());
+        let _ = copy.merge();
+    }
+    let _ = copy.state();
 }
