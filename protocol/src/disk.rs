@@ -242,8 +242,10 @@ pub(crate) fn check_name(name: &str) -> Result<(), String> {
 
 /// The same for a path.
 pub(crate) fn check_path(path: &str) -> Result<(), String> {
-    if !path.starts_with('/') || path.contains([';', ',']) {
-        return Err(format!("{path:?} must be an absolute path, without commas and semicolons"));
+    if !path.starts_with('/') || path.contains([';', ',', '\n']) || path.trim_end() != path {
+        return Err(format!(
+            "{path:?} must be an absolute path, without commas and semicolons, and not end in a space"
+        ));
     }
     Ok(())
 }
@@ -356,6 +358,7 @@ mod tests {
             ("name=a b,file=/x,format=raw", "letters, digits"),
             ("name=a,file=x,format=raw", "absolute"),
             ("name=a,file=/x;y,format=raw", "semicolons"),
+            ("name=a,file=/x ,format=raw", "a space"),
             ("name=a,file=/x,format=vmdk", "there are raw and qcow2"),
             ("name=a,file=/x,format=raw,queues=0", "1 to 32"),
             ("name=a,file=/x,format=raw,bus=ide", "there are virtio and scsi"),
