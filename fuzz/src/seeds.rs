@@ -138,7 +138,7 @@ fn replication() -> Vec<Seed> {
     say(0, &Message::SyncBegin);
     say(0, &part(PartContent::Zero));
     say(0, &Message::Flush);
-    say(1, &Message::InStep(vec![Some(tag)]));
+    say(1, &Message::InStep(vec![tag]));
     say(1, &log);
     say(1, &Message::Seal(vec![tag]));
     let record = Record {
@@ -164,7 +164,7 @@ fn replication() -> Vec<Seed> {
         ("message", "end", one(&end)),
         ("message", "part", one(&part(PartContent::Hash([1; 32])))),
         ("message", "log", one(&log)),
-        ("message", "in-step", one(&Message::InStep(vec![Some(tag), None]))),
+        ("message", "in-step", one(&Message::InStep(vec![tag]))),
         ("message", "ping", one(&Message::Ping)),
         ("batch", "four-pages", batch.clone()),
         ("batch", "body", [&[4][..], &batch[24.min(batch.len())..]].concat()),

@@ -88,12 +88,10 @@ pub enum VmmRequest {
     /// (session) The arena's content was taken; fill it again. Reply: [`Captured`].
     CutContinue,
     /// (session) Begin with the copies of the mirrored disks, which are so (one each, in the order of [`Attached::mirrored`], as
-    /// `understudy_disk::mirror::PeerState`). The gate is open, or they were in step before. Reply: [`MirrorBegun`].
+    /// `understudy_disk::mirror::PeerState`). The gate is open. Reply: [`MirrorBegun`].
     MirrorBegin {
         /// One for each mirrored disk.
         copies: Vec<serde_json::Value>,
-        /// They were in step in this session; refused if they cannot go on from there with what was read of the slices.
-        resume: bool,
     },
     /// (session) Read what brings the copies into step into the disk arena. Reply: [`MirrorPieces`]. While the guest runs unprotected what it writes again comes
     /// again; after the arming cut the rest is what the disks were when protection began.
@@ -480,8 +478,8 @@ pub struct Attached {
 /// Reply to [`VmmRequest::MirrorBegin`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MirrorBegun {
-    /// How each copy is begun with, as `understudy_replicator::message::CopyStart`.
-    pub starts: Vec<serde_json::Value>,
+    /// What each copy is to be told, as `understudy_disk::mirror::Begin`.
+    pub begins: Vec<serde_json::Value>,
     /// Bytes that have to be looked at, in all.
     pub left: u64,
 }
@@ -495,8 +493,7 @@ pub struct MirrorPieces {
     pub left: u64,
     /// Bytes that they were sent and have not said to be durable.
     pub flying: u64,
-    /// The copies have everything up to these tags (as `understudy_disk::Tag`; `null`: they were in step already). One for each mirrored disk; only when that is so
-    /// of all.
+    /// The copies have everything up to these tags (as `understudy_disk::Tag`). One for each mirrored disk; only when that is so of all.
     #[serde(default)]
     pub in_step: Option<Vec<serde_json::Value>>,
 }

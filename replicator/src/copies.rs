@@ -3,7 +3,6 @@
 //! Which files they are is asked of the machine's VMM that stands by on this node: it has the configuration, and opens them itself when it is promoted.
 //! They are open as long as a sender is connected.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,13 +10,13 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use understudy_disk::mirror::{Applied, Content, Copy, CopyOptions, Item, LogPiece, PeerState, Range, Standing};
+use understudy_disk::mirror::{Applied, Begin, Content, Copy, CopyOptions, Item, LogPiece, PeerState, Range};
 use understudy_disk::{Format, Limits, LocalDirectory, Tag, block};
 use understudy_protocol::control::{ControlClient, VmmRequest, VmmStatus};
 use understudy_protocol::disk::{DiskFormat, DiskSpec};
 use understudy_protocol::layout::Layout;
 
-use crate::message::{CopyStart, DiskCheck, DiskChecked, Flushed, Log, Part, PartContent};
+use crate::message::{DiskCheck, DiskChecked, Flushed, Log, Part, PartContent};
 
 /// The disks of this node's VMM.
 ///
@@ -40,8 +39,6 @@ struct Open {
     /// Last part that was applied, and what differed since that was told last.
     upto: u64,
     differing: Vec<Range>,
-    /// Slices that are complete here since before this session: what comes of them again is passed over.
-    complete: BTreeMap<u64, Tag>,
 }
 
 /// See the module.
@@ -103,26 +100,14 @@ impl Copies {
         }
     }
 
-    /// The sender says how it goes on with each.
+    /// The sender begins to bring them into step.
     ///
     /// # Errors
     /// A sentence.
-    pub fn begin(&mut self, starts: &[CopyStart]) -> Result<(), String> {
-        for (open, start) in self.open.iter_mut().zip(starts) {
-            let state = open.copy.state().map_err(|e| open.say(e))?;
-            match start {
-                CopyStart::Rejoin(rejoin) => {
-                    open.copy.rejoin(rejoin).map_err(|e| open.say(e))?;
-                    open.syncing = false;
-                    open.complete = complete(&state, rejoin.at);
-                }
-                CopyStart::Sync(begin) => {
-                    open.copy.begin(begin).map_err(|e| open.say(e))?;
-                    open.syncing = true;
-                    open.complete = BTreeMap::new();
-                }
-            }
-            (open.upto, open.differing) = (0, Vec::new());
+    pub fn begin(&mut self, begins: &[Begin]) -> Result<(), String> {
+        for (open, begin) in self.open.iter_mut().zip(begins) {
+            open.copy.begin(begin).map_err(|e| open.say(e))?;
+            (open.syncing, open.upto, open.differing) = (true, 0, Vec::new());
         }
         Ok(())
     }
@@ -217,12 +202,10 @@ impl Copies {
     ///
     /// # Errors
     /// A sentence.
-    pub fn into_step(&mut self, tags: &[Option<Tag>]) -> Result<(), String> {
+    pub fn into_step(&mut self, tags: &[Tag]) -> Result<(), String> {
         for (open, tag) in self.open.iter_mut().zip(tags) {
-            if let Some(tag) = tag {
-                open.copy.into_step(*tag).map_err(|e| open.say(e))?;
-                open.syncing = false;
-            }
+            open.copy.into_step(*tag).map_err(|e| open.say(e))?;
+            open.syncing = false;
         }
         Ok(())
     }
@@ -233,9 +216,6 @@ impl Copies {
     /// A sentence.
     pub fn append(&mut self, log: &Log<'_>) -> Result<(), String> {
         let open = self.get(log.disk)?;
-        if open.complete.contains_key(&log.slice.serial) {
-            return Ok(());
-        }
         let piece = LogPiece { slice: log.slice, offset: log.offset, bytes: log.bytes.to_vec(), closed: log.closed };
         open.copy.append(&piece).map_err(|e| open.say(e))
     }
@@ -246,11 +226,7 @@ impl Copies {
     /// A sentence.
     pub fn seal(&mut self, tags: &[Tag]) -> Result<(), String> {
         for (open, tag) in self.open.iter().zip(tags) {
-            match open.complete.get(&tag.serial) {
-                Some(known) if known == tag => {}
-                Some(_) => return Err(open.say("what it has of a slice is not what the sender has")),
-                None => open.copy.seal(*tag).map_err(|e| open.say(e))?,
-            }
+            open.copy.seal(*tag).map_err(|e| open.say(e))?;
         }
         self.sealed = tags.to_vec();
         Ok(())
@@ -280,17 +256,6 @@ impl Drop for Copies {
     }
 }
 
-/// Slices that a copy has up to `at`, which is everything that counts.
-fn complete(state: &PeerState, at: Tag) -> BTreeMap<u64, Tag> {
-    let (Standing::Follows { at: committed, sealed } | Standing::Outdated { at: committed, sealed, .. }) =
-        &state.standing
-    else {
-        return [(at.serial, at)].into();
-    };
-    let all = sealed.iter().chain([committed, &at]).filter(|tag| tag.serial <= at.serial);
-    all.map(|tag| (tag.serial, *tag)).collect()
-}
-
 fn open_copy(machine: &str, node: &str, spec: &DiskSpec) -> Result<Open, String> {
     let path = Path::new(&spec.file);
     let format = match spec.format {
@@ -314,12 +279,5 @@ fn open_copy(machine: &str, node: &str, spec: &DiskSpec) -> Result<Open, String>
         limits: Limits::default(),
     });
     let copy = Arc::new(copy.map_err(|e| e.to_string())?);
-    Ok(Open {
-        name: spec.name.clone(),
-        copy,
-        syncing: false,
-        upto: 0,
-        differing: Vec::new(),
-        complete: BTreeMap::new(),
-    })
+    Ok(Open { name: spec.name.clone(), copy, syncing: false, upto: 0, differing: Vec::new() })
 }

@@ -58,8 +58,8 @@ enum Input {
     Verify(mpsc::Sender<u64>),
     /// Compare all mirrored disks.
     VerifyDisks(mpsc::Sender<Result<u64, String>>),
-    /// Send this, if there is a connection.
-    Say(Message<'static>),
+    /// Send this, if it is still this connection.
+    Say(u64, Message<'static>),
     Stop,
 }
 
@@ -405,13 +405,16 @@ impl Driver {
             }
             Input::VerifyDisks(answer) => {
                 let result = match (self.copies.joined(), self.core.streaming()) {
-                    (true, true) => Ok(self.disk_verify.request(&self.config.layout, self.post.clone())),
+                    (true, true) => {
+                        Ok(self.disk_verify.request(&self.config.layout, self.connection, self.post.clone()))
+                    }
                     _ => Err("the machine has no mirrored disk whose copy is in step (see the status)".into()),
                 };
                 lock(&self.view).disk_verify = self.disk_verify.report();
                 let _ = answer.send(result);
             }
-            Input::Say(message) => {
+            Input::Say(connection, _) if connection != self.connection => {}
+            Input::Say(_, message) => {
                 if let Err(trouble) = self.send_message(Epoch::ZERO, &message) {
                     self.core.event(trouble.event(), now);
                 }

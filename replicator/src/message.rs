@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use understudy_protocol::ids::{Epoch, Generation};
 
-use understudy_disk::mirror::{Begin, PeerState, Range, Rejoin, SliceLabel};
+use understudy_disk::mirror::{Begin, PeerState, Range, SliceLabel};
 use understudy_disk::{SECTOR, Tag};
 
 use crate::verify::{Check, page_list, parse_page_list};
@@ -78,15 +78,6 @@ pub struct Welcome {
     /// How its copies of the mirrored disks are, in the order of [`Hello::disks`].
     #[serde(default)]
     pub copies: Vec<PeerState>,
-}
-
-/// How a copy is begun with.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CopyStart {
-    /// It lacks nothing that is not in slices.
-    Rejoin(Rejoin),
-    /// It is brought into step.
-    Sync(Begin),
 }
 
 /// A part of a mirrored disk, to be written to its copy or compared with it.
@@ -215,11 +206,11 @@ pub enum Message<'a> {
     Hello(Hello),
     SyncBegin,
     /// How each copy is to be brought into step.
-    CopyBegin(Vec<CopyStart>),
+    CopyBegin(Vec<Begin>),
     Part(Part<'a>),
     Flush,
-    /// The copies are complete up to these tags (`None`: it was in step already); the logs go on from there.
-    InStep(Vec<Option<Tag>>),
+    /// The copies are complete up to these tags; the logs go on from there.
+    InStep(Vec<Tag>),
     Log(Log<'a>),
     /// What the disks are at the end of the epoch.
     Seal(Vec<Tag>),
@@ -351,8 +342,7 @@ impl<'a> Message<'a> {
         match self {
             Self::SyncPages(bytes) | Self::Pages(bytes) | Self::State(bytes) => (*bytes).into(),
             Self::CopyBegin(plans) => json(plans).into(),
-            Self::InStep(tags) => json(tags).into(),
-            Self::Seal(tags) => json(tags).into(),
+            Self::InStep(tags) | Self::Seal(tags) => json(tags).into(),
             Self::Flushed(flushed) => json(flushed).into(),
             Self::DiskCheck(check) => json(check).into(),
             Self::DiskChecked(checked) => json(checked).into(),
@@ -590,13 +580,15 @@ mod tests {
             session: u64::MAX,
             copies: vec![copy],
         };
-        let rejoin = Rejoin {
+        let begin = Begin {
             machine: "m".into(),
             from: "n1".into(),
             generation: Generation(2),
             disk: 7,
             size: 1 << 20,
-            at: tag,
+            sync: 9,
+            resumed: false,
+            keep: Some(tag),
             history: Vec::new(),
         };
         let slice = SliceLabel { serial: 5, generation: Generation(2), epoch: Epoch(4) };
@@ -604,13 +596,13 @@ mod tests {
         let all = [
             Message::Hello(hello),
             Message::SyncBegin,
-            Message::CopyBegin(vec![CopyStart::Rejoin(rejoin)]),
+            Message::CopyBegin(vec![begin]),
             Message::Part(part(PartContent::Data(&[1; 1024]))),
             Message::Part(part(PartContent::Zero)),
             Message::Part(part(PartContent::Hash([2; 32]))),
             Message::Flush,
             Message::Flushed(vec![Flushed { upto: 2, differing: vec![Range { at: 0, len: 512 }] }]),
-            Message::InStep(vec![Some(tag), None]),
+            Message::InStep(vec![tag]),
             Message::Log(Log { disk: 1, slice, offset: 64, closed: None, bytes: b"records" }),
             Message::Log(Log { disk: 1, slice, offset: 71, closed: Some(tag), bytes: b"" }),
             Message::Seal(vec![tag]),

@@ -20,7 +20,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 
 use crate::codec::{PAGE, batch};
 use crate::durable::{Durable, ImageKind, RamIdentity, Record, Taken};
-use crate::message::{CopyStart, DiskChecked, End, Envelope, Flushed, Hello, Message, VERSION, Welcome};
+use crate::message::{DiskChecked, End, Envelope, Flushed, Hello, Message, VERSION, Welcome};
 use crate::verify::names;
 
 /// Names a connection; never used twice in a process.
@@ -307,13 +307,9 @@ impl Receiver {
                 }
                 Err(e) => self.fail(conn, e.to_string(), steps),
             },
-            Message::CopyBegin(starts) if session.stage.is_none() && starts.len() == session.disks => {
-                let rejoin = starts.iter().all(|start| matches!(start, CopyStart::Rejoin(_)));
-                if !(session.syncing || rejoin) {
-                    let why = "copies are to be brought into step beside an image that is whole";
-                    return self.fail(conn, why.into(), steps);
-                }
-                session.in_step = session.in_step && !session.syncing;
+            Message::CopyBegin(begins)
+                if session.syncing && session.stage.is_none() && begins.len() == session.disks =>
+            {
                 steps.push(Step::BeginCopies);
             }
             Message::Part(part) if session.syncing && usize::from(part.disk) < session.disks => {
@@ -480,7 +476,8 @@ impl Receiver {
         };
         // The sender may go on where it stopped only if nothing of its dirty log is missing.
         let based = whole && record.generation == generation && record.session == hello.session && !record.handed_over;
-        let based = based && !self.distrusted;
+        // (Copies of disks can have more than the image: they are always begun with.)
+        let based = based && !self.distrusted && hello.disks.is_empty();
         self.session = Some(Session {
             conn,
             generation,
@@ -491,7 +488,7 @@ impl Receiver {
             stage: None,
             ram,
             disks: hello.disks.len(),
-            in_step: based,
+            in_step: false,
             promotable: u8::from(based),
         });
         if !hello.disks.is_empty() {
@@ -510,6 +507,7 @@ impl Receiver {
         let Some(session) = &mut self.session else { return };
         self.distrusted = false;
         session.syncing = true;
+        session.in_step = false;
         session.based = true;
         session.stage = None;
         session.promotable = 0;

@@ -175,10 +175,6 @@ enum Cycle {
     Sending(Captured),
     /// The arena was taken; more is to come.
     Continue,
-    /// The peer is back: its copies of mirrored disks are to go on too; then what is kept after `after`, if anything, is sent again.
-    Rejoin {
-        after: Option<Epoch>,
-    },
     /// The peer is back and lacks what is kept.
     Resend {
         after: Epoch,
@@ -426,10 +422,6 @@ impl Sender {
     pub fn connected(&self) -> bool {
         !matches!(self.peer, Peer::Away | Peer::Connecting | Peer::Greeting { .. })
     }
-    /// Whether epochs stream.
-    pub fn streams(&self) -> bool {
-        self.peer == Peer::Streaming
-    }
     /// Whether epochs stream, and the peer's image is whole.
     pub fn streaming(&self) -> bool {
         self.peer == Peer::Streaming && self.peer_whole
@@ -610,7 +602,6 @@ impl Sender {
             Cycle::Sending(_) if self.disks_wait => return Action::Wait(wake),
             Cycle::Sending(captured) => return self.seal_or_send(captured),
             Cycle::Continue => return Action::CutContinue,
-            Cycle::Rejoin { .. } => return Action::BeginCopies,
             Cycle::Resend { after } => return Action::Resend { after },
             Cycle::Idle => {}
         }

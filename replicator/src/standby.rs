@@ -510,7 +510,7 @@ impl Standby {
                 self.copies.close();
                 Ok(())
             }
-            (Step::BeginCopies, Some(Message::CopyBegin(starts))) => self.copies.begin(&starts),
+            (Step::BeginCopies, Some(Message::CopyBegin(begins))) => self.copies.begin(&begins),
             (Step::ApplyPart, Some(Message::Part(part))) => self.copies.apply(&part),
             (Step::FlushCopies, _) => {
                 if let (Some(tell), Some((conn, ..))) = (self.answer.clone(), self.core.sender()) {

@@ -175,7 +175,7 @@ impl Connection {
             }
             VmmRequest::CutContinue => ok(self.session()?.cut_continue()?),
             VmmRequest::VerifyDisks { step } => encode_line(&Reply::Ok(self.verify.step(&machine.storage, step)?)),
-            VmmRequest::MirrorBegin { copies, resume } => ok(self.session()?.mirror_begin(&copies, resume)?),
+            VmmRequest::MirrorBegin { copies } => ok(self.session()?.mirror_begin(&copies)?),
             VmmRequest::MirrorRead => ok(self.session()?.mirrors()?.read()?),
             VmmRequest::MirrorDurable { copies } => ok(self.session()?.mirrors()?.durable(&copies)?),
             VmmRequest::MirrorDone => ok(self.session()?.mirrors()?.done()?),

@@ -311,23 +311,17 @@ impl Session {
     }
 
     /// Begin with the copies of the mirrored disks, which are so.
-    pub fn mirror_begin(&mut self, states: &[serde_json::Value], resume: bool) -> Result<MirrorBegun> {
+    pub fn mirror_begin(&mut self, states: &[serde_json::Value]) -> Result<MirrorBegun> {
         let storage = &self.machine.storage;
         ensure!(
-            resume || !storage.protected(),
+            !storage.protected(),
             "the disks are protected: their copies can be brought into step when the gate was opened"
         );
         let arena = self.arena.lock().map_err(|_| anyhow::anyhow!("the arena is lost"))?.path.with_file_name("disks");
-        let before = self.mirrors.take();
-        ensure!(!resume || before.is_some(), "no copy was in step before");
-        let before = match before {
-            Some(before) if !resume => {
-                before.leave();
-                None
-            }
-            other => other,
-        };
-        let (mirrors, begun) = Mirrors::begin(storage.mirrored_disks(), states, before, &arena)?;
+        if let Some(before) = self.mirrors.take() {
+            before.leave();
+        }
+        let (mirrors, begun) = Mirrors::begin(storage.mirrored_disks(), states, &arena)?;
         self.mirrors = Some(mirrors);
         Ok(begun)
     }

@@ -5,14 +5,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use understudy_disk::Tag;
-use understudy_disk::mirror::{PeerState, SliceLabel};
+use understudy_disk::mirror::{Begin, PeerState, SliceLabel};
 use understudy_protocol::control::{
     MirrorBegun, MirrorDurable, MirrorPiece, MirrorPieces, MirrorWhat, Sealed, VmmRequest,
 };
 use understudy_protocol::ids::Epoch;
 
 use super::{Driver, Trouble};
-use crate::message::{CopyStart, Flushed, Log, Message, Part, PartContent};
+use crate::message::{Flushed, Log, Message, Part, PartContent};
 use crate::sender::{DisksSent, Event};
 
 /// So many bytes are written to the copies, and then made durable there while more come.
@@ -102,27 +102,20 @@ impl Driver {
     /// The VMM says what has to be done with each copy; a copy that must not be touched ends the connection, with its sentence.
     pub(super) fn begin_copies(&mut self) -> Result<Event, Trouble> {
         let states: Result<Vec<_>, _> = self.copies.states.iter().map(serde_json::to_value).collect();
-        // Epochs that stream go on from where they were, if the copies can.
-        let resume = self.core.streams();
-        let request = VmmRequest::MirrorBegin { copies: states.map_err(unknown)?, resume };
+        let request = VmmRequest::MirrorBegin { copies: states.map_err(unknown)? };
         let begun: MirrorBegun = match self.call(&request) {
             Ok(begun) => begun,
-            Err(Event::VmmRefused(why)) if resume => return Ok(Event::CopiesUnfit(why)),
             Err(Event::VmmRefused(why)) => return Err(Trouble::Peer(why)),
             Err(event) => return Ok(event),
         };
-        let starts: Result<Vec<CopyStart>, _> = begun.starts.into_iter().map(serde_json::from_value).collect();
-        if resume {
-            self.send_message(Epoch::ZERO, &Message::CopyBegin(starts.map_err(unknown)?))?;
-            return Ok(Event::CopiesRead { sent: 0, left: 0, wait: false });
-        }
+        let begins: Result<Vec<Begin>, _> = begun.begins.into_iter().map(serde_json::from_value).collect();
         let arena = self.config.layout.disk_arena();
         let opened = File::open(&arena);
         self.copies.arena = Some(opened.map_err(|e| Trouble::Vmm(format!("{} cannot be read: {e}", arena.display())))?);
         (self.copies.sent, self.copies.left, self.copies.unflushed) = (0, begun.left, 0);
         (self.copies.joined, self.copies.stepping) = (false, false);
         self.copies.durable.clear();
-        self.send_message(Epoch::ZERO, &Message::CopyBegin(starts.map_err(unknown)?))?;
+        self.send_message(Epoch::ZERO, &Message::CopyBegin(begins.map_err(unknown)?))?;
         Ok(Event::CopiesRead { sent: 0, left: begun.left, wait: false })
     }
 
@@ -210,7 +203,7 @@ impl Driver {
         }
         let (sent, read) = self.send_parts(self.epoch)?;
         if let Some(tags) = read.in_step {
-            let tags: Result<Vec<Option<Tag>>, _> = tags.into_iter().map(serde_json::from_value).collect();
+            let tags: Result<Vec<Tag>, _> = tags.into_iter().map(serde_json::from_value).collect();
             self.send_message(self.epoch, &Message::InStep(tags.map_err(unknown)?))?;
             self.send_flush()?;
             self.copies.stepping = true;

@@ -42,7 +42,7 @@ pub(super) struct DiskVerifier {
 
 impl DiskVerifier {
     /// Begin a pass, or join the one that is under way; its number.
-    pub(super) fn request(&mut self, layout: &Layout, say: Sender<Input>) -> u64 {
+    pub(super) fn request(&mut self, layout: &Layout, connection: u64, say: Sender<Input>) -> u64 {
         let mut status = lock(&self.status);
         if status.running {
             return status.pass;
@@ -55,7 +55,7 @@ impl DiskVerifier {
         let (status, layout) = (self.status.clone(), layout.clone());
         log::line(&format!("sender: disk verify {pass}: all mirrored disks are compared with their copies"));
         thread::spawn(move || {
-            let result = Pass { say, heard, status: status.clone() }.run(&layout);
+            let result = Pass { connection, say, heard, status: status.clone() }.run(&layout);
             let mut status = lock(&status);
             status.running = false;
             status.last = match result {
@@ -95,6 +95,8 @@ impl DiskVerifier {
 }
 
 struct Pass {
+    /// With the peer. What is said for it goes to no other.
+    connection: u64,
     say: Sender<Input>,
     heard: Receiver<DiskChecked>,
     status: Arc<Mutex<DiskVerifyStatus>>,
@@ -107,14 +109,24 @@ impl Pass {
         lock(&self.status).total_bytes = disks.iter().map(|(_, size)| size).sum();
         for (disk, (name, _)) in (0..).zip(&disks) {
             let before = lock(&self.status).clone();
-            while !self.window(&mut vmm, disk, name, &before).map_err(|why| format!("disk {name}: {why}"))? {}
+            loop {
+                match self.window(&mut vmm, disk, name, &before) {
+                    Ok(true) => break,
+                    Ok(false) => {}
+                    Err(why) => {
+                        // (The VMM lets go when its connection ends.)
+                        let _ = self.tell(DiskCheck::Unpin { disk });
+                        return Err(format!("disk {name}: {why}"));
+                    }
+                }
+            }
         }
         Ok(())
     }
 
     fn tell(&self, check: DiskCheck) -> Result<(), String> {
         let gone = |_| "the replicator ends".to_owned();
-        self.say.send(Input::Say(Message::DiskCheck(check))).map_err(gone)
+        self.say.send(Input::Say(self.connection, Message::DiskCheck(check))).map_err(gone)
     }
 
     fn answer(&self) -> Result<DiskChecked, String> {

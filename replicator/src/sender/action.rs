@@ -133,8 +133,6 @@ pub enum Event {
         wait: bool,
     },
     DisksSent(DisksSent),
-    /// The epochs cannot go on with copies that are like this.
-    CopiesUnfit(String),
     Captured(Captured),
     /// As `Captured`, for pages copied before the cut; `more` is always set.
     Precopied(Captured),

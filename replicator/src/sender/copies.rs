@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use understudy_protocol::ids::Epoch;
 
-use super::{Action, Cycle, Peer, Sender};
+use super::{Action, Peer, Sender};
 use crate::message::Message;
 
 /// So little may be left for the first epoch.
@@ -57,10 +57,6 @@ impl Sender {
 
     /// The copies were sent something, or looked at for the first time.
     pub(super) fn copies_read(&mut self, sent: u64, left: u64, wait: bool) {
-        if let (Peer::Streaming, Cycle::Rejoin { after }) = (self.peer, self.cycle) {
-            self.cycle = after.map_or(Cycle::Idle, |after| Cycle::Resend { after });
-            return;
-        }
         let Peer::Disks { arm, stage } = self.peer else { return };
         let (missing, before) = match stage {
             CopyStage::Reading { missing, sent } => (missing, sent),

@@ -48,11 +48,6 @@ impl Sender {
                 }
             }
             Event::CopiesRead { sent, left, wait } => self.copies_read(sent, left, wait),
-            Event::CopiesUnfit(why) => {
-                // Only a first copy helps, after the gate was opened.
-                self.base = None;
-                self.lose_peer(now, why);
-            }
             Event::DisksSent(DisksSent::All) => self.mirrored = self.epoch,
             Event::DisksSent(DisksSent::Wait) => self.disks_wait = true,
             Event::DisksSent(DisksSent::More) => {}
@@ -319,17 +314,14 @@ impl Sender {
         let holds = welcome.epoch;
         let fits = |base: &Base| holds == base.committed || base.kept.contains(&holds);
         let resumable = ours && !self.gate_open && welcome.session == self.session && !self.migrates();
+        // A copy of a disk can have more than the image: only the cut that it is begun with says what counts.
+        let resumable = resumable && !self.mirrors();
         if let Some(base) = self.base.as_ref().filter(|base| resumable && fits(base)) {
             self.acked = (holds != base.committed).then_some(holds);
             let deadline = now + self.config.peer_timeout;
             let missing = base.kept.iter().filter(|kept| **kept > holds);
             self.in_flight = missing.map(|epoch| InFlight { epoch: *epoch, cut: now, deadline }).collect();
-            let after = (!self.in_flight.is_empty()).then_some(holds);
-            self.cycle = match after {
-                _ if self.mirrors() => Cycle::Rejoin { after },
-                Some(after) => Cycle::Resend { after },
-                None => Cycle::Idle,
-            };
+            self.cycle = if self.in_flight.is_empty() { Cycle::Idle } else { Cycle::Resend { after: holds } };
             self.peer = Peer::Streaming;
             self.next_cut = now;
             self.peer_backoff = RETRY_MIN;
@@ -437,7 +429,7 @@ impl Sender {
                 Cycle::Sending(captured) if captured.more => self.rest = Rest::Drop,
                 Cycle::Continue => self.rest = Rest::Drop,
                 // Acknowledged, but the VMM was not told: the standby has it, and will say so when it is back.
-                Cycle::Sending(_) | Cycle::Early(_) | Cycle::Idle | Cycle::Rejoin { .. } | Cycle::Resend { .. } => {}
+                Cycle::Sending(_) | Cycle::Early(_) | Cycle::Idle | Cycle::Resend { .. } => {}
             }
             self.veto_retry = now;
             self.veto_backoff = RETRY_MIN;

@@ -3,10 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use understudy_disk::mirror::{Begin, Rejoin, SliceLabel};
+use understudy_disk::mirror::{Begin, SliceLabel};
 use understudy_disk::{SECTOR, Tag};
 use understudy_protocol::ids::{Epoch, Generation};
-use understudy_replicator::message::{CopyStart, Log, Message, Part, PartContent};
+use understudy_replicator::message::{Log, Message, Part, PartContent};
 use understudy_replicator::sender::{DisksSent, Event};
 
 use super::disk::Stop;
@@ -102,18 +102,6 @@ fn begin() -> Begin {
     }
 }
 
-fn rejoin() -> Rejoin {
-    Rejoin {
-        machine: "m".into(),
-        from: "n1".into(),
-        generation: Generation(1),
-        disk: 1,
-        size: BLOCKS * SECTOR,
-        at: tag(0),
-        history: Vec::new(),
-    }
-}
-
 impl Mirror {
     pub fn write(&mut self, block: u64, content: u64) {
         self.blocks[block as usize] = content;
@@ -161,16 +149,14 @@ impl Copy {
         self.open.clear();
     }
 
-    pub fn begin(&mut self, starts: &[CopyStart]) {
+    pub fn begin(&mut self) {
+        self.at = None;
+        self.sealed.clear();
         self.open.clear();
-        if matches!(starts[0], CopyStart::Sync(_)) {
-            self.at = None;
-            self.sealed.clear();
-        }
     }
 
-    pub fn step_into(&mut self, tags: &[Option<Tag>]) {
-        self.at = tags[0].map(|tag| tag.serial);
+    pub fn step_into(&mut self, tags: &[Tag]) {
+        self.at = Some(tags[0].serial);
     }
 
     pub fn apply(&mut self, part: &Part<'_>) {
@@ -208,15 +194,7 @@ impl Copy {
 
 impl World {
     pub fn begin_copies(&mut self) -> Check {
-        let resume = self.sender.streams();
         let Some(mirror) = &mut self.vmm.mirror else { return Err("there is no mirrored disk".into()) };
-        if resume {
-            let frame = Frame::new(Generation(1), Epoch::ZERO, &Message::CopyBegin(vec![CopyStart::Rejoin(rejoin())]));
-            let sent = self.transmit(frame);
-            let event = Event::CopiesRead { sent: 0, left: 0, wait: false };
-            self.event(if sent { event } else { Event::PeerLost("broken".into()) });
-            return Ok(());
-        }
         if mirror.protected {
             return Err("a copy is brought into step while the disk is protected".into());
         }
@@ -227,8 +205,7 @@ impl World {
         mirror.stepping = false;
         self.flushes = 0;
         let left = mirror.missing.len() as u64 * BLOCK_BYTES;
-        let sent =
-            self.transmit(Frame::new(Generation(1), Epoch::ZERO, &Message::CopyBegin(vec![CopyStart::Sync(begin())])));
+        let sent = self.transmit(Frame::new(Generation(1), Epoch::ZERO, &Message::CopyBegin(vec![begin()])));
         let event = Event::CopiesRead { sent: 0, left, wait: false };
         self.event(if sent { event } else { Event::PeerLost("broken".into()) });
         Ok(())
@@ -303,7 +280,7 @@ impl World {
             let Some(mirror) = &mut self.vmm.mirror else { return Ok(()) };
             if mirror.flying.is_empty() {
                 mirror.stepping = true;
-                sent = self.transmit(Frame::new(Generation(1), epoch, &Message::InStep(vec![Some(tag(serial))])));
+                sent = self.transmit(Frame::new(Generation(1), epoch, &Message::InStep(vec![tag(serial)])));
             }
             sent = sent && (self.flushes > 0 || self.send_flush());
             return self.disks_sent(if sent { DisksSent::Wait } else { DisksSent::All }, sent);

@@ -32,7 +32,7 @@ impl World {
         let copy = &mut self.disk.copy;
         match (step, message) {
             (Step::BeginCopies, _) if self.sabotage == Sabotage::SkipCopyBegin => {}
-            (Step::BeginCopies, Some(Message::CopyBegin(starts))) => copy.begin(&starts),
+            (Step::BeginCopies, _) => copy.begin(),
             (Step::ApplyPart, Some(Message::Part(part))) => copy.apply(&part),
             (Step::StepCopies, Some(Message::InStep(tags))) => copy.step_into(&tags),
             (Step::AppendLog, Some(Message::Log(log))) => copy.append(&log)?,

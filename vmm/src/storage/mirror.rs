@@ -1,10 +1,9 @@
 //! The primary's side of mirrored disks: what the copies on another node need goes into the disk arena, from which the replicator sends it.
 //!
 //! ```text
-//!  begin(states)   plan: in step ─► joined                     the log is read from there on
-//!                        else    ─► syncing ─ parts, acknowledgements ─┐
-//!  hold()          protection begins: what is left is of that instant   │
-//!                  syncing ─ done(tag) ─► joined ◄──────────────────────┘
+//!  begin(states)   plan ─► syncing ─ parts, acknowledgements ─┐    while the machine runs unprotected
+//!  hold()          protection begins: what is left is of that instant
+//!                  syncing ─ done(tag) ─► joined ◄────────────┘    the log is read from there on
 //!  log()           slices while they are written; after a seal: to the end of the epoch
 //!  leave()         the session is over: what is committed from now on the copies do not have
 //! ```
@@ -15,8 +14,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
 use serde_json::Value;
-use understudy_disk::mirror::{Begin, Content, LogReader, Next, PeerState, Plan, Range, Rejoin, Sync};
+use understudy_disk::mirror::{Begin, Content, LogReader, Next, PeerState, Plan, Range, Sync};
 use understudy_disk::{Disk, Tag};
 use understudy_protocol::control::{MirrorBegun, MirrorDurable, MirrorPiece, MirrorPieces, MirrorWhat};
 
@@ -26,13 +26,6 @@ const ARENA: u64 = 2 << 20;
 const PIECE: usize = 512 << 10;
 /// Most pieces of one reply.
 const PIECES: usize = 256;
-
-/// How a copy is begun with; what the replicator passes on as it is.
-#[derive(Debug, serde::Serialize)]
-enum Start {
-    Rejoin(Rejoin),
-    Sync(Begin),
-}
 
 enum Peer {
     Syncing(Sync),
@@ -79,54 +72,24 @@ fn to_json(value: &impl serde::Serialize) -> Result<Value> {
 }
 
 impl Mirrors {
-    /// Begin with copies that are like this. `disks` with their names; `resume`: what they were in this session before.
-    pub fn begin(
-        disks: Vec<(String, Arc<Disk>)>,
-        states: &[Value],
-        resume: Option<Self>,
-        arena: &Path,
-    ) -> Result<(Self, MirrorBegun)> {
+    /// Begin with copies that are like this. `disks` with their names.
+    pub fn begin(disks: Vec<(String, Arc<Disk>)>, states: &[Value], arena: &Path) -> Result<(Self, MirrorBegun)> {
         ensure!(
             disks.len() == states.len(),
             "the machine has {} mirrored disks, and the standby speaks of {}",
             disks.len(),
             states.len()
         );
-        let states: Vec<PeerState> = states
-            .iter()
-            .map(|state| serde_json::from_value(state.clone()).context("what a copy says of itself is not understood"))
-            .collect::<Result<_>>()?;
-        if let Some(before) = resume {
-            return before.resume(&states);
-        }
         let arena = arena_file(arena)?;
-        let (mut all, mut begun) = (Vec::new(), MirrorBegun { starts: Vec::new(), left: 0 });
-        for ((name, disk), state) in disks.into_iter().zip(&states) {
-            disk.leave();
-            let started = start(&disk, state).with_context(|| format!("disk {name}"))?;
-            let (peer, start, left) = started;
-            begun.starts.push(to_json(&start)?);
-            begun.left += left;
-            all.push(Mirrored { name, disk, peer, upto: 0 });
+        let (mut all, mut begun) = (Vec::new(), MirrorBegun { begins: Vec::new(), left: 0 });
+        for ((name, disk), state) in disks.into_iter().zip(states) {
+            let state = PeerState::deserialize(state).context("what a copy says of itself is not understood")?;
+            let (sync, begin) = start(&disk, &state).with_context(|| format!("disk {name}"))?;
+            begun.begins.push(to_json(&begin)?);
+            begun.left += sync.progress().left;
+            all.push(Mirrored { name, disk, peer: Peer::Syncing(sync), upto: 0 });
         }
         Ok((Self { all, arena }, begun))
-    }
-
-    /// The same copies as before, after a broken connection: what was read of the slices is sent to them again.
-    fn resume(self, states: &[PeerState]) -> Result<(Self, MirrorBegun)> {
-        let mut begun = MirrorBegun { starts: Vec::new(), left: 0 };
-        for (mirrored, state) in self.all.iter().zip(states) {
-            let Mirrored { name, disk, peer, .. } = mirrored;
-            ensure!(matches!(peer, Peer::Joined(_)), "disk {name}: its copy was not in step before");
-            disk.leave();
-            match disk.plan(state).with_context(|| format!("disk {name}"))? {
-                Plan::InStep => {}
-                _ => bail!("disk {name}: its copy on {} cannot go on from where it was", state.node),
-            }
-            let rejoin = disk.join(state).with_context(|| format!("disk {name}"))?;
-            begun.starts.push(to_json(&Start::Rejoin(rejoin))?);
-        }
-        Ok((self, begun))
     }
 
     /// Protection has begun: what is left is of this instant.
@@ -175,7 +138,7 @@ impl Mirrors {
         let in_step = |mirrored: &Mirrored| match &mirrored.peer {
             Peer::Syncing(_) => None,
             Peer::Stepping(_, tag) => Some(to_json(tag)),
-            Peer::Joined(_) => Some(Ok(Value::Null)),
+            Peer::Joined(_) => None,
         };
         let in_step: Option<Vec<Result<Value>>> = self.all.iter().map(in_step).collect();
         reply.in_step = in_step.map(|tags| tags.into_iter().collect()).transpose()?;
@@ -261,25 +224,17 @@ impl Mirrored {
     }
 }
 
-fn start(disk: &Arc<Disk>, state: &PeerState) -> Result<(Peer, Start, u64)> {
-    Ok(match disk.plan(state)? {
-        Plan::InStep => {
-            let rejoin = disk.join(state)?;
-            (Peer::Joined(LogReader::new(rejoin.at)), Start::Rejoin(rejoin), 0)
-        }
-        Plan::Blocks { .. } => {
-            let (sync, begin) = disk.sync(state)?;
-            let left = sync.progress().left;
-            (Peer::Syncing(sync), Start::Sync(begin), left)
-        }
+fn start(disk: &Arc<Disk>, state: &PeerState) -> Result<(Sync, Begin)> {
+    match disk.plan(state)? {
+        Plan::Refused { why } => bail!(why),
         Plan::Full { why } => {
             eprintln!("note: {} is copied whole to {}: {why}", understudy_disk::Block::name(&**disk), state.node);
-            let (sync, begin) = disk.sync(state)?;
-            let left = sync.progress().left;
-            (Peer::Syncing(sync), Start::Sync(begin), left)
         }
-        Plan::Refused { why } => bail!(why),
-    })
+        Plan::Blocks { .. } => {}
+        // Only a protected disk says that.
+        Plan::InStep => bail!("the copy on {} is in step already", state.node),
+    }
+    Ok(disk.sync(state)?)
 }
 
 fn arena_file(path: &Path) -> Result<File> {
