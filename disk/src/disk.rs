@@ -356,6 +356,15 @@ impl Disk {
             Mode::Direct | Mode::Solo | Mode::Follows => Epoch::ZERO,
         };
         let id = SliceId { disk: self.id, generation: self.me.generation, epoch, serial: table.next };
+        let slice = self.make_slice(id)?;
+        table.next += 1;
+        table.slices.insert(id.serial, slice.clone());
+        table.open = Some(slice.clone());
+        Ok(slice)
+    }
+
+    /// A new slice with its file.
+    fn make_slice(&self, id: SliceId) -> Result<Arc<Slice>> {
         let name =
             SliceName { serial: id.serial, generation: id.generation, epoch: id.epoch, owner: self.me.generation };
         let file_name = name.to_string();
@@ -367,12 +376,8 @@ impl Disk {
             _ => Err(e),
         });
         let file = made.doing(|| format!("making the slice {name} in {}", self.dir.name()))?;
-        let slice = Arc::new(Slice::new(id, name, file));
         self.names_made.fetch_add(1, Ordering::AcqRel);
-        table.next += 1;
-        table.slices.insert(id.serial, slice.clone());
-        table.open = Some(slice.clone());
-        Ok(slice)
+        Ok(Arc::new(Slice::new(id, name, file)))
     }
 
     /// One request into the log and the index, or straight into the base.

@@ -5,6 +5,7 @@
 //! of the same instant, always.
 //!
 //! ```text
+//!  configured  how a disk of a configuration is opened           (configured.rs)
 //!  block    raw and qcow2: arrays of bytes                        (block.rs, block/raw.rs, block/qcow2.rs)
 //!  record   the log's format; scan() reads what a crash left      (record.rs)
 //!  slice    one epoch's log while it is written                   (slice.rs)
@@ -21,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 pub mod block;
+pub mod configured;
 pub mod disk;
 pub mod error;
 mod fenced;

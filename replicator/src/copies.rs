@@ -11,9 +11,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use understudy_disk::mirror::{Applied, Begin, Content, Copy, CopyOptions, Item, LogPiece, PeerState, Range};
-use understudy_disk::{Format, Limits, LocalDirectory, Tag, block};
+use understudy_disk::{Format, Limits, Tag, configured};
 use understudy_protocol::control::{ControlClient, VmmRequest, VmmStatus};
-use understudy_protocol::disk::{DiskFormat, DiskSpec};
+use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::layout::Layout;
 
 use crate::message::{DiskCheck, DiskChecked, Flushed, Log, Part, PartContent};
@@ -257,27 +257,22 @@ impl Drop for Copies {
 }
 
 fn open_copy(machine: &str, node: &str, spec: &DiskSpec) -> Result<Open, String> {
+    let format = configured::format(spec);
     let path = Path::new(&spec.file);
-    let format = match spec.format {
-        DiskFormat::Raw => Format::Raw,
-        DiskFormat::Qcow2 => Format::Qcow2,
-    };
     if format == Format::Raw && !path.exists() {
         // The first copy fills it.
         File::create_new(path).map_err(|e| format!("cannot create {}: {e}", spec.file))?;
     }
-    let base = block::open(path, format, false).map_err(|e| e.to_string())?;
-    let slices = spec.slices.as_ref().map_or_else(|| LocalDirectory::beside(path), Into::into);
-    let directory =
-        LocalDirectory::make(&slices).map_err(|e| format!("cannot use {} for slices: {e}", slices.display()))?;
-    let copy = Copy::open_merging(CopyOptions {
-        base,
-        format,
-        directory: Arc::new(directory),
-        machine: machine.to_owned(),
-        node: node.to_owned(),
-        limits: Limits::default(),
+    let opened = configured::open_base(spec, node).and_then(|base| {
+        Copy::open_merging(CopyOptions {
+            base,
+            format,
+            directory: configured::open_slices(spec)?,
+            machine: machine.to_owned(),
+            node: node.to_owned(),
+            limits: Limits::default(),
+        })
     });
-    let copy = Arc::new(copy.map_err(|e| e.to_string())?);
+    let copy = Arc::new(opened.map_err(|e| e.to_string())?);
     Ok(Open { name: spec.name.clone(), copy, syncing: false, upto: 0, differing: Vec::new() })
 }

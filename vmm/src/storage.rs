@@ -10,20 +10,15 @@
 //! What must hold: [`Storage::cut`] does no I/O and is called while the devices are frozen and the intake is closed; everything else that is called here may
 //! take as long as storage takes, and is called without the device lock.
 
-use std::fs::Metadata;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use understudy_disk::{
-    Aio, Block, Cache, Disk, Error, Format, Identity, Iscsi, Limits, LocalDirectory, Memory, Merger, Options, Tag,
-    Tuning, block,
-};
+use understudy_disk::{Block, Disk, Error, Identity, Limits, Memory, Merger, Options, Tag, configured};
 use understudy_protocol::control::{DiskShape, DiskStatus};
-use understudy_protocol::disk::{DiskAio, DiskCache, DiskFormat, DiskSpec, check_list};
+use understudy_protocol::disk::{DiskSpec, check_list};
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::iscsi;
 
@@ -151,44 +146,9 @@ pub fn validate(specs: &[DiskSpec]) -> Result<()> {
                 continue;
             }
         };
-        check_file(spec, &file).with_context(|| format!("disk {}", spec.name))?;
+        configured::check_file(spec, &file).with_context(|| format!("disk {}", spec.name))?;
     }
     Ok(())
-}
-
-fn check_file(spec: &DiskSpec, file: &Metadata) -> Result<()> {
-    ensure!(!file.is_dir(), "{} is a directory", spec.file);
-    ensure!(
-        spec.read_only || spec.slices.is_some() || file.is_file(),
-        "{} is a block device, so say where its slices are (slices=/directory, on a file system that every node sees)",
-        spec.file
-    );
-    Ok(())
-}
-
-fn slices(spec: &DiskSpec) -> PathBuf {
-    spec.slices.as_ref().map_or_else(|| LocalDirectory::beside(Path::new(&spec.file)), PathBuf::from)
-}
-
-fn format(spec: &DiskSpec) -> Format {
-    match spec.format {
-        DiskFormat::Raw => Format::Raw,
-        DiskFormat::Qcow2 => Format::Qcow2,
-    }
-}
-
-fn tuning(spec: &DiskSpec) -> Tuning {
-    let cache = match spec.cache {
-        None => Cache::Auto,
-        Some(DiskCache::None) => Cache::None,
-        Some(DiskCache::Writeback) => Cache::Writeback,
-    };
-    let aio = match spec.aio {
-        DiskAio::Auto => Aio::Auto,
-        DiskAio::IoUring => Aio::IoUring,
-        DiskAio::Threads => Aio::Threads,
-    };
-    Tuning { cache, aio }
 }
 
 impl Storage {
@@ -260,7 +220,7 @@ impl Storage {
     }
 
     fn open_one(&self, spec: &DiskSpec, generation: Generation, tags: Option<&Tags>) -> Result<Opened> {
-        let base = self.base(spec)?;
+        let base = configured::open_base(spec, &self.node)?;
         if spec.read_only {
             return Ok((None, base));
         }
@@ -268,29 +228,18 @@ impl Storage {
             None => Memory::None,
             Some(tags) => Memory::Image(tags.of(&spec.name)?),
         };
-        let slices = slices(spec);
-        let directory =
-            LocalDirectory::make(&slices).with_context(|| format!("cannot use {} for slices", slices.display()))?;
+        let directory = configured::open_slices(spec)?;
         let identity = Identity { machine: self.machine.clone(), node: self.node.clone(), generation };
         let open = if spec.mirrored { Disk::open_mirrored } else { Disk::open };
         let disk = open(Options {
             base: base.clone(),
-            format: format(spec),
-            directory: Arc::new(directory),
+            format: configured::format(spec),
+            directory,
             identity,
             memory,
             limits: Limits::default(),
         })?;
         Ok((Some(Arc::new(disk)), base))
-    }
-
-    fn base(&self, spec: &DiskSpec) -> Result<Arc<dyn Block>> {
-        if let Ok(url) = spec.file.parse::<iscsi::Url>() {
-            let chap = spec.chap.as_ref().map(|file| block::read_chap(Path::new(file))).transpose()?;
-            return Ok(Arc::new(Iscsi::open(&url, &self.node, chap, spec.read_only, Default::default())?));
-        }
-        check_file(spec, &std::fs::metadata(&spec.file).with_context(|| spec.file.clone())?)?;
-        Ok(block::open_with(Path::new(&spec.file), format(spec), spec.read_only, tuning(spec))?)
     }
 
     /// Names of the mirrored disks.

@@ -116,18 +116,7 @@ impl Disk {
 
     /// A file for a slice that comes.
     fn receive_slice(&self, id: SliceId) -> Result<Arc<Slice>> {
-        let name =
-            SliceName { serial: id.serial, generation: id.generation, epoch: id.epoch, owner: self.me.generation };
-        let file_name = name.to_string();
-        let made = self.dir.create(&file_name).or_else(|e| match e.kind() {
-            std::io::ErrorKind::AlreadyExists => {
-                self.dir.open(&file_name).and_then(|file| file.truncate(0).map(|()| file))
-            }
-            _ => Err(e),
-        });
-        let file = made.doing(|| format!("making the slice {name} in {}", self.dir.name()))?;
-        let slice = Arc::new(Slice::new(id, name, file));
-        self.names_made.fetch_add(1, Ordering::AcqRel);
+        let slice = self.make_slice(id)?;
         let mut table = self.table();
         table.next = id.serial + 1;
         table.slices.insert(id.serial, slice.clone());
