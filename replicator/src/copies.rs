@@ -6,8 +6,6 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use understudy_disk::mirror::{Applied, Begin, Content, Copy, CopyOptions, Item, LogPiece, PeerState, Range};
@@ -16,6 +14,7 @@ use understudy_protocol::control::{ControlClient, VmmRequest, VmmStatus};
 use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::layout::Layout;
 
+use crate::background::Background;
 use crate::message::{DiskCheck, DiskChecked, Flushed, Log, Part, PartContent};
 
 /// The disks of this node's VMM.
@@ -45,10 +44,10 @@ struct Open {
 #[derive(Default)]
 pub struct Copies {
     open: Vec<Open>,
-    /// Makes something durable; and says (by hanging up) when it has done so, before it tells anybody.
-    flusher: Option<(JoinHandle<()>, Receiver<()>)>,
-    /// The same for a step of a comparison.
-    checker: Option<(JoinHandle<()>, Receiver<()>)>,
+    /// Makes copies durable.
+    flusher: Background,
+    /// Does a comparison's steps.
+    checker: Background,
     /// What was sealed last.
     sealed: Vec<Tag>,
 }
@@ -90,10 +89,8 @@ impl Copies {
 
     /// Nothing writes to them any more when this returns; what was not sealed is thrown away.
     pub fn close(&mut self) {
-        for (_, over) in [self.flusher.take(), self.checker.take()].into_iter().flatten() {
-            // (Not for its end: it may be about to call whoever is waiting here.)
-            let _ = over.recv();
-        }
+        self.flusher.finish();
+        self.checker.finish();
         self.sealed.clear();
         for open in self.open.drain(..) {
             open.copy.abandon();
@@ -143,58 +140,21 @@ impl Copies {
             (open.name.clone(), open.syncing.then(|| open.copy.clone()), flushed)
         };
         let all: Vec<_> = self.open.iter_mut().map(take).collect();
-        let previous = self.flusher.take();
-        let (over, flushed) = mpsc::channel();
-        let thread = thread::spawn(move || {
-            let flush = |(name, copy, flushed): (String, Option<Arc<Copy>>, Flushed)| {
-                copy.map_or(Ok(()), |copy| copy.flush()).map(|()| flushed).map_err(|e| format!("disk {name}: {e}"))
-            };
-            let result = all.into_iter().map(flush).collect();
-            drop::<mpsc::Sender<()>>(over);
-            if let Some((previous, _)) = previous {
-                // Answers come in the order of the questions. (It panics only if a copy does, which is reported by the panic itself.)
-                let _ = previous.join();
-            }
-            done(result);
-        });
-        self.flusher = Some((thread, flushed));
+        let flush = |(name, copy, flushed): (String, Option<Arc<Copy>>, Flushed)| {
+            copy.map_or(Ok(()), |copy| copy.flush()).map(|()| flushed).map_err(|e| format!("disk {name}: {e}"))
+        };
+        self.flusher.run(move || all.into_iter().map(flush).collect(), done);
     }
 
-    /// A step of a comparison with the primary, in a thread; then call `done` with the answer, if there is one.
+    /// A step of a comparison with the primary, in a thread; then call `done` with the answer, if there is one. Steps are done one after the other.
     ///
     /// # Errors
     /// A sentence: there is no such disk.
-    pub fn check(
-        &mut self,
-        check: DiskCheck,
-        done: impl FnOnce(Result<DiskChecked, String>) + Send + 'static,
-    ) -> Result<(), String> {
-        let open = self.get(check.disk())?;
-        let (name, copy) = (open.name.clone(), open.copy.clone());
-        let previous = self.checker.take();
-        let (over, checked) = mpsc::channel();
-        let thread = thread::spawn(move || {
-            let result = match check {
-                DiskCheck::Pin { disk, tag } => copy.pin(tag).map(|at| Some(DiskChecked::Pinned { disk, at })),
-                DiskCheck::Compare { disk, number, range, hash } => {
-                    let item = Item { number, at: range.at, len: range.len, content: Content::Hash(hash) };
-                    copy.compare(&item).map(|same| Some(DiskChecked::Compared { disk, number, same }))
-                }
-                DiskCheck::Unpin { .. } => {
-                    copy.unpin();
-                    Ok(None)
-                }
-            };
-            drop(copy);
-            drop::<mpsc::Sender<()>>(over);
-            if let Some((previous, _)) = previous {
-                let _ = JoinHandle::<()>::join(previous);
-            }
-            if let Some(result) = result.map_err(|e| format!("disk {name}: {e}")).transpose() {
-                done(result);
-            }
-        });
-        self.checker = Some((thread, checked));
+    pub fn check(&mut self, check: DiskCheck, done: impl FnOnce(DiskChecked) + Send + 'static) -> Result<(), String> {
+        let copy = self.get(check.disk())?.copy.clone();
+        let told = move |answer: Option<DiskChecked>| answer.map_or((), done);
+        // (A copy that is let go and then held again is held in the end.)
+        self.checker.run(move || step(&copy, check), told);
         Ok(())
     }
 
@@ -242,6 +202,21 @@ impl Copies {
         }
         Ok(())
     }
+}
+
+fn step(copy: &Copy, check: DiskCheck) -> Option<DiskChecked> {
+    let done = match check {
+        DiskCheck::Pin { disk, tag } => copy.pin(tag).map(|at| DiskChecked::Pinned { disk, at }),
+        DiskCheck::Compare { disk, number, range, hash } => {
+            let item = Item { number, at: range.at, len: range.len, content: Content::Hash(hash) };
+            copy.compare(&item).map(|same| DiskChecked::Compared { disk, number, same })
+        }
+        DiskCheck::Unpin { .. } => {
+            copy.unpin();
+            return None;
+        }
+    };
+    Some(done.unwrap_or_else(|e| DiskChecked::Failed { disk: check.disk(), why: e.to_string() }))
 }
 
 impl Open {

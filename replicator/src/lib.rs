@@ -17,6 +17,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+mod background;
 pub mod codec;
 pub mod copies;
 pub mod drill;

@@ -171,6 +171,13 @@ pub enum DiskChecked {
         /// It is.
         same: bool,
     },
+    /// It could not be done. The session goes on: a comparison costs no protection.
+    Failed {
+        /// Place in [`Hello::disks`].
+        disk: u16,
+        /// A sentence.
+        why: String,
+    },
 }
 
 /// A piece of a slice's log.
@@ -616,6 +623,7 @@ mod tests {
             Message::DiskCheck(DiskCheck::Unpin { disk: 0 }),
             Message::DiskChecked(DiskChecked::Pinned { disk: 0, at: Some(tag) }),
             Message::DiskChecked(DiskChecked::Compared { disk: 0, number: 1, same: false }),
+            Message::DiskChecked(DiskChecked::Failed { disk: 0, why: "the disk cannot be read".into() }),
             Message::SyncPages(b"batch"),
             Message::Pages(b"batch"),
             Message::State(b"state"),

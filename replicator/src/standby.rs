@@ -520,7 +520,7 @@ impl Standby {
             }
             (Step::CheckCopy, Some(Message::DiskCheck(check))) => {
                 if let (Some(tell), Some((conn, ..))) = (self.answer.clone(), self.core.sender()) {
-                    self.copies.check(check, move |checked| tell(conn, checked.map(CopyAnswer::Checked)))?;
+                    self.copies.check(check, move |checked| tell(conn, Ok(CopyAnswer::Checked(checked))))?;
                 }
                 Ok(())
             }

@@ -130,10 +130,14 @@ impl Pass {
     }
 
     fn answer(&self) -> Result<DiskChecked, String> {
-        self.heard.recv_timeout(PATIENCE).map_err(|e| match e {
+        let heard = self.heard.recv_timeout(PATIENCE).map_err(|e| match e {
             RecvTimeoutError::Timeout => format!("the standby has not answered for {} s", PATIENCE.as_secs()),
             RecvTimeoutError::Disconnected => "the connection with the standby ended meanwhile".to_owned(),
-        })
+        });
+        match heard? {
+            DiskChecked::Failed { why, .. } => Err(format!("the standby says: {why}")),
+            answer => Ok(answer),
+        }
     }
 
     /// Both bases at the same tag.
@@ -147,7 +151,8 @@ impl Pass {
             self.tell(DiskCheck::Pin { disk, tag: ours })?;
             let at = match self.answer()? {
                 DiskChecked::Pinned { disk: of, at } if of == disk => at,
-                _ => return Err("the standby answered something else".into()),
+                // Of a pass that ended in the middle.
+                _ => continue,
             };
             let Some(at) = at else {
                 thread::sleep(AGAIN);
