@@ -1,5 +1,5 @@
-//! Power cuts of a Linux guest with databases: SQLite, PostgreSQL and files on ext4, on one disk that two hosts share. Two hosts of real processes and this program in Pacemaker's
-//! place, as in [`crate::power_cuts`]; it runs where Linux does (in the lab VM, or on a host with full KVM).
+//! Power cuts of a Linux guest with databases: SQLite, PostgreSQL and files on ext4, on one disk that two hosts share, or of
+//! which each has its own copy. Two hosts of real processes and this program in Pacemaker's place, as in [`crate::power_cuts`]; it runs where Linux does (in the lab VM, or on a host with full KVM).
 //!
 //! ```text
 //!  guest: files, SQLite, PostgreSQL, ring ──serial──► board ──TCP──► books: what was seen outside
@@ -52,8 +52,11 @@ pub struct Mix {
     /// Of the random moments and their order [default: a new one]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Negative control: each takeover finds the disk as if writes were not redirected. The guest must notice, or this fails
+    /// Each host has its own copy of the disk; both are compared before the end
     #[arg(long)]
+    pub mirrored: bool,
+    /// Negative control: each takeover finds the disk as if writes were not redirected. The guest must notice, or this fails
+    #[arg(long, conflicts_with = "mirrored")]
     pub unredirected: bool,
     /// Kernel of the guest [default: the lab root's]
     #[arg(long)]
@@ -99,6 +102,8 @@ pub struct Report {
     pub kvm_backend: String,
     /// What the random moments were made from.
     pub seed: u64,
+    /// Whether each host had its own copy of the disk.
+    pub mirrored: bool,
     /// Whether this was the negative control.
     pub unredirected: bool,
     /// Cuts of the host that the machine ran on.
@@ -141,7 +146,7 @@ pub fn run(mix: &Mix, say: &dyn Fn(&str)) -> Result<Report> {
     let mut random = Random(seed | 1);
     let events = mix.shuffled(&mut random);
     say(&format!("{} events (--seed {seed})", events.len()));
-    let mut report = Report { seed, unredirected: mix.unredirected, ..Report::default() };
+    let mut report = Report { seed, mirrored: mix.mirrored, unredirected: mix.unredirected, ..Report::default() };
     let mut world = World::new(mix, say)?;
     let outcome = play(&mut world, &mut report, &events, &mut random, say);
     let books = world.books();
@@ -217,6 +222,7 @@ fn play(
     });
     (report.takeover_ms, report.protected_ms) = (Spread::of(takeovers), Spread::of(protected));
     outcome?;
+    world.compare()?;
     say("the end: both die, and the disk is taken apart");
     std::thread::sleep(MOMENT * u32::try_from(random.below(1000))? / 1000);
     world.cut_both(true)?;
@@ -234,7 +240,9 @@ fn play(
 
 /// For people.
 pub fn table(report: &Report) -> String {
+    let disk = if report.mirrored { "mirrored" } else { "shared" };
     let rows = [
+        ("disk", disk.to_owned()),
         ("power cuts", format!("{} of the primary, {} of the standby", report.primary_cuts, report.standby_cuts)),
         ("of both hosts", format!("{} at once, {} one after the other", report.both_cuts, report.sequences)),
         ("planned switchovers", report.moves.to_string()),

@@ -281,7 +281,7 @@ impl World {
 
     /// The disk and its copy are the same; and a byte that is not is found.
     fn compare(&self) -> Result<()> {
-        let same = self.verified()?;
+        let same = verified(&self.sides[self.primary], BOUND)?;
         let whole = DISK_BYTES as u64;
         ensure!(
             same.differing_bytes == 0 && (same.done_bytes, same.total_bytes) == (whole, whole),
@@ -293,22 +293,13 @@ impl World {
         let mut byte = [0];
         copy.read_exact_at(&mut byte, whole - 1)?;
         copy.write_all_at(&[byte[0] ^ 1], whole - 1)?;
-        let differs = self.verified()?;
+        let differs = verified(&self.sides[self.primary], BOUND)?;
         ensure!(
             differs.last.contains("FAILED") && differs.differing_bytes > 0,
             "a byte of the copy was changed, and the comparison says: {}",
             differs.last
         );
         Ok(())
-    }
-
-    fn verified(&self) -> Result<DiskVerifyStatus> {
-        let primary = &self.sides[self.primary];
-        let VerifyStarted { pass } = primary.ask_replicator(&ReplicatorRequest::VerifyDisks)?;
-        wait_for("the disk compared with its copy", BOUND, || {
-            let verify = primary.replicator()?.disk_verify;
-            Ok((verify.pass == pass && !verify.running).then_some(verify))
-        })
     }
 
     /// With the end of everybody's log.
@@ -326,6 +317,15 @@ impl World {
 /// The file of a host's disk.
 fn disk_of(dir: &Path, disks: Disks, side: usize) -> PathBuf {
     dir.join(if disks == Disks::Mirrored { format!("disk-{}", NAMES[side]) } else { "disk".to_owned() })
+}
+
+/// Compare the mirrored disks of the machine that `primary` runs with their copies, and wait for the result.
+pub(crate) fn verified(primary: &Side, bound: Duration) -> Result<DiskVerifyStatus> {
+    let VerifyStarted { pass } = primary.ask_replicator(&ReplicatorRequest::VerifyDisks)?;
+    wait_for("the disk compared with its copy", bound, || {
+        let verify = primary.replicator()?.disk_verify;
+        Ok((verify.pass == pass && !verify.running).then_some(verify))
+    })
 }
 
 pub(crate) fn veto(dir: &Path) -> PathBuf {

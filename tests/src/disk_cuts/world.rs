@@ -22,7 +22,7 @@ use super::books::Books;
 use crate::bench::pair::{self, Linux, Process, Setup, Side, free_port, keygen};
 use crate::lab::{guest_disk, host, places, wait_for, wait_until};
 use crate::power_cuts::unredirected::forget_redirection;
-use crate::power_cuts::{start_board, veto};
+use crate::power_cuts::{start_board, verified, veto};
 
 /// RAM.
 const MEMORY_MIB: u64 = 192;
@@ -67,8 +67,9 @@ pub struct World {
     generation: u64,
     setup: Setup,
     peers: String,
+    mirrored: bool,
     _board: Process,
-    _room: Mounted,
+    _rooms: Vec<Mounted>,
     // Last, so that it outlives the processes.
     dir: tempfile::TempDir,
 }
@@ -80,7 +81,8 @@ impl World {
         let at = dir.path();
         say("copying the guest's disk");
         let image = guest_disk::ensure()?;
-        host::run_quiet(Command::new("cp").arg("--sparse=always").arg(&image).arg(at.join("disk")))?;
+        // (A mirrored disk's copy does not exist yet: the first copy makes it.)
+        host::run_quiet(Command::new("cp").arg("--sparse=always").arg(&image).arg(disk(at, mix.mirrored, 0)))?;
         keygen(&at.join("key"))?;
         let script = format!("case $1 in veto) : > {0};; clear-veto) rm -f {0};; esac\n", veto(at).display());
         fs::write(at.join("hook"), script).context("writing the hook")?;
@@ -99,16 +101,14 @@ impl World {
         ensure!(initrd.exists(), "the guest's initramfs is not at {}: `make lab-disk` builds it", initrd.display());
         let cmdline = "console=ttyS1 quiet mitigations=off understudy.disk=/dev/vda understudy.mem_mib=8 \
                        understudy.mem_pause_us=50000";
-        let room = Mounted::new(at.join("room"))?;
-        let disk = at.join("disk");
-        let disk = format!("name=vda,file={},format=raw,slices={}", disk.display(), slices(at).display());
+        let rooms = if mix.mirrored { 0..2 } else { 0..1 };
+        let rooms = rooms.map(|side| Mounted::new(room(at, mix.mirrored, side))).collect::<Result<_>>()?;
         // Outputs may wait: a guest that is slowed down for emulated replication gets nothing done.
         let more = ["--pipeline", "3", "--slow-link", "stall", "--peer-timeout-ms"].map(str::to_owned);
         let setup = Setup {
             vcpus: 1,
             interval_ms: INTERVAL_MS,
             serial: Some(format!("board:127.0.0.1:{port}/com1,key={}", at.join("key").display())),
-            disk: Some(disk.parse().context("naming the disk")?),
             hook: Some(format!("/bin/sh {}", at.join("hook").display())),
             replicator: more.into_iter().chain([PEER_TIMEOUT_MS.to_string()]).collect(),
             linux: Some(Linux { kernel, initrd, cmdline: cmdline.into() }),
@@ -117,8 +117,20 @@ impl World {
         let peers = format!("a=127.0.0.1:{} b=127.0.0.1:{}", free_port()?, free_port()?);
         let sides = [Side::new(at, NAMES[0])?, Side::new(at, NAMES[1])?];
         let on = [false; 2];
-        let mut this =
-            Self { books, sides, on, primary: 0, generation: 0, setup, peers, _board: board, _room: room, dir };
+        let mirrored = mix.mirrored;
+        let mut this = Self {
+            books,
+            sides,
+            on,
+            primary: 0,
+            generation: 0,
+            setup,
+            peers,
+            mirrored,
+            _board: board,
+            _rooms: rooms,
+            dir,
+        };
         say("the guest boots, and its databases start");
         this.recover().map_err(|e| this.explain(e))?;
         this.more(2).map_err(|e| this.explain(e))?;
@@ -130,14 +142,28 @@ impl World {
         self.books.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The disk's file.
+    /// The file of the disk that the machine runs on, or ran on last.
     pub fn disk(&self) -> PathBuf {
-        self.dir.path().join("disk")
+        disk(self.dir.path(), self.mirrored, self.primary)
     }
 
-    /// Where writes wait.
+    /// Where its writes wait.
     pub fn slices(&self) -> PathBuf {
-        slices(self.dir.path())
+        slices(self.dir.path(), self.mirrored, self.primary)
+    }
+
+    /// A mirrored disk and its copy, while the guest runs: the same.
+    pub fn compare(&self) -> Result<()> {
+        if !self.mirrored {
+            return Ok(());
+        }
+        let same = verified(&self.sides[self.primary], BOUND)?;
+        ensure!(
+            same.differing_bytes == 0 && same.done_bytes == same.total_bytes && same.done_bytes > 0,
+            "the disk and its copy were compared: {}",
+            same.last
+        );
+        Ok(())
     }
 
     /// Where everything is.
@@ -203,7 +229,8 @@ impl World {
         }
         let from = PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch };
         if missing {
-            let (disk, away) = (self.disk(), self.disk().with_extension("away"));
+            let disk = disk(self.dir.path(), self.mirrored, 1 - self.primary);
+            let away = disk.with_extension("away");
             fs::rename(&disk, &away).context("taking the disk away")?;
             let request = VmmRequest::Promote { generation, from: from.clone() };
             let answer = call_once::<_, ()>(next.layout.vmm_socket(), &request, pair::BOUND);
@@ -277,6 +304,10 @@ impl World {
 
     fn start(&mut self, side: usize) -> Result<()> {
         let (dir, name) = (self.dir.path(), NAMES[side]);
+        let (disk, slices) = (disk(dir, self.mirrored, side), slices(dir, self.mirrored, side));
+        let mode = if self.mirrored { "mirrored" } else { "shared" };
+        let disk = format!("name=vda,file={},format=raw,mode={mode},slices={}", disk.display(), slices.display());
+        self.setup.disk = Some(disk.parse().context("naming the disk")?);
         self.sides[side].start_vmm(dir, name, &self.setup, true)?;
         self.sides[side].start_replicator(dir, name, &self.peers, &self.setup)?;
         self.on[side] = true;
@@ -294,8 +325,21 @@ impl World {
     }
 }
 
-fn slices(dir: &Path) -> PathBuf {
-    dir.join("room/slices")
+/// What both hosts have under one name, or each under its own.
+fn place(dir: &Path, name: &str, mirrored: bool, side: usize) -> PathBuf {
+    dir.join(if mirrored { format!("{name}-{}", NAMES[side]) } else { name.to_owned() })
+}
+
+fn disk(dir: &Path, mirrored: bool, side: usize) -> PathBuf {
+    place(dir, "disk", mirrored, side)
+}
+
+fn room(dir: &Path, mirrored: bool, side: usize) -> PathBuf {
+    place(dir, "room", mirrored, side)
+}
+
+fn slices(dir: &Path, mirrored: bool, side: usize) -> PathBuf {
+    room(dir, mirrored, side).join("slices")
 }
 
 fn listen(mut line: TcpStream, books: &Mutex<Books>) {
