@@ -13,6 +13,7 @@
 
 mod autopsy;
 pub mod books;
+mod storage;
 mod world;
 
 use std::path::PathBuf;
@@ -52,8 +53,14 @@ pub struct Mix {
     /// Of the random moments and their order [default: a new one]
     #[arg(long)]
     pub seed: Option<u64>,
+    /// Times that the storage does not answer for 30 s (not with `--storage local`)
+    #[arg(long, default_value_t = 0)]
+    pub gone: usize,
+    /// What storage the disk is on
+    #[arg(long, value_enum, default_value_t)]
+    pub storage: storage::Kind,
     /// Each host has its own copy of the disk; both are compared before the end
-    #[arg(long)]
+    #[arg(long, conflicts_with = "storage")]
     pub mirrored: bool,
     /// Negative control: each takeover finds the disk as if writes were not redirected. The guest must notice, or this fails
     #[arg(long, conflicts_with = "mirrored")]
@@ -73,9 +80,21 @@ enum Event {
     Move,
     Missing,
     Full,
+    Gone,
 }
 
 impl Mix {
+    fn possible(&self) -> Result<()> {
+        let storage = self.storage;
+        ensure!(
+            self.gone == 0 || storage != storage::Kind::Local,
+            "local storage cannot be silent: --storage nfs or iscsi"
+        );
+        ensure!(self.full == 0 || storage != storage::Kind::Nfs, "the NFS server is not filled: --full 0");
+        ensure!(self.missing == 0 || storage != storage::Kind::Iscsi, "an iSCSI disk is not taken away: --missing 0");
+        Ok(())
+    }
+
     fn shuffled(&self, random: &mut Random) -> Vec<Event> {
         let single = |random: &mut Random| if random.below(STANDBY) == 0 { Event::Standby } else { Event::Primary };
         let mut events: Vec<Event> = (0..self.count).map(|_| single(random)).collect();
@@ -85,6 +104,7 @@ impl Mix {
             (Event::Move, self.moves),
             (Event::Missing, self.missing),
             (Event::Full, self.full),
+            (Event::Gone, self.gone),
         ] {
             events.extend(std::iter::repeat_n(event, count));
         }
@@ -102,6 +122,8 @@ pub struct Report {
     pub kvm_backend: String,
     /// What the random moments were made from.
     pub seed: u64,
+    /// What the disk was on.
+    pub storage: storage::Kind,
     /// Whether each host had its own copy of the disk.
     pub mirrored: bool,
     /// Whether this was the negative control.
@@ -120,6 +142,8 @@ pub struct Report {
     pub missing: usize,
     /// Times that there was no room for slices.
     pub full: usize,
+    /// Times that the storage did not answer.
+    pub gone: usize,
     /// Boots after the first.
     pub boots: u32,
     /// Transactions whose numbers were seen outside.
@@ -142,6 +166,7 @@ pub struct Report {
 
 /// Do all of `mix`.
 pub fn run(mix: &Mix, say: &dyn Fn(&str)) -> Result<Report> {
+    mix.possible()?;
     let seed = seed_or_new(mix.seed)?;
     let mut random = Random(seed | 1);
     let events = mix.shuffled(&mut random);
@@ -194,6 +219,10 @@ fn play(
                 world.fill()?;
                 report.full += 1;
             }
+            Event::Gone => {
+                world.go_silent()?;
+                report.gone += 1;
+            }
             Event::Standby => {
                 world.cut(1 - world.primary, first)?;
                 report.standby_cuts += 1;
@@ -240,13 +269,24 @@ fn play(
 
 /// For people.
 pub fn table(report: &Report) -> String {
-    let disk = if report.mirrored { "mirrored" } else { "shared" };
+    let disk = match (report.storage, report.mirrored) {
+        (_, true) => "mirrored",
+        (storage::Kind::Local, false) => "shared, in memory",
+        (storage::Kind::Nfs, false) => "shared, on an NFS server",
+        (storage::Kind::Iscsi, false) => "shared, a unit of an iSCSI target",
+    };
     let rows = [
         ("disk", disk.to_owned()),
         ("power cuts", format!("{} of the primary, {} of the standby", report.primary_cuts, report.standby_cuts)),
         ("of both hosts", format!("{} at once, {} one after the other", report.both_cuts, report.sequences)),
         ("planned switchovers", report.moves.to_string()),
-        ("storage", format!("{} times full, {} times missing at a takeover", report.full, report.missing)),
+        (
+            "storage",
+            format!(
+                "{} times full, {} times missing at a takeover, {} times silent",
+                report.full, report.missing, report.gone
+            ),
+        ),
         ("boots from the disk", format!("{}, which knew at most {} transactions unseen", report.boots, report.unseen)),
         ("transactions seen outside", format!("{} (ring: {} numbers)", report.transactions, report.ring)),
         ("machine runs elsewhere after", format!("{} ms", report.takeover_ms)),

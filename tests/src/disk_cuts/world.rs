@@ -4,7 +4,6 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -19,8 +18,9 @@ use understudy_protocol::ids::Generation;
 
 use super::Mix;
 use super::books::Books;
+use super::storage::Storage;
 use crate::bench::pair::{self, Linux, Process, Setup, Side, free_port, keygen};
-use crate::lab::{guest_disk, host, places, wait_for, wait_until};
+use crate::lab::{guest_disk, places, wait_for, wait_until};
 use crate::power_cuts::unredirected::forget_redirection;
 use crate::power_cuts::{start_board, verified, veto};
 
@@ -30,13 +30,15 @@ const MEMORY_MIB: u64 = 192;
 const ROOM_MIB: u64 = 96;
 /// A machine whose disk is full for so long must live.
 const FULL_FOR: Duration = Duration::from_secs(10);
+/// Storage that does not answer for so long is waited for.
+const GONE_FOR: Duration = Duration::from_secs(30);
 /// Whatever an emulated processor does, it does within this time: a boot with the recovery of both databases, or a first copy.
 const BOUND: Duration = Duration::from_secs(300);
 /// A host with other work may say nothing for a while; what is lost must be lost by the cut.
 const PEER_TIMEOUT_MS: u64 = 15_000;
 /// Between two checkpoints: emulated processors have little time for them.
 const INTERVAL_MS: u64 = 400;
-const NAMES: [&str; 2] = ["a", "b"];
+pub const NAMES: [&str; 2] = ["a", "b"];
 
 /// A file system of its own; it goes with this value.
 struct Mounted(PathBuf);
@@ -68,6 +70,7 @@ pub struct World {
     setup: Setup,
     peers: String,
     mirrored: bool,
+    storage: Storage,
     _board: Process,
     _rooms: Vec<Mounted>,
     // Last, so that it outlives the processes.
@@ -81,8 +84,11 @@ impl World {
         let at = dir.path();
         say("copying the guest's disk");
         let image = guest_disk::ensure()?;
-        // (A mirrored disk's copy does not exist yet: the first copy makes it.)
-        host::run_quiet(Command::new("cp").arg("--sparse=always").arg(&image).arg(disk(at, mix.mirrored, 0)))?;
+        let storage = Storage::new(mix.storage, at, &image)?;
+        if mix.mirrored {
+            // (The other copy does not exist yet: the first copy makes it.)
+            fs::rename(at.join("disk"), at.join(format!("disk-{}", NAMES[0]))).context("naming the disk")?;
+        }
         keygen(&at.join("key"))?;
         let script = format!("case $1 in veto) : > {0};; clear-veto) rm -f {0};; esac\n", veto(at).display());
         fs::write(at.join("hook"), script).context("writing the hook")?;
@@ -127,6 +133,7 @@ impl World {
             setup,
             peers,
             mirrored,
+            storage,
             _board: board,
             _rooms: rooms,
             dir,
@@ -144,12 +151,20 @@ impl World {
 
     /// The file of the disk that the machine runs on, or ran on last.
     pub fn disk(&self) -> PathBuf {
-        disk(self.dir.path(), self.mirrored, self.primary)
+        self.disk_of(self.primary)
     }
 
     /// Where its writes wait.
     pub fn slices(&self) -> PathBuf {
-        slices(self.dir.path(), self.mirrored, self.primary)
+        self.slices_of(self.primary)
+    }
+
+    fn disk_of(&self, side: usize) -> PathBuf {
+        if self.mirrored { self.dir.path().join(format!("disk-{}", NAMES[side])) } else { self.storage.disk(side) }
+    }
+
+    fn slices_of(&self, side: usize) -> PathBuf {
+        self.storage.slices(side, &room(self.dir.path(), self.mirrored, side))
     }
 
     /// A mirrored disk and its copy, while the guest runs: the same.
@@ -229,7 +244,7 @@ impl World {
         }
         let from = PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch };
         if missing {
-            let disk = disk(self.dir.path(), self.mirrored, 1 - self.primary);
+            let disk = self.disk_of(1 - self.primary);
             let away = disk.with_extension("away");
             fs::rename(&disk, &away).context("taking the disk away")?;
             let request = VmmRequest::Promote { generation, from: from.clone() };
@@ -280,6 +295,24 @@ impl World {
         self.wait("nothing waits any more", |_| status(self).is_ok_and(|disk| disk.held == 0))
     }
 
+    /// The storage does not answer for a while. The guest's requests wait, the status says so, and nothing else happens to it.
+    pub fn go_silent(&mut self) -> Result<()> {
+        let problem = |this: &Self| -> Result<_> {
+            let disk = this.sides[this.primary].vmm()?.disks.into_iter().next().context("the machine shows no disk")?;
+            Ok(disk.problem.filter(|_| disk.in_flight > 0))
+        };
+        self.storage.pull()?;
+        let said = wait_for("requests that wait for the storage", BOUND, || problem(self));
+        if said.is_ok() {
+            thread::sleep(GONE_FOR);
+        }
+        let meanwhile = problem(self);
+        self.storage.plug()?;
+        let (said, meanwhile) = (said?, meanwhile?);
+        ensure!(meanwhile.is_some(), "first the status says \"{said}\", and {} s later nothing", GONE_FOR.as_secs());
+        self.wait("nothing waits any more", |_| problem(self).is_ok_and(|said| said.is_none()))
+    }
+
     /// Hosts that are off come back, and the machine is protected again. If it ran nowhere it boots first, without a standby.
     pub fn recover(&mut self) -> Result<()> {
         if !self.on[self.primary] {
@@ -304,7 +337,7 @@ impl World {
 
     fn start(&mut self, side: usize) -> Result<()> {
         let (dir, name) = (self.dir.path(), NAMES[side]);
-        let (disk, slices) = (disk(dir, self.mirrored, side), slices(dir, self.mirrored, side));
+        let (disk, slices) = (self.disk_of(side), self.slices_of(side));
         let mode = if self.mirrored { "mirrored" } else { "shared" };
         let disk = format!("name=vda,file={},format=raw,mode={mode},slices={}", disk.display(), slices.display());
         self.setup.disk = Some(disk.parse().context("naming the disk")?);
@@ -325,21 +358,9 @@ impl World {
     }
 }
 
-/// What both hosts have under one name, or each under its own.
-fn place(dir: &Path, name: &str, mirrored: bool, side: usize) -> PathBuf {
-    dir.join(if mirrored { format!("{name}-{}", NAMES[side]) } else { name.to_owned() })
-}
-
-fn disk(dir: &Path, mirrored: bool, side: usize) -> PathBuf {
-    place(dir, "disk", mirrored, side)
-}
-
+/// A file system of this host for slices; of mirrored disks each host has its own.
 fn room(dir: &Path, mirrored: bool, side: usize) -> PathBuf {
-    place(dir, "room", mirrored, side)
-}
-
-fn slices(dir: &Path, mirrored: bool, side: usize) -> PathBuf {
-    room(dir, mirrored, side).join("slices")
+    dir.join(if mirrored { format!("room-{}", NAMES[side]) } else { "room".to_owned() })
 }
 
 fn listen(mut line: TcpStream, books: &Mutex<Books>) {

@@ -20,7 +20,7 @@ use super::{host, places};
 const SUITE: &str = "trixie";
 
 /// What is installed in it. `ocf-tester` comes with resource-agents; the kernel serves the lab VM and the protected
-/// machines alike; QEMU is what `make bench` is compared with.
+/// machines alike; QEMU is what `make bench` is compared with; an NFS server, an iSCSI target and the host's initiator are storage for disks.
 const PACKAGES: &[&str] = &[
     "corosync",
     "pacemaker",
@@ -39,6 +39,9 @@ const PACKAGES: &[&str] = &[
     "xz-utils",
     "qemu-system-x86",
     "seabios",
+    "nfs-kernel-server",
+    "tgt",
+    "open-iscsi",
 ];
 
 /// pacemaker-remote conflicts with pacemaker as a package (one host is one or the other); our one root serves both kinds of
