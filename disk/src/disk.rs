@@ -29,14 +29,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
 use understudy_protocol::ids::Epoch;
 
 use crate::block::{Block, Format, Gather, SECTOR, Scatter, admit};
 use crate::error::{Doing, Error, Result};
 use crate::fenced;
 use crate::index::{Index, Piece, Source};
-use crate::mirror::peers::{MirrorStatus, Mirroring};
+use crate::mirror::peers::Mirroring;
 use crate::owner::{self, BASE_LOCK, Identity, Ownership};
 use crate::record::{DATA_SECTORS, Kind, RECORD, SliceId, Tag};
 use crate::recover::{self, Memory};
@@ -48,6 +47,9 @@ mod follow;
 mod guest;
 mod merging;
 mod mirrored;
+mod status;
+
+pub use status::Status;
 
 pub(crate) use follow::{Following, Incoming};
 
@@ -156,6 +158,8 @@ pub struct Disk {
     limit: AtomicU64,
     /// Slices up to this one may be in the base in part.
     begun: AtomicU64,
+    /// For those who look while the storage does not answer.
+    seen: Mutex<Option<(Instant, Status)>>,
 }
 
 /// What [`Disk::merge`] did.
@@ -172,37 +176,6 @@ pub enum Merged {
     },
     /// Somebody else still has the right to write to the base; a sentence that says who.
     Waiting(String),
-}
-
-/// How a disk is.
-#[derive(Debug, Clone, Serialize)]
-pub struct Status {
-    /// The base.
-    pub name: String,
-    /// `direct`, `solo` or `protected`.
-    pub mode: &'static str,
-    /// Bytes in slices that are not merged.
-    pub backlog_bytes: u64,
-    /// Slices that are not merged.
-    pub backlog_slices: usize,
-    /// Bytes in the open slice: when they grow large, an earlier cut helps.
-    pub open_bytes: u64,
-    /// Extents in the index.
-    pub index_extents: usize,
-    /// Memory of the index.
-    pub index_bytes: u64,
-    /// Bytes merged since it was opened.
-    pub merged_bytes: u64,
-    /// Whether this process may write to the base.
-    pub holds_base: bool,
-    /// What the merger complains of, if it does.
-    pub problem: Option<String>,
-    /// What a device itself does against an earlier owner's writes: its reservation, or that it has none. `None`: it is no device.
-    pub fence: Option<String>,
-    /// Slices that were thrown away when it was opened.
-    pub discarded: Vec<String>,
-    /// What peers have, if it is mirrored.
-    pub mirror: Option<MirrorStatus>,
 }
 
 /// What a [`Disk`] is made of, whoever makes it.
@@ -302,6 +275,7 @@ impl Disk {
             merging: Mutex::new(()),
             limit: AtomicU64::new(u64::MAX),
             begun: AtomicU64::new(begun),
+            seen: Mutex::new(None),
         }
     }
 
@@ -764,37 +738,6 @@ impl Disk {
     /// Let whoever waits look again.
     pub(crate) fn wake(&self) {
         self.room.notify_all();
-    }
-
-    /// How it is.
-    pub fn status(&self) -> Status {
-        let mode = match *read(&self.mode) {
-            Mode::Direct => "direct",
-            Mode::Solo => "solo",
-            Mode::Protected { .. } => "protected",
-            Mode::Follows => "follows",
-        };
-        let holds_base = self.base_lock.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        let mirror = self.mirror.as_ref().map(Mirroring::status);
-        let table = self.table();
-        // Before the index is locked: see the order of locks.
-        let open_bytes = table.open.as_ref().map_or(0, |s| s.bytes());
-        let index = read(&self.index);
-        Status {
-            name: self.base.name().to_owned(),
-            mode,
-            backlog_bytes: self.waiting.load(Ordering::Relaxed),
-            backlog_slices: table.slices.len(),
-            open_bytes,
-            index_extents: index.len(),
-            index_bytes: index.bytes(),
-            merged_bytes: self.merged_bytes.load(Ordering::Relaxed),
-            holds_base,
-            problem: table.problem.clone(),
-            fence: self.fence.clone(),
-            discarded: self.discarded.clone(),
-            mirror,
-        }
     }
 
     /// The slices of these pieces; `None` if one was merged meanwhile.

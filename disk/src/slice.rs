@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError};
 
 use understudy_protocol::ids::{Epoch, Generation};
 
@@ -101,6 +101,15 @@ impl Slice {
 
     pub fn bytes(&self) -> u64 {
         self.log().end
+    }
+
+    /// The same; `None`: somebody appends to it.
+    pub fn try_bytes(&self) -> Option<u64> {
+        match self.log.try_lock() {
+            Ok(log) => Some(log.end),
+            Err(TryLockError::Poisoned(log)) => Some(log.into_inner().end),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     pub fn tag(&self) -> Tag {

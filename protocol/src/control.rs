@@ -841,7 +841,17 @@ impl ControlClient {
     /// Send one request and wait for its reply.
     pub fn call<Q: Serialize, R: DeserializeOwned>(&mut self, request: &Q) -> Result<R, ControlError> {
         let line = encode_line(request);
-        let io_error = |source| ControlError::Io { socket: self.socket.clone(), source };
+        let timeout = self.reader.get_ref().read_timeout().ok().flatten();
+        let io_error = |mut source: io::Error| {
+            if let (io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut, Some(after)) = (source.kind(), timeout) {
+                let why = format!(
+                    "no answer for {} s: it waits for something itself, its status says for what",
+                    after.as_secs()
+                );
+                source = io::Error::new(source.kind(), why);
+            }
+            ControlError::Io { socket: self.socket.clone(), source }
+        };
         self.reader.get_mut().write_all(&line).map_err(io_error)?;
         let reply = read_line(&mut self.reader).map_err(io_error)?;
         let Some(reply) = reply else {

@@ -454,6 +454,15 @@ impl Storage {
                     since.as_secs()
                 ))
             });
+            let stale = disk.as_ref().and_then(|disk| disk.stale_ms).map(Duration::from_millis);
+            let waits = waits.or_else(|| {
+                let since = stale.filter(|since| *since >= SLOW)?;
+                Some(format!(
+                    "the storage of {} or of its slices has not answered for {} s: checkpoints wait, nothing is lost",
+                    spec.file,
+                    since.as_secs()
+                ))
+            });
             DiskStatus {
                 name: spec.name.clone(),
                 file: spec.file.clone(),

@@ -1,7 +1,7 @@
 //! What a running disk knows of its peers, and how its writes and merges keep that true.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use serde::Serialize;
 use understudy_protocol::ids::Epoch;
@@ -180,8 +180,12 @@ impl Mirroring {
         self.state().peers.iter_mut().try_for_each(|live| live.bits.resize(size))
     }
 
-    pub fn status(&self) -> MirrorStatus {
-        let state = self.state();
+    pub fn try_status(&self) -> Option<MirrorStatus> {
+        let state = match self.0.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(state)) => state.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
         let peer = |live: &Live| PeerStatus {
             node: live.peer.node.clone(),
             joined: state.joined.as_ref() == Some(&live.peer.node),
@@ -190,7 +194,7 @@ impl Mirroring {
             differing_bytes: live.bits.bytes(),
             lost: live.lost.clone(),
         };
-        MirrorStatus { peers: state.peers.iter().map(peer).collect() }
+        Some(MirrorStatus { peers: state.peers.iter().map(peer).collect() })
     }
 }
 
