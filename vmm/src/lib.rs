@@ -7,6 +7,7 @@
 //! | state | [`vcpu_state`], [`vm_state`], [`raw`], [`container`], [`save`] |
 //! | checkpoints | [`session`] (the cut), [`capture`] (how pages are copied) |
 //! | outputs | [`gate`] (pure), [`port`], [`pump`], [`backend`] |
+//! | network | [`net`] |
 //! | disks | [`storage`] (behind the device [`devices::virtio::block`]) |
 //! | life | [`machine`], [`session`] (replication), [`control`] (socket), [`run`] (process) |
 //! | unsafe | [`sys`]; blocks in [`memory`], [`capture::gather`], [`capture::lock`] |
@@ -28,6 +29,7 @@ pub mod gate;
 pub mod hardware;
 pub mod machine;
 pub mod memory;
+pub mod net;
 pub mod plug;
 pub mod port;
 pub mod pump;

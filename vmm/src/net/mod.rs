@@ -1,0 +1,46 @@
+//! The network: what is between a machine's virtio-net device and the node's networks.
+//!
+//! | what | module |
+//! |---|---|
+//! | one packet with its offload fields | [`packet`] |
+//! | output commit of packets (pure) | [`gate`] |
+//! | a card under the device lock: device, gate, port | [`nic`] |
+//! | whether the machine may speak; its threads | [`port`], [`worker`] |
+//! | what is behind a card | [`backend`], [`tap`], [`socket`]; system calls in [`sys`] |
+//!
+//! A packet that the guest sends goes: vCPU exit → [`crate::hardware`] → device ([`crate::devices::virtio::net`]) → [`nic`] → [`gate`] → (cut, commit) → [`worker`] → [`port`] → [`backend`];
+//! with an open gate from [`nic`] straight to the [`port`].
+
+pub mod backend;
+pub mod gate;
+pub mod nic;
+pub mod packet;
+pub mod port;
+pub mod socket;
+pub mod sys;
+pub mod tap;
+pub mod worker;
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use understudy_protocol::control::NicShape;
+use understudy_protocol::nic::NicSpec;
+
+/// The cards' shapes, in which two machines must agree for one to run from the other's image.
+pub fn shapes(machine: &str, nics: &[NicSpec]) -> Vec<NicShape> {
+    let shape = |nic: &NicSpec| NicShape {
+        name: nic.name.clone(),
+        mac: nic.address(machine),
+        queues: nic.queues,
+        offloads: nic.backend.offloads(),
+        mtu: nic.mtu,
+    };
+    nics.iter().map(shape).collect()
+}
+
+/// Open what is behind the cards; all ports are down.
+pub fn open(machine: &str, nics: &[NicSpec]) -> Result<Vec<Arc<port::NetPort>>> {
+    let one = |nic: &NicSpec| Ok(Arc::new(port::NetPort::new(backend::open(nic, nic.address(machine))?)?));
+    nics.iter().map(one).collect()
+}
