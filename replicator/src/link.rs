@@ -266,7 +266,9 @@ pub fn connect(
     let path =
         Box::new(move |address: &str| dial(address, &key, encryption, many, peer_timeout.min(PATH_DIAL), peer_timeout));
     let patience = timeouts(peer_timeout).handshake + peer_timeout;
-    let session = paths::connect::connect(name, all.into_iter().map(str::to_owned).collect(), patience, path)?;
+    let settings = Settings::within(peer_timeout);
+    let session =
+        paths::connect::connect(name, all.into_iter().map(str::to_owned).collect(), settings, patience, path)?;
     Ok(Link::many(&session, list.to_owned()))
 }
 
@@ -327,11 +329,12 @@ impl Acceptor {
         let first = read_frame(&mut stream).map_err(text)?;
         let first = first.ok_or_else(|| "a path was not made: the peer closed it".to_owned())?;
         let mut door = self.door.lock().unwrap_or_else(PoisonError::into_inner);
+        let settings = Settings::within(self.peer_timeout);
         let knock = door.knock(&first);
         let mut opened = None;
         let (session, path) = match knock {
             Knock::Open { session: id, path, paths } => {
-                let session = Session::start(id, &address, vec!["(not yet)".into(); paths], Settings::default());
+                let session = Session::start(id, &address, vec!["(not yet)".into(); paths], settings);
                 // Before the peer is answered, or its next path comes too early.
                 door.admit(id, &session);
                 opened = Some(Link::many(&session, address));

@@ -169,3 +169,125 @@ fn both_processes_may_be_restarted_under_two_paths() {
     let taken = paths.pair.n2.take_over(2).unwrap();
     assert_image(&paths.pair.n2, &taken, &paths.primary);
 }
+
+/// Two nodes and a switch for each plane, in network namespaces of their own. They end with the processes that hold them.
+struct Cables {
+    holders: Vec<std::process::Child>,
+}
+
+impl Cables {
+    /// `None` where the host does not allow it.
+    fn new() -> Option<Self> {
+        let mut this = Self { holders: Vec::new() };
+        for _ in 0..3 {
+            // The shell says when it is there; it ends with this test, whose end closes its input.
+            let mut holder = std::process::Command::new("unshare")
+                .args(["--net", "sh", "-c", "echo there; read end"])
+                .stdin(std::process::Stdio::piped())
+                .stdout(std::process::Stdio::piped())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .ok()?;
+            let mut said = String::new();
+            let read = std::io::BufRead::read_line(&mut std::io::BufReader::new(holder.stdout.take()?), &mut said);
+            this.holders.push(holder);
+            if read.ok()? == 0 {
+                return None;
+            }
+        }
+        for plane in 1..=2 {
+            let mut lines = vec![format!("link add p{plane} type bridge"), format!("link set p{plane} up")];
+            for node in 1..=2 {
+                let pid = this.holders[node].id();
+                lines.push(format!("link add n{node}p{plane} type veth peer name e{plane} netns {pid}"));
+                lines.push(format!("link set n{node}p{plane} master p{plane} up"));
+            }
+            this.ip(0, &lines)?;
+            for node in 1..=2 {
+                let address = format!("10.77.{plane}.{node}/24");
+                this.ip(node, &[format!("addr add {address} dev e{plane}"), format!("link set e{plane} up")])?;
+            }
+        }
+        // Bridges forward once they have looked around.
+        Some(this)
+    }
+
+    fn ip(&self, space: usize, lines: &[String]) -> Option<()> {
+        for line in lines {
+            let done = std::process::Command::new("nsenter")
+                .args(["--net", "--target", &self.holders[space].id().to_string(), "ip"])
+                .args(line.split_whitespace())
+                .status()
+                .ok()?;
+            done.success().then_some(())?;
+        }
+        Some(())
+    }
+
+    fn wrapper(&self, node: usize) -> Vec<String> {
+        ["nsenter", "--net", "--target", &self.holders[node].id().to_string()].map(str::to_owned).to_vec()
+    }
+
+    /// The plane's switch forgets the standby's port: nobody hears of it. Or it knows it again.
+    fn switch_port(&self, plane: usize, there: bool) {
+        let what = if there { format!("master p{plane}") } else { "nomaster".to_owned() };
+        self.ip(0, &[format!("link set n2p{plane} {what}")]).unwrap();
+    }
+}
+
+impl Drop for Cables {
+    fn drop(&mut self) {
+        for holder in &mut self.holders {
+            let _ = holder.kill();
+            let _ = holder.wait();
+        }
+    }
+}
+
+#[test]
+fn on_real_cables_a_plane_that_falls_silent_delays_outputs_by_a_tenth_of_a_second_and_costs_nothing_else() {
+    let Some(cables) = Cables::new() else {
+        eprintln!("skipped: this host allows no network namespaces to this user");
+        return;
+    };
+    let options = Options::default();
+    let mut pair = Pair::new(&options);
+    let peers = "n1=10.77.1.1:7790,10.77.2.1:7790 n2=10.77.1.2:7790,10.77.2.2:7790";
+    for (i, node) in [&mut pair.n1, &mut pair.n2].into_iter().enumerate() {
+        (node.peers, node.wrapper) = (peers.to_owned(), cables.wrapper(i + 1));
+    }
+    let primary = pair.n1.vmm(options.load, VmmState::Running, 1);
+    let _standby = pair.n2.vmm(options.load, VmmState::Standby, 0);
+    pair.n1.start();
+    pair.n2.start();
+    pair.n1.promote();
+    pair.wait_protected();
+    let works = |path: usize, works: bool| {
+        wait_until("the path is as its cable", || pair.n1.status().paths.get(path).is_some_and(|p| p.works == works));
+    };
+    (works(0, true), works(1, true));
+    let vetoes = || pair.n1.hook_calls().iter().filter(|call| call.starts_with("veto")).count();
+    let (before, calm) = (vetoes(), pair.n1.status().statistics.commit_us.max);
+    let mut waits = Vec::new();
+    for round in 0..20 {
+        let active = pair.n1.status().paths.iter().position(|path| path.active).unwrap();
+        let committed = pair.n1.status().committed.0;
+        let cut = Instant::now();
+        cables.switch_port(active + 1, false);
+        wait_until("epochs go on being committed", || pair.n1.status().committed.0 > committed + 3);
+        waits.push(cut.elapsed().as_millis());
+        works(active, false);
+        let status = pair.n1.status();
+        assert!(status.protected && status.connected, "round {round}: {status:?}");
+        cables.switch_port(active + 1, true);
+        works(active, true);
+    }
+    let status = pair.n1.status();
+    println!(
+        "commit: max {} µs before the cuts, {} µs with them; from cut to the fourth commit {waits:?} ms",
+        calm, status.statistics.commit_us.max
+    );
+    assert_eq!((vetoes(), status.losses, pair.n2.first_copies()), (before, 0, 1), "{}", pair.n1.log());
+    let taken = pair.n2.take_over(2).unwrap();
+    assert_image(&pair.n2, &taken, &primary);
+}

@@ -41,6 +41,7 @@ enum Stage {
 struct Meeting {
     peer: String,
     addresses: Vec<String>,
+    settings: Settings,
     dial: Box<Dial>,
     /// With what has gone wrong on each path so far.
     stage: Mutex<(Stage, Vec<Option<String>>)>,
@@ -58,12 +59,14 @@ enum Turn {
 pub fn connect(
     peer: &str,
     addresses: Vec<String>,
+    settings: Settings,
     patience: Duration,
     dial: Box<Dial>,
 ) -> Result<Arc<Session>, String> {
     let paths = addresses.len();
     let stage = Mutex::new((Stage::Nobody, vec![None; paths]));
-    let meeting = Arc::new(Meeting { peer: peer.to_owned(), addresses, dial, stage, changed: Condvar::new() });
+    let meeting =
+        Arc::new(Meeting { peer: peer.to_owned(), addresses, settings, dial, stage, changed: Condvar::new() });
     for path in 0..paths {
         let meeting = meeting.clone();
         thread::spawn(move || {
@@ -137,7 +140,7 @@ impl Meeting {
         match opened {
             Ok(_) if given_up => return,
             Ok(id) => {
-                let session = Session::start(id, &self.peer, self.addresses.clone(), Settings::default());
+                let session = Session::start(id, &self.peer, self.addresses.clone(), self.settings);
                 stage.0 = Stage::Open(session.clone());
                 self.changed.notify_all();
                 drop(stage);

@@ -50,6 +50,20 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    /// A path must be left before the peer counts as lost.
+    pub fn within(peer_timeout: Duration) -> Self {
+        let usual = Self::default();
+        Self {
+            ping_every: usual.ping_every.min(peer_timeout / 8),
+            silent_after: usual.silent_after.min(peer_timeout / 4),
+            slow_after: usual.slow_after.min(peer_timeout / 2),
+            give_up_after: usual.give_up_after.min(peer_timeout),
+            ..usual
+        }
+    }
+}
+
 /// From one switch because of slowness to the next.
 const SLOW_AGAIN: Duration = Duration::from_secs(1);
 
