@@ -174,7 +174,8 @@ impl World {
         if slot.wire.is_none() && slot.knocking.is_none() && now >= slot.retry_at && !blocked {
             // (Any path may open it; here the first that comes.)
             let opened = self.far.is_some() || self.near.core.report(now).iter().any(|p| p.works || p.losses > 0);
-            let others = self.planes.iter().any(|p| p.knocking.is_some());
+            let ours = |frame: &Frame| matches!(frame, Frame::Open { session, .. } if *session == self.session);
+            let others = self.planes.iter().any(|p| p.knocking.as_ref().is_some_and(|(_, frame)| ours(frame)));
             let frame = match opened {
                 true => Frame::Join { session: self.session, path: plane },
                 false if others => return,
@@ -213,6 +214,17 @@ impl World {
             match (here, there) {
                 (Some(here), Some(there)) => self.planes[plane].wire = Some((Wire::default(), [here, there])),
                 (Some(here), None) => self.near.core.detach(plane, here, "nobody is there", now),
+                (None, Some(there)) if matches!(&frame, Frame::Join { session, .. } if *session != self.session) => {
+                    // A sender of before, which goes on sending as if its peer were the old one.
+                    let Frame::Join { session: old, .. } = frame else { return };
+                    let mut far = far.lock().unwrap();
+                    let from = far.read.saturating_sub(500);
+                    for at in (from..from + 20_000).step_by(100) {
+                        let bytes = (at..at + 100).map(|at| content(old, 1, at)).collect();
+                        let _ = far.core.heard(plane, there, Frame::Data(at, bytes), now);
+                    }
+                    far.core.detach(plane, there, "it ended at last", now);
+                }
                 (None, Some(there)) => far.lock().unwrap().core.detach(plane, there, "nobody is there", now),
                 _ => {}
             }
@@ -513,4 +525,37 @@ fn the_last_words_arrive_before_the_end() {
     assert_eq!(b.read(&mut buf), 16);
     assert_eq!(b.ended(), Some(End::Closed));
     assert!(matches!(a.next(0, at[0][0], now), Next::End));
+}
+
+#[test]
+fn a_path_on_which_the_peer_is_heard_but_does_not_hear_is_left() {
+    let (mut a, mut b, at) = joined();
+    let ms = Duration::from_millis;
+    let back = at.map(|[x, y]| [y, x]);
+    a.write(b"epoch");
+    let mut arrived = None;
+    for now in (1..300).map(ms) {
+        (a.tick(now), b.tick(now));
+        // Path 0 carries nothing to b; everything from b arrives, its questions too.
+        while matches!(a.next(0, at[0][0], now), Next::Send(_)) {}
+        deliver(&mut b, &mut a, 0, back[0], now);
+        if deliver(&mut a, &mut b, 1, at[1], now) > 0 {
+            arrived = Some(now);
+            break;
+        }
+        deliver(&mut b, &mut a, 1, back[1], now);
+    }
+    assert!(arrived.is_some_and(|at| at < ms(100)), "it arrived at {arrived:?}");
+}
+
+#[test]
+fn pieces_that_overlap_are_read_once() {
+    let (mut a, _, at) = joined();
+    let now = Duration::from_millis(1);
+    for (offset, bytes) in [(4, &b"efgh"[..]), (0, b"abc"), (2, b"cdef"), (0, b"abcdefgh"), (6, b"ghij")] {
+        a.heard(0, at[0][0], Frame::Data(offset, bytes.to_vec()), now).unwrap();
+    }
+    let mut buf = [0; 16];
+    let n = a.read(&mut buf);
+    assert_eq!(std::str::from_utf8(&buf[..n]), Ok("abcdefghij"));
 }
