@@ -208,7 +208,6 @@ impl Cables {
                 this.ip(node, &[format!("addr add {address} dev e{plane}"), format!("link set e{plane} up")])?;
             }
         }
-        // Bridges forward once they have looked around.
         Some(this)
     }
 
@@ -265,7 +264,8 @@ fn on_real_cables_a_plane_that_falls_silent_delays_outputs_by_a_tenth_of_a_secon
     let works = |path: usize, works: bool| {
         wait_until("the path is as its cable", || pair.n1.status().paths.get(path).is_some_and(|p| p.works == works));
     };
-    (works(0, true), works(1, true));
+    works(0, true);
+    works(1, true);
     let vetoes = || pair.n1.hook_calls().iter().filter(|call| call.starts_with("veto")).count();
     let (before, calm) = (vetoes(), pair.n1.status().statistics.commit_us.max);
     let mut waits = Vec::new();
