@@ -535,7 +535,8 @@ fn a_path_on_which_the_peer_is_heard_but_does_not_hear_is_left() {
     a.write(b"epoch");
     let mut arrived = None;
     for now in (1..300).map(ms) {
-        (a.tick(now), b.tick(now));
+        a.tick(now);
+        b.tick(now);
         // Path 0 carries nothing to b; everything from b arrives, its questions too.
         while matches!(a.next(0, at[0][0], now), Next::Send(_)) {}
         deliver(&mut b, &mut a, 0, back[0], now);
