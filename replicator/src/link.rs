@@ -378,8 +378,10 @@ fn listen_early(address: &str) -> io::Result<TcpListener> {
     for resolved in address.to_socket_addrs()? {
         let bound = Socket::new(Domain::for_address(resolved), Type::STREAM, Some(Protocol::TCP)).and_then(|socket| {
             socket.set_reuse_address(true)?;
-            // (The option of IPv4 works for sockets of IPv6 as well: ip(7).)
-            socket.set_freebind_v4(true)?;
+            match resolved {
+                SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+                SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+            }
             socket.bind(&resolved.into())?;
             socket.listen(128)?;
             Ok(socket)
@@ -414,5 +416,9 @@ mod tests {
         let listeners = listen("127.0.0.1:0,192.0.2.1:7790").unwrap();
         assert_eq!(listeners.len(), 2);
         assert!(listen("192.0.2.1:7790").is_err(), "a node's only address must be there");
+        // (2001:db8::/32 is for documents: RFC 3849. Not every host has IPv6.)
+        if TcpListener::bind("[::1]:0").is_ok() {
+            assert_eq!(listen("[::1]:0,[2001:db8::1]:7790").unwrap().len(), 2);
+        }
     }
 }
