@@ -20,7 +20,7 @@ const PROGRAM: &str = "understudy-replicator";
 /// Nodes.
 pub static PEERS: Param<String> = Param::text("peers").required().check(peers).short("Address of every node").long(
     "One NODE=HOST:PORT for each node that receives migrations, separated by blanks, e.g. \"n1=10.77.1.1:7799 n2=10.77.1.2:7799\"; this \
-     node listens on its own. The same as the parameter migration_peers of the machines.",
+     node listens on its own. A node may have several addresses with commas between, as in the replicators' parameter peers. The same as the parameter migration_peers of the machines.",
 );
 /// Key.
 pub static KEY: Param<String> = Param::text("key")

@@ -20,13 +20,17 @@ use crate::process::{Identity, remove, write_durably};
 use crate::service::{Observed, Service, ask, check_key};
 
 const PROGRAM: &str = "understudy-replicator";
+/// Paths that a replicator takes at most.
+const MAX_ADDRESSES: usize = 8;
 /// Where the sender is follows from where the machine runs (colocation), so all instances are equally good.
 const SCORE: i32 = 10;
 
 /// Nodes.
 pub static PEERS: Param<String> = Param::text("peers").required().check(peers).short("Address of every node").long(
     "One NODE=HOST:PORT for each node that may hold the machine, separated by blanks, e.g. \"n1=10.77.1.1:7790 \
-         n2=10.77.1.2:7790\". The addresses should be in the storage network; this node listens on its own.",
+         n2=10.77.1.2:7790\". The addresses should be in the storage network; this node listens on its own. A node may have several \
+         addresses with commas between, NODE=HOST:PORT,HOST:PORT, best in networks that share no cable and no switch: replication goes on \
+         while one of them works. Every node should have the same number.",
 );
 /// Key.
 pub static KEY: Param<String> = Param::text("key")
@@ -107,15 +111,26 @@ pub static HOOK: Param<String> = Param::text("hook").short("Hook").long(
 pub struct Replicator;
 
 pub(crate) fn peers(value: &str) -> Result<(), String> {
-    let wrong = |entry: &str| format!("has \"{entry}\", which is not NODE=HOST:PORT");
+    let wrong = |entry: &str| format!("has \"{entry}\", which is not NODE=HOST:PORT or NODE=HOST:PORT,HOST:PORT");
     if value.split_whitespace().next().is_none() {
         return Err("names no node".into());
     }
     for entry in value.split_whitespace() {
-        let (node, address) = entry.split_once('=').ok_or_else(|| wrong(entry))?;
-        let (host, port) = address.rsplit_once(':').ok_or_else(|| wrong(entry))?;
-        if node.is_empty() || host.is_empty() || !port.parse::<u16>().is_ok_and(|p| p > 0) {
-            return Err(wrong(entry));
+        let (node, list) = entry.split_once('=').ok_or_else(|| wrong(entry))?;
+        let addresses: Vec<&str> = list.split(',').collect();
+        for (i, address) in addresses.iter().enumerate() {
+            let (host, port) = address.rsplit_once(':').ok_or_else(|| wrong(entry))?;
+            if node.is_empty() || host.is_empty() || !port.parse::<u16>().is_ok_and(|p| p > 0) {
+                return Err(wrong(entry));
+            }
+            if addresses[..i].contains(address) {
+                return Err(format!(
+                    "names {address} twice for node {node}: two paths through one address are lost together"
+                ));
+            }
+        }
+        if addresses.len() > MAX_ADDRESSES {
+            return Err(format!("has {} addresses for node {node}; {MAX_ADDRESSES} are the most", addresses.len()));
         }
     }
     Ok(())
@@ -442,6 +457,12 @@ mod tests {
     #[test]
     fn addresses_are_checked_before_anything_is_started() {
         assert!(peers("n1=10.0.0.1:7790").is_ok());
+        assert!(peers("n1=10.0.0.1:7790,10.0.1.1:7790 n2=10.0.0.2:7790,10.0.1.2:7790").is_ok());
+        assert!(peers("n1=a:1,b:1,c:1,d:1,e:1,f:1,g:1,h:1,i:1").is_err(), "nine");
+        assert!(peers("n1=a:1,a:1").unwrap_err().contains("lost together"));
+        for bad in ["n1=10.0.0.1:7790,", "n1=,10.0.0.1:7790", "n1=10.0.0.1:7790,10.0.1.1"] {
+            assert!(peers(bad).is_err(), "{bad:?}");
+        }
         for bad in ["", " ", "n1", "n1=10.0.0.1", "n1=:7790", "=h:1", "n1=h:0", "n1=h:x", "n1=h:1 n2"] {
             assert!(peers(bad).is_err(), "{bad:?}");
         }

@@ -194,6 +194,7 @@ mod tests {
             statistics: Default::default(),
             verify: Default::default(),
             disk_verify: Default::default(),
+            paths: Vec::new(),
             note: String::new(),
         }
     }

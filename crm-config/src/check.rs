@@ -156,7 +156,7 @@ fn nodes_and_boards(c: &mut Checker, policy: &Policy) {
     }
     for node in &policy.nodes {
         c.host_name("node name", &node.name);
-        for address in [&node.storage, &node.management, &node.business].into_iter().flatten() {
+        for address in [&node.storage, &node.storage2, &node.management, &node.business].into_iter().flatten() {
             c.address("address", address);
         }
     }

@@ -42,7 +42,8 @@ impl Policy {
     /// Where every node receives migrations: one list for the listener and for all machines.
     fn migration_peers(&self) -> String {
         let of = |n: &Node| {
-            Some(format!("{}={}", n.name.get_ref(), endpoint(n.replication_address()?, self.cluster.migration_port)))
+            n.replication_address()?;
+            Some(format!("{}={}", n.name.get_ref(), endpoints(n, self.cluster.migration_port)))
         };
         self.nodes.iter().filter_map(of).collect::<Vec<_>>().join(" ")
     }
@@ -301,6 +302,11 @@ fn listener(configuration: &mut Configuration, policy: &Policy) {
     });
 }
 
+/// All of a node's addresses for replication, with commas between.
+fn endpoints(node: &Node, port: u16) -> String {
+    node.replication_addresses().into_iter().map(|host| endpoint(host, port)).collect::<Vec<_>>().join(",")
+}
+
 /// `HOST:PORT`, with brackets where an IPv6 address needs them.
 fn endpoint(host: &str, port: u16) -> String {
     if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
@@ -417,7 +423,8 @@ fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machi
     let peers: Vec<String> = policy
         .candidates(machine)
         .filter_map(|n| {
-            Some(format!("{}={}", n.name.get_ref(), endpoint(n.replication_address()?, ports.replication(index))))
+            n.replication_address()?;
+            Some(format!("{}={}", n.name.get_ref(), endpoints(n, ports.replication(index))))
         })
         .collect();
     let mut parameters =

@@ -19,5 +19,6 @@ pub mod live;
 pub mod merge;
 pub mod model;
 pub mod pcs;
+pub mod planes;
 pub mod policy;
 pub mod xml;

@@ -12,7 +12,7 @@ use understudy_crm::merge::{Change, canonical, merge};
 use understudy_crm::model::Configuration;
 use understudy_crm::policy::Policy;
 use understudy_crm::xml::Element;
-use understudy_crm::{cib, crm, live, pcs};
+use understudy_crm::{cib, crm, live, pcs, planes};
 
 /// From a policy file to a Pacemaker configuration.
 #[derive(Parser)]
@@ -31,6 +31,9 @@ enum Command {
         /// Print the findings as JSON.
         #[arg(long)]
         json: bool,
+        /// Corosync's configuration, to look at its links too [default: /etc/corosync/corosync.conf, if there is one].
+        #[arg(long, value_name = "FILE")]
+        corosync: Option<PathBuf>,
     },
     /// Print the configuration that a policy becomes.
     Show {
@@ -74,8 +77,11 @@ fn main() -> ExitCode {
 
 fn run(command: &Command) -> Result<ExitCode> {
     match command {
-        Command::Check { file, json } => {
-            let (policy, findings) = check::read(&text(file)?);
+        Command::Check { file, json, corosync } => {
+            let (policy, mut findings) = check::read(&text(file)?);
+            if let Some(policy) = &policy {
+                findings.extend(planes::check(policy, corosync_conf(corosync.as_deref())?.as_deref()));
+            }
             if *json {
                 println!("{}", serde_json::to_string_pretty(&findings)?);
             } else {
@@ -115,6 +121,16 @@ fn run(command: &Command) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Corosync's configuration, if it was named or is where it should be.
+fn corosync_conf(named: Option<&Path>) -> Result<Option<String>> {
+    let file = named.unwrap_or(Path::new(planes::COROSYNC_CONF));
+    match std::fs::read(file) {
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(_) if named.is_none() => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("reading Corosync's configuration {}", file.display())),
     }
 }
 

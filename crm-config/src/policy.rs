@@ -108,6 +108,8 @@ pub struct Node {
     pub name: Spanned<String>,
     /// Address in the storage network: checkpoints travel here.
     pub storage: Option<Spanned<String>>,
+    /// Its second address for checkpoints, in a network of its own: replication goes on while one of the two works.
+    pub storage2: Option<Spanned<String>>,
     /// Address in the management network (Corosync's; for reference).
     pub management: Option<Spanned<String>>,
     /// Address in the business network.
@@ -120,6 +122,12 @@ impl Node {
     /// Where checkpoints go: storage, else management.
     pub fn replication_address(&self) -> Option<&str> {
         self.storage.as_ref().or(self.management.as_ref()).map(|a| a.get_ref().as_str())
+    }
+
+    /// All addresses to which checkpoints go: that one, and storage2.
+    pub fn replication_addresses(&self) -> Vec<&str> {
+        let second = self.storage2.as_ref().map(|a| a.get_ref().as_str());
+        self.replication_address().into_iter().chain(second).collect()
     }
 }
 

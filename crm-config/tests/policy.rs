@@ -448,3 +448,12 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn a_second_storage_address_becomes_a_second_path() {
+    let doubled = SMALL.replace("storage = \"10.0.0.2\"", "storage = \"10.0.0.2\"\nstorage2 = \"fe80::2\"");
+    let text = crm::text(&compiled(&doubled));
+    assert!(text.contains("n1=10.0.0.1:7790 n2=10.0.0.2:7790,[fe80::2]:7790"), "{text}");
+    let odd = SMALL.replace("storage = \"10.0.0.2\"", "storage2 = \"a b\"");
+    assert!(complaints(&odd).iter().any(|what| what.contains("neither an IP address")), "{:?}", complaints(&odd));
+}

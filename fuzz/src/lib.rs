@@ -53,6 +53,12 @@ pub const TARGETS: &[Target] = &[
         about: "messages between machine and board, and both ends of a session",
         run: targets::protocol::board,
     },
+    Target {
+        name: "paths",
+        about: "frames of a session of several paths, and a session under a peer that may say anything",
+        run: targets::paths::paths,
+    },
+    Target { name: "corosync", about: "Corosync's configuration", run: targets::paths::corosync },
     Target { name: "message", about: "replication messages", run: targets::replication::message },
     Target { name: "batch", about: "batches of pages, plain and compressed", run: targets::replication::batch },
     Target {

@@ -11,6 +11,7 @@ use understudy_protocol::ids::{Epoch, Generation};
 use understudy_replicator::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE, state::StateEncoder};
 use understudy_replicator::durable::{ImageKind, RamIdentity, Record};
 use understudy_replicator::message::{End, Hello, Log, Message, Part, PartContent, VERSION};
+use understudy_replicator::paths::wire::{Frame, Level, SessionId};
 use understudy_vmm::boot::least_bzimage;
 use understudy_vmm::container;
 use understudy_vmm::devices::Payload;
@@ -25,6 +26,7 @@ pub type Seed = (&'static str, &'static str, Vec<u8>);
 /// All of them.
 pub fn seeds() -> Vec<Seed> {
     let mut seeds = protocol();
+    seeds.extend(paths());
     seeds.extend(replication());
     seeds.extend(machines());
     seeds.extend(cluster());
@@ -81,6 +83,18 @@ fn protocol() -> Vec<Seed> {
         ("handshake", "connect", [&[1, 0, 0, 48][..], &[2; 48]].concat()),
         ("handshake", "stream", [&[2, 0, 32][..], &[3; 32]].concat()),
         ("board", "session", session),
+        ("corosync", "two-links", COROSYNC.into()),
+    ]
+}
+
+const COROSYNC: &str = "totem {\n  transport: knet\n}\nnodelist {\n  node {\n    name: n1\n    ring0_addr: 10.0.0.1\n    ring1_addr: 10.0.1.1\n  }\n}\n";
+
+fn paths() -> Vec<Seed> {
+    let (session, level) = (SessionId([7; 16]), Level { received: 5, limit: 400 });
+    vec![
+        ("paths", "open", Frame::Open { session, path: 0, paths: 2 }.encode()),
+        ("paths", "data", Frame::Data(5, vec![1; 40]).encode()),
+        ("paths", "pong", Frame::Pong(3, level).encode()),
     ]
 }
 

@@ -752,6 +752,34 @@ pub struct ReplicatorStatus {
     /// Comparisons of mirrored disks.
     #[serde(default)]
     pub disk_verify: DiskVerifyStatus,
+    /// The network paths to the other side, if several are configured.
+    #[serde(default)]
+    pub paths: Vec<PathStatus>,
+}
+
+/// A network path between two replicators, in [`ReplicatorStatus`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathStatus {
+    /// Where it ends, as far as known.
+    pub address: String,
+    /// It is connected and answers.
+    pub works: bool,
+    /// It carries the checkpoints now.
+    pub active: bool,
+    /// For how long it has worked, or has been missing, ms.
+    pub since_ms: u64,
+    /// Why it is missing.
+    pub why: String,
+    /// Times that it went missing in this session.
+    pub losses: u64,
+    /// Bytes sent on it, before encryption.
+    pub sent_bytes: u64,
+    /// The same of what was received.
+    pub received_bytes: u64,
+    /// Bytes of `sent_bytes` that had been sent before: on another path, or on an earlier connection of this one.
+    pub again_bytes: u64,
+    /// Round trip, smoothed, µs; 0 until known.
+    pub rtt_us: u64,
 }
 
 /// Reply to [`ReplicatorRequest::Status`] of the process that receives migrations.

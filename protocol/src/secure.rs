@@ -37,6 +37,10 @@ use crate::key::Key;
 pub const REPLICATION: &str = "understudy-replication/1";
 /// The same with everything after the handshake in clear: [`SecureStream::in_clear`].
 pub const REPLICATION_IN_CLEAR: &str = "understudy-replication/1-unencrypted";
+/// Replication over several paths, each of which is such a stream.
+pub const REPLICATION_PATHS: &str = "understudy-replication/1-paths";
+/// The same in clear.
+pub const REPLICATION_PATHS_IN_CLEAR: &str = "understudy-replication/1-paths-unencrypted";
 /// Protocol name of the sessions between a machine and a board.
 pub const BOARD: &str = "understudy-board/1";
 
@@ -194,8 +198,17 @@ impl SecureStream {
 
     /// The accepting side's handshake.
     pub fn accept(stream: TcpStream, key: &Key, protocol: &str, timeouts: Timeouts) -> Result<Self, SecureError> {
+        Self::accept_one_of(stream, key, &[protocol], timeouts).map(|(this, _)| this)
+    }
+
+    /// The same where several protocols are spoken; tells which the peer asked for. It is told of the first if it asks for none of them.
+    pub fn accept_one_of(
+        stream: TcpStream,
+        key: &Key,
+        protocols: &[&str],
+        timeouts: Timeouts,
+    ) -> Result<(Self, usize), SecureError> {
         let mut shake = Shake::new(stream, key, timeouts)?;
-        let mut noise = shake.noise(key, protocol, false)?;
         if &shake.receive::<8>()? != HELLO {
             return Err(SecureError::NotUnderstudy { peer: shake.peer });
         }
@@ -206,10 +219,12 @@ impl SecureStream {
         let mut theirs = vec![0; usize::from(len)];
         shake.receive_into(&mut theirs)?;
         let offer = shake.receive_message()?;
-        if theirs != protocol.as_bytes() {
-            shake.refuse(OTHER_PROTOCOL, protocol.as_bytes());
-            return Err(shake.other_protocol(&theirs, protocol));
-        }
+        let Some(which) = protocols.iter().position(|protocol| theirs == protocol.as_bytes()) else {
+            let ours = protocols.first().copied().unwrap_or_default();
+            shake.refuse(OTHER_PROTOCOL, ours.as_bytes());
+            return Err(shake.other_protocol(&theirs, ours));
+        };
+        let mut noise = shake.noise(key, protocols[which], false)?;
         let mut message = [0; MAX_HANDSHAKE];
         if noise.read_message(&offer, &mut message).is_err() {
             shake.refuse(WRONG_KEY, &[]);
@@ -227,7 +242,7 @@ impl SecureStream {
             return Err(wrong);
         }
         this.reader.nonce = 1;
-        Ok(this)
+        Ok((this, which))
     }
 
     /// From here on neither side encrypts. Both must do it, right after the handshake; a protocol name of its own makes sure of that.

@@ -12,7 +12,7 @@ mod peer;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,12 +22,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{
-    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, OutputHeld, Sealed, VmmRequest, VmmStatus,
+    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, OutputHeld, PathStatus, Sealed, VmmRequest,
+    VmmStatus,
 };
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
-use understudy_protocol::secure::{SecureStream, SecureWriter};
 use understudy_protocol::statistics::VerifyStatus;
 use understudy_protocol::statistics::{DiskVerifyStatus, Encoding};
 use understudy_protocol::urgent;
@@ -37,7 +37,7 @@ use self::disk_verify::DiskVerifier;
 use self::pages::Pages;
 use crate::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE};
 use crate::hook::Hook;
-use crate::link::Encryption;
+use crate::link::{Closer, Encryption, Link, Writer};
 use crate::log;
 use crate::message::Message;
 use crate::sender::{Action, Event, Facts, MigrationView, Sender, SenderConfig};
@@ -52,7 +52,7 @@ enum Input {
     /// From the reader of connection `.0`.
     Peer(u64, Event),
     /// The connection attempt `.0` ended.
-    Connect(u64, Result<Box<SecureStream>, String>),
+    Connect(u64, Result<Box<Link>, String>),
     HandOver(mpsc::Sender<Result<HandedOver, String>>),
     /// Compare all of RAM; the answer is the pass's number.
     Verify(mpsc::Sender<u64>),
@@ -67,7 +67,7 @@ enum Input {
 pub struct DriverConfig {
     /// Decisions.
     pub sender: SenderConfig,
-    /// Other nodes: name and `host:port`.
+    /// Other nodes: name and `host:port`, or several with commas between.
     pub peers: Vec<(String, String)>,
     /// The cluster's key.
     pub key: Arc<Key>,
@@ -130,6 +130,8 @@ pub struct SenderView {
     pub verify: VerifyStatus,
     /// Comparisons of mirrored disks.
     pub disk_verify: DiskVerifyStatus,
+    /// The paths to the peer, if it has several addresses.
+    pub paths: Vec<PathStatus>,
     /// The migration, if it is one.
     pub migration: Option<MigrationView>,
 }
@@ -142,7 +144,7 @@ pub struct SenderHandle {
     /// A twin of the VMM's connection, to end a call that hangs.
     vmm: Arc<Mutex<Option<UnixStream>>>,
     /// A twin of the peer's connection, for the same.
-    peer: Arc<Mutex<Option<TcpStream>>>,
+    peer: Arc<Mutex<Option<Closer>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -243,7 +245,7 @@ impl SenderHandle {
             let _ = vmm.shutdown(Shutdown::Both);
         }
         if let Some(peer) = lock(&self.peer).take() {
-            let _ = peer.shutdown(Shutdown::Both);
+            peer.close();
         }
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -265,7 +267,7 @@ struct Driver {
     view: Arc<Mutex<SenderView>>,
     stop: Arc<AtomicBool>,
     vmm_twin: Arc<Mutex<Option<UnixStream>>>,
-    peer_twin: Arc<Mutex<Option<TcpStream>>>,
+    peer_twin: Arc<Mutex<Option<Closer>>>,
 
     vmm: Option<ControlClient>,
     /// A twin of the connection that waits for outputs.
@@ -274,7 +276,7 @@ struct Driver {
     ram: Option<File>,
     ram_pages: u64,
 
-    writer: Option<SecureWriter>,
+    writer: Option<Writer>,
     /// Number of the newest connection attempt; what older ones say is not heard.
     connection: u64,
     next_peer: usize,
@@ -393,7 +395,7 @@ impl Driver {
             Input::Peer(..) => {}
             Input::Connect(connection, _) if connection != self.connection => {}
             Input::Connect(_, Err(why)) => self.core.event(Event::PeerLost(why), now),
-            Input::Connect(connection, Ok(stream)) => match self.adopt(connection, *stream) {
+            Input::Connect(connection, Ok(link)) => match self.adopt(connection, *link) {
                 Ok(()) => self.core.event(Event::Connected, now),
                 Err(e) => self.core.event(Event::PeerLost(format!("the connection broke at once: {e}")), now),
             },
@@ -739,6 +741,7 @@ impl Driver {
             Some(format!("{name} {address}"))
         });
         let encoding = self.encoding();
+        let paths = self.paths();
         let mut view = lock(&self.view);
         view.facts = facts.clone();
         view.generation = self.core.generation();
@@ -761,6 +764,7 @@ impl Driver {
         view.verify = self.verify.report(now);
         view.disk_verify = self.disk_verify.report();
         view.migration = self.core.migration();
+        view.paths = paths;
     }
 }
 

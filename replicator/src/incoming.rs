@@ -16,7 +16,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{BufReader, ErrorKind, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -34,12 +34,11 @@ use understudy_protocol::frame::{self, Header};
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::{Layout, MIGRATIONS, valid_machine_name};
-use understudy_protocol::secure::{REPLICATION, SecureReader, SecureStream, SecureWriter};
 
 use crate::drill::check_room;
 use crate::hook::MigrationHook;
 use crate::image::FRAME_LIMIT;
-use crate::link;
+use crate::link::{self, Acceptor, Closer, Encryption, Link, Reader, Writer};
 use crate::local::local_vmm;
 use crate::log;
 use crate::message::{Hello, Message, VERSION};
@@ -55,7 +54,7 @@ const END_PATIENCE: Duration = Duration::from_secs(15);
 pub struct Config {
     /// This node.
     pub node: String,
-    /// `host:port` to listen on.
+    /// `host:port` to listen on, or several with commas between.
     pub listen: String,
     /// The cluster's key.
     pub key: Arc<Key>,
@@ -75,11 +74,12 @@ pub struct Config {
 pub struct Incoming {
     shared: Arc<Shared>,
     _lock: Flock<fs::File>,
-    listen: SocketAddr,
+    listen: Vec<SocketAddr>,
 }
 
 struct Shared {
     config: Config,
+    acceptor: Acceptor,
     layout: Layout,
     address: String,
     /// Machines that are arriving.
@@ -95,7 +95,7 @@ struct Shared {
 
 struct Arriving {
     from: String,
-    socket: Option<TcpStream>,
+    closer: Option<Closer>,
     standby: Option<Arc<Mutex<Standby>>>,
 }
 
@@ -104,16 +104,16 @@ impl Incoming {
     pub fn start(config: Config) -> Result<Self, StartError> {
         let layout = Layout::new(&config.run_root, &config.shm_root, MIGRATIONS);
         let lock = lock_machine(&layout)?;
-        let listener = process::listen(&config.listen)?;
-        let unknown = |e: std::io::Error| StartError::Address(format!("cannot listen on {}: {e}", config.listen));
-        let listen = listener.local_addr().map_err(unknown)?;
+        let (listeners, listen) = process::listen(&config.listen)?;
         let control = listen_control(&layout.replicator_socket())?;
         let pid = layout.replicator_pid();
         fs::write(&pid, format!("{}\n", std::process::id())).map_err(|e| io_error("write", &pid, e))?;
+        let acceptor = Acceptor::new(config.key.clone(), Encryption::On, config.peer_timeout);
         let shared = Arc::new(Shared {
             config,
+            acceptor,
             layout,
-            address: listen.to_string(),
+            address: process::names(&listen),
             arriving: Mutex::default(),
             handed_over: AtomicU64::new(0),
             note: Mutex::default(),
@@ -125,11 +125,13 @@ impl Incoming {
         });
         let for_sweep = shared.clone();
         thread::spawn(move || for_sweep.sweep());
-        let for_peers = shared.clone();
-        thread::spawn(move || for_peers.accept(&listener));
+        for listener in listeners {
+            let for_peers = shared.clone();
+            thread::spawn(move || for_peers.accept(&listener));
+        }
         let for_control = shared.clone();
         thread::spawn(move || for_control.accept_control(&control));
-        log::line(&format!("{} receives migrations, listening on {listen}", shared.config.node));
+        log::line(&format!("{} receives migrations, listening on {}", shared.config.node, shared.address));
         Ok(Self { shared, _lock: lock, listen })
     }
 
@@ -153,8 +155,8 @@ impl Drop for Incoming {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         for arriving in lock(&self.shared.arriving).values() {
-            if let Some(socket) = &arriving.socket {
-                let _ = socket.shutdown(Shutdown::Both);
+            if let Some(closer) = &arriving.closer {
+                closer.close();
             }
         }
         let until = Instant::now() + END_PATIENCE;
@@ -164,7 +166,7 @@ impl Drop for Incoming {
         let layout = &self.shared.layout;
         // The accepting threads see the flag with one last connection each.
         let _ = UnixStream::connect(layout.replicator_socket());
-        let _ = TcpStream::connect_timeout(&self.listen, Duration::from_millis(200));
+        process::knock(&self.listen);
         let _ = fs::remove_file(layout.replicator_socket());
         let _ = fs::remove_file(layout.replicator_pid());
         log::line("migrations are not received any more");
@@ -247,13 +249,12 @@ impl Shared {
 
     fn serve(&self, stream: TcpStream) {
         let timeout = self.config.peer_timeout;
-        let address = stream.peer_addr().map_or_else(|_| "(gone)".into(), |a| a.to_string());
-        let secured = match SecureStream::accept(stream, &self.config.key, REPLICATION, link::timeouts(timeout)) {
-            Ok(secured) => secured,
+        let link = match self.acceptor.accept(stream) {
+            Ok(Some(link)) => link,
+            Ok(None) => return,
             Err(e) => return self.note(format!("a connection was refused: {e}")),
         };
-        let Ok(socket) = secured.socket() else { return };
-        let (mut reader, writer) = secured.split();
+        let Link { mut reader, mut writer, closer, address } = link;
         if writer.set_timeout(Some(timeout)).is_err() || reader.set_timeout(Some(timeout * 2)).is_err() {
             return;
         }
@@ -261,7 +262,7 @@ impl Shared {
         let Ok(Some(header)) = frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) else { return };
         let Ok(Message::Hello(hello)) = Message::parse(header.kind, &payload) else { return };
         let mut writer = Some(writer);
-        if let Err(why) = self.receive(&hello, (&header, &payload), (reader, &mut writer), socket, address) {
+        if let Err(why) = self.receive(&hello, (&header, &payload), (reader, &mut writer), closer, address) {
             self.note(format!("the migration of {} from {} was refused: {why}", hello.machine, hello.node));
             let refused = Message::Refused(format!("{}: {why}", self.config.node));
             if let Some(mut writer) = writer {
@@ -276,8 +277,8 @@ impl Shared {
         &self,
         hello: &Hello,
         first: (&Header, &[u8]),
-        (reader, writer): (SecureReader, &mut Option<SecureWriter>),
-        socket: TcpStream,
+        (reader, writer): (Reader, &mut Option<Writer>),
+        closer: Closer,
         address: String,
     ) -> Result<(), String> {
         let machine = hello.machine.as_str();
@@ -290,7 +291,7 @@ impl Shared {
         if !valid_machine_name(machine) {
             return Err(format!("{machine:?} cannot be a machine's name"));
         }
-        let _claim = self.claim(machine, &hello.node, socket.try_clone().ok())?;
+        let _claim = self.claim(machine, &hello.node, closer.twin().ok())?;
         let layout = self.machine_layout(machine);
         let _lock = lock_machine(&layout).map_err(|e| match e {
             StartError::AlreadyRuns(_) => format!("a replicator of {machine} runs here: the machine is protected"),
@@ -325,7 +326,7 @@ impl Shared {
         let Some(writer) = writer.take() else { return Ok(()) };
         self.note(format!("machine {machine} is arriving from {}", hello.node));
         let conn = self.next_conn.fetch_add(1, Ordering::SeqCst);
-        lock(&standby).connected(conn, Line { writer, socket, heard: Instant::now(), address });
+        lock(&standby).connected(conn, Line { writer, closer, heard: Instant::now(), address });
         lock(&standby).frame(conn, first.0, first.1);
         let why = read(&standby, conn, reader);
         let mut standby = lock(&standby);
@@ -341,7 +342,7 @@ impl Shared {
         Ok(())
     }
 
-    fn claim(&self, machine: &str, from: &str, socket: Option<TcpStream>) -> Result<Claim<'_>, String> {
+    fn claim(&self, machine: &str, from: &str, closer: Option<Closer>) -> Result<Claim<'_>, String> {
         let mut arriving = lock(&self.arriving);
         if self.stopping() {
             return Err("no migrations are received any more: the process ends".into());
@@ -349,7 +350,7 @@ impl Shared {
         if let Some(other) = arriving.get(machine) {
             return Err(format!("{machine} is arriving already, from {}", other.from));
         }
-        arriving.insert(machine.to_owned(), Arriving { from: from.to_owned(), socket, standby: None });
+        arriving.insert(machine.to_owned(), Arriving { from: from.to_owned(), closer, standby: None });
         Ok(Claim { shared: self, machine: machine.to_owned() })
     }
 
@@ -359,7 +360,7 @@ impl Shared {
         machine: &str,
         from: &str,
         generation: Generation,
-        writer: &mut Option<SecureWriter>,
+        writer: &mut Option<Writer>,
     ) -> Result<(), String> {
         let (done, prepared) = mpsc::channel();
         let (hook, name, node) = (self.config.hook.clone(), machine.to_owned(), from.to_owned());
@@ -457,7 +458,7 @@ impl Shared {
 }
 
 /// Read until the connection ends; says why it did.
-fn read(standby: &Mutex<Standby>, conn: u64, mut reader: SecureReader) -> String {
+fn read(standby: &Mutex<Standby>, conn: u64, mut reader: Reader) -> String {
     let mut payload = Vec::new();
     loop {
         match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {

@@ -32,6 +32,7 @@ pub mod log;
 pub mod mapping;
 pub mod message;
 pub mod migrate;
+pub mod paths;
 pub mod process;
 pub mod receiver;
 pub mod report;

@@ -25,7 +25,7 @@ use understudy_replicator::codec::writer::{Compression, ShadowBudget};
 use understudy_replicator::drill::{self, Drill};
 use understudy_replicator::hook::{Arm, MigrationHook};
 use understudy_replicator::incoming::{self, Incoming};
-use understudy_replicator::link::Encryption;
+use understudy_replicator::link::{self, Encryption};
 use understudy_replicator::migrate::{self, Migrate};
 use understudy_replicator::process::{Config, Replicator, discard_offline, take_over_handed_over, take_over_offline};
 use understudy_replicator::report::{Sample, metrics, text, top};
@@ -155,7 +155,9 @@ struct Run {
     /// Name of this node, as in --peers.
     #[arg(long)]
     node: String,
-    /// All nodes that may hold the machine, this one too: "n1=10.0.0.1:7790 n2=10.0.0.2:7790".
+    /// All nodes that may hold the machine, this one too: "n1=10.0.0.1:7790 n2=10.0.0.2:7790". A node with several addresses, with
+    /// commas between, best in networks that share nothing, is reached over all of them at once: replication survives the
+    /// loss of all paths but one, "n1=10.0.0.1:7790,10.0.1.1:7790 n2=10.0.0.2:7790,10.0.1.2:7790".
     #[arg(long)]
     peers: String,
     /// File with the cluster's key.
@@ -217,8 +219,8 @@ struct MigrateArgs {
     /// Name of this node, for the target's log.
     #[arg(long)]
     node: String,
-    /// The target, e.g. n2=10.0.0.2:7799.
-    #[arg(long, value_name = "NODE=HOST:PORT")]
+    /// The target, e.g. n2=10.0.0.2:7799, or all of its addresses with commas between.
+    #[arg(long, value_name = "NODE=HOST:PORT[,HOST:PORT...]")]
     to: String,
     /// File with the cluster's key.
     #[arg(long, default_value = DEFAULT_KEY_FILE)]
@@ -248,8 +250,8 @@ struct ServeMigrations {
     /// Name of this node.
     #[arg(long)]
     node: String,
-    /// Address to listen on.
-    #[arg(long, value_name = "HOST:PORT")]
+    /// Address to listen on, or several with commas between.
+    #[arg(long, value_name = "HOST:PORT[,HOST:PORT...]")]
     listen: String,
     /// File with the cluster's key.
     #[arg(long, default_value = DEFAULT_KEY_FILE)]
@@ -589,8 +591,11 @@ fn parse_compression(text: &str) -> Result<Compression, String> {
 
 fn parse_peers(text: &str) -> anyhow::Result<Vec<(String, String)>> {
     let pairs = text.split_whitespace().map(|pair| match pair.split_once('=') {
-        Some((name, address)) if !name.is_empty() && address.contains(':') => Ok((name.to_owned(), address.to_owned())),
-        _ => bail!("--peers: {pair:?} is not NODE=HOST:PORT"),
+        Some((name, addresses)) if !name.is_empty() => match link::check_addresses(addresses) {
+            Ok(()) => Ok((name.to_owned(), addresses.to_owned())),
+            Err(why) => bail!("--peers: {pair:?} is not NODE=HOST:PORT[,HOST:PORT...]: {why}"),
+        },
+        _ => bail!("--peers: {pair:?} is not NODE=HOST:PORT[,HOST:PORT...]"),
     });
     pairs.collect()
 }
@@ -603,7 +608,9 @@ mod tests {
     fn peers_are_names_with_addresses() {
         let peers = parse_peers(" n1=10.0.0.1:7790  n2=[fe80::1]:7790 ").unwrap();
         assert_eq!(peers[1], ("n2".to_owned(), "[fe80::1]:7790".to_owned()));
-        for bad in ["n1", "n1=10.0.0.1", "=1:2"] {
+        let two = parse_peers("n1=10.0.0.1:7790,10.0.1.1:7790").unwrap();
+        assert_eq!(two[0].1, "10.0.0.1:7790,10.0.1.1:7790");
+        for bad in ["n1", "n1=10.0.0.1", "=1:2", "n1=1:2,", "n1=1:2,1:2"] {
             assert!(parse_peers(bad).is_err(), "{bad}");
         }
     }

@@ -7,7 +7,7 @@ mod status;
 
 use std::fs::{self, File};
 use std::io::{BufReader, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -26,14 +26,13 @@ use understudy_protocol::frame;
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::Key;
 use understudy_protocol::layout::Layout;
-use understudy_protocol::secure::SecureReader;
 use understudy_protocol::urgent;
 
 use crate::codec::EncodingConfig;
 use crate::driver::{DriverConfig, SenderHandle};
 use crate::hook::{Arm, Hook, Reporter};
 use crate::image::{FRAME_LIMIT, ImageError};
-use crate::link::{self, Encryption};
+use crate::link::{self, Acceptor, Encryption, Link, Reader};
 use crate::log;
 use crate::message::Message;
 use crate::receiver::Conn;
@@ -59,7 +58,7 @@ pub struct Config {
     pub machine: String,
     /// This node.
     pub node: String,
-    /// All nodes, this one included: name and `host:port`.
+    /// All nodes, this one included: name and `host:port`, or several with commas between.
     pub peers: Vec<(String, String)>,
     /// The cluster's key.
     pub key: Arc<Key>,
@@ -115,11 +114,12 @@ pub enum StartError {
 pub struct Replicator {
     shared: Arc<Shared>,
     _lock: Flock<File>,
-    listen: std::net::SocketAddr,
+    listen: Vec<SocketAddr>,
 }
 
 struct Shared {
     config: Config,
+    acceptor: Acceptor,
     standby: Mutex<Standby>,
     sender: Mutex<Option<SenderHandle>>,
     /// Role changes and take-overs one at a time.
@@ -140,16 +140,17 @@ impl Replicator {
         let Some((_, own)) = own else {
             return Err(StartError::Address(format!("--peers does not name this node, {}", config.node)));
         };
-        let listener = listen(own)?;
-        let address = listener.local_addr().map_err(|e| StartError::Address(format!("cannot listen on {own}: {e}")))?;
+        let (listeners, listen) = listen(own)?;
         let control = listen_control(&config.layout.replicator_socket())?;
         let pid = config.layout.replicator_pid();
         fs::write(&pid, format!("{}\n", std::process::id())).map_err(|e| io_error("write", &pid, e))?;
 
         let standby = Standby::open(&config.machine, &config.node, &config.layout, config.stage_limit)?;
         let hook = Hook::new(config.arm.clone(), &config.machine);
+        let acceptor = Acceptor::new(config.key.clone(), config.encryption, config.peer_timeout);
         let shared = Arc::new(Shared {
             config,
+            acceptor,
             standby: Mutex::new(standby),
             sender: Mutex::new(None),
             roles: Mutex::new(()),
@@ -182,22 +183,26 @@ impl Replicator {
         }));
         shared.standby().set_reporter(reporter);
 
-        let for_peers = shared.clone();
-        thread::spawn(move || for_peers.accept_peers(&listener));
+        for listener in listeners {
+            let for_peers = shared.clone();
+            thread::spawn(move || for_peers.accept_peers(&listener));
+        }
         let for_control = shared.clone();
         thread::spawn(move || for_control.accept_control(&control));
         let for_watch = shared.clone();
         thread::spawn(move || for_watch.watch());
         log::line(&format!(
-            "replicator of machine {} on {} is ready, receiver, listening on {address}",
-            shared.config.machine, shared.config.node
+            "replicator of machine {} on {} is ready, receiver, listening on {}",
+            shared.config.machine,
+            shared.config.node,
+            names(&listen)
         ));
-        Ok(Self { shared, _lock: lock, listen: address })
+        Ok(Self { shared, _lock: lock, listen })
     }
 
-    /// The address that it listens on.
-    pub fn listen_address(&self) -> std::net::SocketAddr {
-        self.listen
+    /// The addresses that it listens on.
+    pub fn listen_addresses(&self) -> &[SocketAddr] {
+        &self.listen
     }
 
     /// Wait until it was told to quit.
@@ -225,7 +230,7 @@ impl Drop for Replicator {
         let layout = &self.shared.config.layout;
         // The accepting threads see the flag with one last connection each.
         let _ = UnixStream::connect(layout.replicator_socket());
-        let _ = TcpStream::connect_timeout(&self.listen, Duration::from_millis(200));
+        knock(&self.listen);
         let _ = fs::remove_file(layout.replicator_socket());
         let _ = fs::remove_file(layout.replicator_pid());
         log::line("replicator stopped");
@@ -272,24 +277,22 @@ impl Shared {
     }
 
     fn serve_peer(&self, stream: TcpStream) {
-        let timeouts = link::timeouts(self.config.peer_timeout);
-        let address = stream.peer_addr().map_or_else(|_| "(gone)".into(), |a| a.to_string());
-        let secured = match self.config.encryption.accept(stream, &self.config.key, timeouts) {
-            Ok(secured) => secured,
+        let link = match self.acceptor.accept(stream) {
+            Ok(Some(link)) => link,
+            Ok(None) => return,
             Err(e) => return self.standby().note(format!("a connection was refused: {e}")),
         };
-        let Ok(socket) = secured.socket() else { return };
+        let Link { reader, mut writer, closer, address } = link;
         let conn = self.next_conn.fetch_add(1, Ordering::SeqCst);
-        let (reader, writer) = secured.split();
         if writer.set_timeout(Some(self.config.peer_timeout)).is_err() {
             return;
         }
-        self.standby().connected(conn, Line { writer, socket, heard: Instant::now(), address });
+        self.standby().connected(conn, Line { writer, closer, heard: Instant::now(), address });
         let why = self.read_peer(conn, reader);
         self.standby().lost(conn, &why);
     }
 
-    fn read_peer(&self, conn: Conn, mut reader: SecureReader) -> String {
+    fn read_peer(&self, conn: Conn, mut reader: Reader) -> String {
         let mut payload = Vec::new();
         loop {
             urgent::pace();
@@ -586,12 +589,26 @@ pub(crate) fn lock_machine(layout: &Layout) -> Result<Flock<File>, StartError> {
     })
 }
 
-pub(crate) fn listen(own: &str) -> Result<TcpListener, StartError> {
+/// Listen on this node's own addresses.
+pub(crate) fn listen(own: &str) -> Result<(Vec<TcpListener>, Vec<SocketAddr>), StartError> {
     let cannot = |e: std::io::Error| {
         StartError::Address(format!("cannot listen on this node's own address {own} (from --peers): {e}"))
     };
-    let addresses: Vec<_> = own.to_socket_addrs().map_err(cannot)?.collect();
-    TcpListener::bind(&addresses[..]).map_err(cannot)
+    let listeners = link::listen(own).map_err(cannot)?;
+    let addresses = listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>().map_err(cannot)?;
+    Ok((listeners, addresses))
+}
+
+/// Addresses in one line.
+pub(crate) fn names(addresses: &[SocketAddr]) -> String {
+    addresses.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// The accepting threads see that they are to end with one last connection each.
+pub(crate) fn knock(addresses: &[SocketAddr]) {
+    for address in addresses {
+        let _ = TcpStream::connect_timeout(address, Duration::from_millis(200));
+    }
 }
 
 pub(crate) fn listen_control(path: &Path) -> Result<UnixListener, StartError> {

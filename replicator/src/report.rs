@@ -80,6 +80,7 @@ pub(crate) mod testing {
             note: "protected: n2 holds epoch 1".into(),
             statistics,
             disk_verify: Default::default(),
+            paths: Vec::new(),
             verify: VerifyStatus {
                 pass: 2,
                 passes: 2,

@@ -5,16 +5,14 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use understudy_protocol::control::{TakenImage, TakenOver};
+use understudy_protocol::control::{PathStatus, TakenImage, TakenOver};
 use understudy_protocol::frame::Header;
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::Layout;
-use understudy_protocol::secure::SecureWriter;
 use understudy_protocol::statistics::VerifyStatus;
 
 use crate::codec::PAGE;
@@ -22,7 +20,7 @@ use crate::copies::{self, Copies};
 use crate::durable::ImageKind;
 use crate::hook::Reporter;
 use crate::image::{Image, ImageError};
-use crate::link;
+use crate::link::{self, Closer, Writer};
 use crate::local::local_vmm;
 use crate::log;
 use crate::message::{DiskChecked, Envelope, Flushed, Message, Welcome};
@@ -49,9 +47,9 @@ pub enum CopyAnswer {
 #[derive(Debug)]
 pub struct Line {
     /// For replies.
-    pub writer: SecureWriter,
+    pub writer: Writer,
     /// For ending it.
-    pub socket: TcpStream,
+    pub closer: Closer,
     /// When it said something last.
     pub heard: Instant,
     /// Address, for people.
@@ -286,7 +284,7 @@ impl Standby {
         for line in self.lines.values() {
             if line.heard.elapsed() > timeout {
                 // Its reader notices and reports the loss.
-                let _ = line.socket.shutdown(Shutdown::Both);
+                line.closer.close();
             }
         }
     }
@@ -441,6 +439,12 @@ impl Standby {
         self.lines.get(&conn).map(|line| line.address.as_str())
     }
 
+    /// The paths to the connected sender, if there are several.
+    pub fn paths(&self) -> Vec<PathStatus> {
+        let line = self.core.sender().and_then(|(conn, ..)| self.lines.get(&conn));
+        line.map(|line| line.closer.paths()).unwrap_or_default()
+    }
+
     /// Remember and log something worth telling.
     pub fn note(&mut self, note: String) {
         if self.counters.note != note {
@@ -563,15 +567,14 @@ impl Standby {
         let Some(line) = self.lines.get_mut(&conn) else { return };
         if link::send(&mut line.writer, generation, epoch, message).is_err() {
             // Its reader notices and reports the loss.
-            let _ = line.socket.shutdown(Shutdown::Both);
+            line.closer.close();
         }
     }
 
     fn close(&mut self, conn: Conn) {
         if let Some(line) = self.lines.remove(&conn) {
-            // Writing ends first, so that the last words arrive; the reader ends with the peer or the silence.
-            let _ = line.socket.shutdown(Shutdown::Write);
-            let _ = line.socket.shutdown(Shutdown::Read);
+            // The last words arrive; the reader ends with the peer or the silence.
+            line.closer.finish();
         }
     }
 }

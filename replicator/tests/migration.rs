@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::fake_vmm::{FakeVmm, Load};
+use common::relay::Relay;
 use common::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -25,6 +26,8 @@ struct Place {
     source: Arc<FakeVmm>,
     target: Option<Arc<FakeVmm>>,
     listener: Option<Child>,
+    /// A second path to n2.
+    second: Option<Relay>,
     load: Load,
 }
 
@@ -32,11 +35,23 @@ const GENERATION: u64 = 3;
 
 impl Place {
     fn new(load: Load) -> Self {
-        let pair = Pair::new(&Options::default());
+        Self::over(load, Pair::new(&Options::default()), None)
+    }
+
+    /// n2 is reached over two paths.
+    fn doubled(load: Load) -> Self {
+        let mut pair = Pair::new(&Options::default());
+        let another = format!("{}:7002", own_address());
+        let second = Relay::start(another.clone());
+        pair.n2.peers = format!("{},{another}", pair.n2.peers);
+        Self::over(load, pair, Some(second))
+    }
+
+    fn over(load: Load, pair: Pair, second: Option<Relay>) -> Self {
         let source = pair.n1.vmm(load, VmmState::Running, GENERATION);
         source.machine().gate_open = true;
         let target = Some(pair.n2.vmm(load, VmmState::Standby, 0));
-        let mut place = Self { pair, source, target, listener: None, load };
+        let mut place = Self { pair, source, target, listener: None, second, load };
         place.listen();
         place
     }
@@ -73,7 +88,8 @@ impl Place {
 
     fn migrate(&self, more: &[&str]) -> Migration {
         let node = &self.pair.n1;
-        let to = format!("n2=127.0.0.1:{}", self.pair.link.port());
+        let second = self.second.as_ref().map_or(String::new(), |relay| format!(",127.0.0.1:{}", relay.port()));
+        let to = format!("n2=127.0.0.1:{}{second}", self.pair.link.port());
         let mut command = self.command(node, &["migrate", "--machine", MACHINE, "--node", "n1", "--json"]);
         command.args(["--to", &to, "--peer-timeout-ms", "5000", "--key"]).arg(&node.key).args(more);
         let out = node.dir.join("progress");
@@ -191,6 +207,22 @@ fn a_running_machine_moves_byte_for_byte_and_its_old_vmm_never_runs_again() {
     assert_eq!(place.forgotten(), 0);
     let why = place.migrate(&[]).fails();
     assert!(why.contains("this one is HandedOver"), "{why}");
+}
+
+#[test]
+fn a_machine_moves_over_the_path_that_is_left() {
+    let place = Place::doubled(calm());
+    for relay in [&place.pair.link, place.second.as_ref().unwrap()] {
+        relay.slow_down(5);
+    }
+    let migration = place.migrate(&[]);
+    wait_until("something arrives", || {
+        place.listener_status().is_some_and(|s| s.incoming.iter().any(|i| i.progress > 0.0))
+    });
+    place.pair.link.go_silent();
+    let (success, last) = migration.end();
+    assert!(success && last["phase"] == "done", "{last}");
+    place.arrived();
 }
 
 #[test]

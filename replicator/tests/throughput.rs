@@ -7,13 +7,20 @@ use std::time::{Duration, Instant};
 
 use common::fake_vmm::Load;
 use common::*;
+use understudy_protocol::control::VmmState;
 
-fn measure(name: &str, load: Load) {
-    let (pair, _primary, _standby) = Pair::started(&Options {
-        load,
-        extra: &["--interval-ms", "1", "--peer-timeout-ms", "5000"],
-        ..Options::default()
-    });
+fn measure(name: &str, load: Load, paths: usize) {
+    let extra = &["--interval-ms", "1", "--peer-timeout-ms", "5000"];
+    let mut pair = Pair::new(&Options { load, extra, ..Options::default() });
+    // Without a relay between them.
+    let list = |port: u16| (0..paths).map(|_| format!("{}:{port}", own_address())).collect::<Vec<_>>().join(",");
+    let peers = format!("n1={} n2={}", list(7001), list(7002));
+    (pair.n1.peers, pair.n2.peers) = (peers.clone(), peers);
+    let _primary = pair.n1.vmm(load, VmmState::Running, 1);
+    let _standby = pair.n2.vmm(load, VmmState::Standby, 0);
+    pair.n1.start();
+    pair.n2.start();
+    pair.n1.promote();
     pair.wait_protected();
     let cpu = || [&pair.n1, &pair.n2].map(cpu_seconds);
     let before = cpu();
@@ -51,7 +58,9 @@ fn cpu_seconds(node: &Node) -> f64 {
 #[ignore = "takes a while; a measurement, not a check"]
 fn epochs_and_bytes_per_second() {
     let load = Load { ram_pages: 128 << 10, arena_pages: 32 << 10, burst: 10, pause: None, snapshots: false };
-    measure("10 pages an epoch", load);
-    measure("1000 pages an epoch", Load { burst: 1000, ..load });
-    measure("10000 pages an epoch", Load { burst: 10_000, ..load });
+    for paths in 1..=2 {
+        measure(&format!("{paths} paths, 10 pages an epoch"), load, paths);
+        measure(&format!("{paths} paths, 1000 pages an epoch"), Load { burst: 1000, ..load }, paths);
+        measure(&format!("{paths} paths, 10000 pages an epoch"), Load { burst: 10_000, ..load }, paths);
+    }
 }

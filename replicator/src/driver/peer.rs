@@ -1,21 +1,18 @@
 //! The connection with the peer: making it, writing to it, reading from it.
 
 use std::io::Write;
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
 
+use understudy_protocol::control::PathStatus;
 use understudy_protocol::frame;
 use understudy_protocol::ids::Epoch;
-use understudy_protocol::key::Key;
-use understudy_protocol::secure::{SecureReader, SecureStream};
 use understudy_protocol::urgent;
 
 use super::{Driver, Input, Trouble, lock};
 use crate::codec::PAGE;
 use crate::image::FRAME_LIMIT;
-use crate::link::{self, Encryption};
+use crate::link::{self, Link, Reader};
 use crate::message::Message;
 use crate::sender::Event;
 
@@ -109,17 +106,17 @@ impl Driver {
         let (post, key, timeout) = (self.post.clone(), self.config.key.clone(), self.config.sender.peer_timeout);
         let encryption = self.config.encryption;
         thread::spawn(move || {
-            let result = connect(&address, &key, encryption, timeout)
+            let result = link::connect(&name, &address, &key, encryption, timeout)
+                .map(Box::new)
                 .map_err(|why| format!("cannot reach {name} at {address}: {why}"));
             let _ = post.send(Input::Connect(connection, result));
         });
     }
 
-    pub(super) fn adopt(&mut self, connection: u64, stream: SecureStream) -> std::io::Result<()> {
-        let twin = stream.socket()?;
-        let (reader, writer) = stream.split();
+    pub(super) fn adopt(&mut self, connection: u64, link: Link) -> std::io::Result<()> {
+        let Link { reader, mut writer, closer, .. } = link;
         writer.set_timeout(Some(self.config.sender.peer_timeout))?;
-        *lock(&self.peer_twin) = Some(twin);
+        *lock(&self.peer_twin) = Some(closer);
         let post = self.post.clone();
         thread::spawn(move || {
             urgent::this_thread();
@@ -129,6 +126,24 @@ impl Driver {
         Ok(())
     }
 
+    /// The paths to the peer; none where it has one address.
+    pub(super) fn paths(&self) -> Vec<PathStatus> {
+        let peer = self.config.peers.iter().find(|(name, _)| Some(name) == self.peer_name.as_ref());
+        let several = peer.map(|(_, list)| link::addresses(list)).filter(|all| all.len() > 1);
+        match (&*lock(&self.peer_twin), several) {
+            (_, None) => Vec::new(),
+            (Some(closer), _) => closer.paths(),
+            (None, Some(all)) => {
+                let of = |address: &str| PathStatus {
+                    address: address.to_owned(),
+                    why: "there is no connection".into(),
+                    ..PathStatus::default()
+                };
+                all.into_iter().map(of).collect()
+            }
+        }
+    }
+
     pub(super) fn disconnect(&mut self) {
         // What its reader and its connector still say belongs to the past.
         self.connection += 1;
@@ -136,32 +151,12 @@ impl Driver {
         self.verify.interrupted();
         self.disk_verify.interrupted();
         if let Some(peer) = lock(&self.peer_twin).take() {
-            let _ = peer.shutdown(Shutdown::Both);
+            peer.close();
         }
     }
 }
 
-fn connect(
-    address: &str,
-    key: &Key,
-    encryption: Encryption,
-    peer_timeout: Duration,
-) -> Result<Box<SecureStream>, String> {
-    let addresses = address.to_socket_addrs().map_err(|e| e.to_string())?;
-    let mut why = "the name has no address".to_owned();
-    for address in addresses {
-        match TcpStream::connect_timeout(&address, peer_timeout) {
-            Ok(stream) => {
-                let secured = encryption.connect(stream, key, link::timeouts(peer_timeout));
-                return secured.map(Box::new).map_err(|e| e.to_string());
-            }
-            Err(e) => why = e.to_string(),
-        }
-    }
-    Err(why)
-}
-
-fn read_peer(connection: u64, mut reader: SecureReader, post: &mpsc::Sender<Input>) {
+fn read_peer(connection: u64, mut reader: Reader, post: &mpsc::Sender<Input>) {
     let mut payload = Vec::new();
     let why = loop {
         match frame::read_record(&mut reader, FRAME_LIMIT, &mut payload) {

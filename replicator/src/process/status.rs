@@ -58,6 +58,7 @@ impl Shared {
             statistics,
             verify: view.verify,
             disk_verify: view.disk_verify,
+            paths: view.paths,
         }
     }
 
@@ -101,6 +102,7 @@ impl Shared {
             statistics: counters.stats.report(counters.raw_bytes, counters.wire_bytes),
             verify: counters.verify.clone(),
             disk_verify: DiskVerifyStatus::default(),
+            paths: standby.paths(),
         }
     }
 }

@@ -8,7 +8,9 @@ use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use understudy_protocol::control::{Gate, ReplicaState, ReplicatorStatus, Role, SourceState, VmmState, VmmStatus};
+use understudy_protocol::control::{
+    Gate, PathStatus, ReplicaState, ReplicatorStatus, Role, SourceState, VmmState, VmmStatus,
+};
 use understudy_protocol::layout::Layout;
 use understudy_protocol::statistics::Histogram;
 
@@ -30,6 +32,24 @@ pub fn exposition(machine: &str, sample: &Sample) -> String {
         vmm(&mut out, status);
     }
     out.text
+}
+
+/// One series for each network path to the other side, where there are several.
+fn paths(out: &mut Exposition, paths: &[PathStatus]) {
+    if paths.is_empty() {
+        return;
+    }
+    let mut family = |name: &str, kind: &str, help: &str, value: fn(&PathStatus) -> f64| {
+        let values = paths.iter().map(|path| (path.address.clone(), value(path)));
+        out.labelled(&format!("understudy_replicator_path_{name}"), kind, help, "path", values);
+    };
+    family("up", "gauge", "Whether the path is connected and answers.", |p| f64::from(p.works));
+    family("active", "gauge", "Whether the path carries the checkpoints.", |p| f64::from(p.active));
+    family("losses_total", "counter", "Times that it went missing in this session.", |p| p.losses as f64);
+    family("sent_bytes_total", "counter", "Bytes sent on it in this session.", |p| p.sent_bytes as f64);
+    family("received_bytes_total", "counter", "Bytes received on it in this session.", |p| p.received_bytes as f64);
+    family("again_bytes_total", "counter", "Bytes sent on it that had been sent before.", |p| p.again_bytes as f64);
+    family("round_trip_seconds", "gauge", "Round trip, smoothed.", |p| p.rtt_us as f64 / 1e6);
 }
 
 fn replicator(out: &mut Exposition, status: &ReplicatorStatus) {
@@ -96,6 +116,7 @@ fn replicator(out: &mut Exposition, status: &ReplicatorStatus) {
     for (name, help, value) in counters {
         out.counter(&format!("understudy_replicator_{name}_total"), help, value as f64);
     }
+    paths(out, &status.paths);
     let encoding = &statistics.encoding;
     let pages = [
         ("unchanged", encoding.unchanged_pages),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use understudy_protocol::control::{CaptureStatus, ReplicatorStatus, Role, VmmStatus};
+use understudy_protocol::control::{CaptureStatus, PathStatus, ReplicatorStatus, Role, VmmStatus};
 use understudy_protocol::statistics::{Histogram, VerifyStatus};
 
 use crate::verify::names;
@@ -19,6 +19,9 @@ pub fn status(status: &ReplicatorStatus, vmm: Option<&VmmStatus>) -> String {
     line(format!("  replica    {:?}, source {:?}", status.replica, status.source));
     let peer = status.peer.as_deref().unwrap_or("none");
     line(format!("  peer       {peer} ({})", if status.connected { "connected" } else { "not connected" }));
+    for text in path_lines(&status.paths) {
+        line(text);
+    }
     if status.role == Role::Sender {
         let protected = if status.protected { "yes" } else { "NO" };
         line(format!(
@@ -80,6 +83,33 @@ pub fn status(status: &ReplicatorStatus, vmm: Option<&VmmStatus>) -> String {
     line(format!("  since start {} epochs, {} losses", status.epochs, status.losses));
     line(format!("  note       {}", status.note));
     out
+}
+
+/// The network paths to the peer, one a line, and an alarm while one is missing.
+fn path_lines(paths: &[PathStatus]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for path in paths {
+        let since = time(path.since_ms * 1000);
+        let state = match (path.works, path.active) {
+            (true, true) => format!("carries the data, up for {since}"),
+            (true, false) => format!("ready, up for {since}"),
+            (false, _) => format!("MISSING for {since}: {}", path.why),
+        };
+        lines.push(format!(
+            "  path       {} {state}; round trip {}, {} sent, {} of it again, {} received, {} losses",
+            path.address,
+            time(path.rtt_us),
+            size(path.sent_bytes),
+            size(path.again_bytes),
+            size(path.received_bytes),
+            path.losses
+        ));
+    }
+    let missing = paths.iter().filter(|path| !path.works).count();
+    if missing > 0 {
+        lines.push(format!("  ALARM      {missing} of {} paths to the other node missing", paths.len()));
+    }
+    lines
 }
 
 /// How checkpoints are captured: what was asked for, what the last cut chose and why.
@@ -166,5 +196,19 @@ mod tests {
             ["0 µs", "70 µs", "1 ms", "1.5 ms", "20 ms", "999 ms", "3.21 s"]
         );
         assert_eq!([0, 999, 1_500, 20_000_000, 7_000_000_000].map(size), ["0 B", "999 B", "1.5 kB", "20 MB", "7 GB"]);
+    }
+
+    #[test]
+    fn a_missing_path_is_an_alarm_and_two_that_work_are_none() {
+        let good = PathStatus { address: "10.0.0.2:7790".into(), works: true, active: true, ..PathStatus::default() };
+        let bad =
+            PathStatus { address: "10.0.1.2:7790".into(), why: "it is silent".into(), since_ms: 3000, ..good.clone() };
+        let bad = PathStatus { works: false, ..bad };
+        assert!(path_lines(&[]).is_empty());
+        let lines = path_lines(&[good.clone(), bad]);
+        assert!(lines[0].starts_with("  path       10.0.0.2:7790 carries the data"), "{lines:?}");
+        assert!(lines[1].contains("10.0.1.2:7790 MISSING for 3 s: it is silent"), "{lines:?}");
+        assert_eq!(lines[2], "  ALARM      1 of 2 paths to the other node missing");
+        assert_eq!(path_lines(&[good.clone(), good]).len(), 2);
     }
 }
