@@ -4,6 +4,10 @@
 //! |---|---|
 //! | one packet with its offload fields | [`packet`] |
 //! | output commit of packets (pure) | [`gate`] |
+//! | what the guest's addresses are, and telling the network after a takeover (pure) | [`addresses`], [`announce`], [`frame`] |
 
+pub mod addresses;
+pub mod announce;
+pub mod frame;
 pub mod gate;
 pub mod packet;
