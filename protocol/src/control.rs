@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::DiskBus;
 use crate::ids::{Epoch, Generation};
+use crate::nic::Mac;
 use crate::statistics::{DiskVerifyStatus, Statistics, VerifyStatus};
 
 /// Longest line either side accepts, in bytes.
@@ -193,6 +194,25 @@ pub struct MachineShape {
     /// CD-ROM drives.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cdroms: Vec<CdromShape>,
+    /// Network cards, in the order of their places on the bus.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<NicShape>,
+}
+
+/// A network card in [`MachineShape`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicShape {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub mac: Mac,
+    /// Pairs of queues.
+    pub queues: u16,
+    /// The guest may leave checksums and segmentation to it.
+    pub offloads: bool,
+    /// The MTU that the guest is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
 }
 
 /// A CD-ROM drive in [`MachineShape`].
@@ -389,6 +409,45 @@ pub struct VmmStatus {
     /// The CD-ROM drives.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cdroms: Vec<CdromStatus>,
+    /// The network cards.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<NicStatus>,
+}
+
+/// A network card in [`VmmStatus`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicStatus {
+    /// Its name.
+    pub name: String,
+    /// Its address, as the machine is configured.
+    pub mac: Mac,
+    /// All of its configuration, as in [`crate::nic`].
+    pub spec: String,
+    /// What is behind it.
+    pub backend: String,
+    /// `up`: packets come and go. `down`: the machine has no authority to speak here (standby, handed over, fenced, switched off), and the port is down.
+    pub link: String,
+    /// Packets and bytes (frames, without the virtio header) that left, and that the guest was given.
+    pub out_packets: u64,
+    /// See `out_packets`.
+    pub out_bytes: u64,
+    /// See `out_packets`.
+    pub in_packets: u64,
+    /// See `out_packets`.
+    pub in_bytes: u64,
+    /// Packets that wait: for their commit, or for room behind the card.
+    pub held_packets: u64,
+    /// Their bytes.
+    pub held_bytes: u64,
+    /// Most bytes that may wait.
+    pub held_limit: u64,
+    /// Times that the bound was reached, and the guest had to wait or packets were dropped.
+    pub bound_reached: u64,
+    /// Packets that were dropped: reason and number.
+    #[serde(default)]
+    pub dropped: std::collections::BTreeMap<String, u64>,
+    /// What is wrong with it.
+    pub problem: Option<String>,
 }
 
 /// A CD-ROM drive in [`VmmStatus`].

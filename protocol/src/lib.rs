@@ -11,6 +11,7 @@
 //! | [`urgent`]  | nobody | threads of all of them that must not wait for a processor |
 //! | [`disk`]    | administrators → agents, vmm | how a machine's disks are written |
 //! | [`cdrom`]   | administrators → agents, vmm | how its CD-ROM drives are written |
+//! | [`nic`]     | administrators → agents, vmm | how its network cards are written |
 //! | [`ids`]     | everybody | types that keep an epoch from being taken for a generation |
 //!
 //! Nothing here knows Pacemaker, KVM or a device: it is the one crate that both sides of every boundary depend on.
@@ -24,6 +25,7 @@ pub mod ids;
 pub mod iscsi;
 pub mod key;
 pub mod layout;
+pub mod nic;
 pub mod secure;
 pub mod statistics;
 pub mod urgent;
