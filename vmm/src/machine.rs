@@ -268,6 +268,7 @@ impl Machine {
             },
             disks,
             cdroms: self.drives.status(|name| hardware.drive(name).cloned()),
+            nics: Vec::new(),
         }
     }
 
@@ -280,6 +281,7 @@ impl Machine {
             console: self.config.console.is_some(),
             disks: storage::shapes(&self.config.disks, self.config.vcpus),
             cdroms: storage::media::shapes(&self.config.cdroms),
+            nics: Vec::new(),
         }
     }
 
