@@ -270,6 +270,7 @@ fn dispatch(command: Command) -> Result<i32> {
                 console,
                 disks: Vec::new(),
                 cdroms: Vec::new(),
+                nics: Vec::new(),
             };
             return run::stand_in(&which.machine, &shape, which.layout()?);
         }
