@@ -17,6 +17,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::NicShape;
 use crate::nic_filter::FilterSpec;
 
 /// Most network cards of a machine.
@@ -114,7 +115,10 @@ pub enum NicBackend {
         remote: String,
     },
     /// Nothing: what is sent vanishes.
-    None,
+    None {
+        /// As if it took packets with a virtio-net header.
+        offloads: bool,
+    },
 }
 
 impl NicBackend {
@@ -123,7 +127,8 @@ impl NicBackend {
     pub fn offloads(&self) -> bool {
         match self {
             Self::Tap { .. } | Self::Macvtap(_) => true,
-            Self::Stream(_) | Self::Dgram { .. } | Self::None => false,
+            Self::None { offloads } => *offloads,
+            Self::Stream(_) | Self::Dgram { .. } => false,
         }
     }
 }
@@ -205,7 +210,9 @@ fn parse(text: &str) -> Result<NicSpec, String> {
                 check_path(remote)?;
                 backend.replace(NicBackend::Dgram { local: local.to_owned(), remote: remote.to_owned() }).is_some()
             }
-            "none" if !part.contains('=') => backend.replace(NicBackend::None).is_some(),
+            "none" if matches!(part, "none" | "none=offloads") => {
+                backend.replace(NicBackend::None { offloads: value == "offloads" }).is_some()
+            }
             "bridge" => {
                 check_interface(value)?;
                 bridge.replace(value.to_owned()).is_some()
@@ -302,6 +309,20 @@ fn check_path(path: &str) -> Result<(), String> {
 }
 
 impl NicSpec {
+    /// A card of this shape with nothing behind it.
+    #[must_use]
+    pub fn disconnected(shape: &NicShape) -> Self {
+        Self {
+            name: shape.name.clone(),
+            backend: NicBackend::None { offloads: shape.offloads },
+            mac: Some(shape.mac),
+            queues: shape.queues,
+            mtu: shape.mtu,
+            hold: HOLD_BYTES,
+            at_bound: AtBound::Wait,
+        }
+    }
+
     /// Its address in this machine.
     #[must_use]
     pub fn address(&self, machine: &str) -> Mac {
@@ -319,7 +340,8 @@ impl fmt::Display for NicSpec {
             NicBackend::Macvtap(name) => write!(f, "macvtap={name}")?,
             NicBackend::Stream(path) => write!(f, "stream={path}")?,
             NicBackend::Dgram { local, remote } => write!(f, "dgram={local}:{remote}")?,
-            NicBackend::None => f.write_str("none")?,
+            NicBackend::None { offloads: false } => f.write_str("none")?,
+            NicBackend::None { offloads: true } => f.write_str("none=offloads")?,
         }
         if let Some(mac) = mac {
             write!(f, ",mac={mac}")?;
@@ -380,7 +402,7 @@ fn interface(nic: &NicSpec) -> Option<&str> {
     match &nic.backend {
         NicBackend::Tap { name, .. } | NicBackend::Macvtap(name) => Some(name),
         NicBackend::Stream(path) | NicBackend::Dgram { local: path, .. } => Some(path),
-        NicBackend::None => None,
+        NicBackend::None { .. } => None,
     }
 }
 
@@ -399,6 +421,7 @@ mod tests {
             "name=lan,stream=/run/switch",
             "name=lan,dgram=/run/a:/run/b",
             "name=lan,none",
+            "name=lan,none=offloads,queues=2",
         ] {
             assert_eq!(text.parse::<NicSpec>().unwrap().to_string(), text);
         }

@@ -31,6 +31,7 @@ use understudy_protocol::control::{
     call_once,
 };
 use understudy_protocol::layout::Layout;
+use understudy_protocol::nic::NicSpec;
 
 use self::verdict::{End, Look, Report, judge};
 use crate::snapshot;
@@ -254,6 +255,9 @@ impl StandIn {
         let mut command = Command::new(program);
         command.args(["stand-in", "--machine", NAME, "--memory", &shape.memory_mib.to_string()]);
         command.args(["--vcpus", &shape.vcpus.to_string(), "--serial-ports", &shape.serial_ports.to_string()]);
+        for nic in &shape.nics {
+            command.args(["--nic", &NicSpec::disconnected(nic).to_string()]);
+        }
         if shape.console {
             command.arg("--console");
         }

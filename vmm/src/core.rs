@@ -14,6 +14,7 @@ use understudy_protocol::ids::Generation;
 use crate::devices::{Action, VmTime};
 use crate::hardware::{Asked, Env, Hardware};
 use crate::memory::Ram;
+use crate::net::nic::Nic;
 use crate::port::Port;
 use crate::vcpus::Exits;
 
@@ -109,6 +110,24 @@ impl Core {
     /// Do something with a port's stream and input queue; `None` if there is no such port.
     pub fn with_port<R>(&self, port: usize, f: impl FnOnce(&mut Port) -> R) -> Option<R> {
         self.hardware().ports_mut().nth(port).map(f)
+    }
+
+    /// Do something with a network card; `None` if there is no such card.
+    pub fn with_nic<R>(&self, nic: usize, f: impl FnOnce(&mut Nic) -> R) -> Option<R> {
+        self.hardware().nics.get_mut(nic).map(f)
+    }
+
+    /// Packets arrived for a network card, by this pair of its queues. False: it takes no more now.
+    pub fn arrived(&self, nic: usize, pair: u16, packets: Vec<Vec<u8>>) -> bool {
+        let mut hardware = self.hardware();
+        if let Some(nic) = hardware.nics.get_mut(nic) {
+            nic.arrived(pair, packets.into_iter());
+        }
+        if !hardware.frozen {
+            hardware.settle(self.env());
+            self.timer.notify_all();
+        }
+        hardware.nics.get_mut(nic).is_some_and(Nic::has_room)
     }
 
     /// Something outside has changed; let the devices see it (unless they are frozen: then the thaw does).

@@ -10,8 +10,9 @@ use anyhow::{Context, Result};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
-use understudy_protocol::control::{CdromShape, DiskShape, Gate};
+use understudy_protocol::control::{CdromShape, DiskShape, Gate, NicShape, NicStatus};
 use understudy_protocol::ids::Epoch;
+use understudy_protocol::nic::NicSpec;
 
 use crate::clock::Stopwatch;
 use crate::devices::acpi_pm::AcpiPm;
@@ -26,6 +27,8 @@ use crate::devices::{
 };
 use crate::gate::{self, Stream};
 use crate::memory::Ram;
+use crate::net::nic::Nic;
+use crate::net::port::NetPort;
 use crate::plug::Plugged;
 use crate::port::Port;
 
@@ -87,6 +90,8 @@ pub struct HardwareConfig {
     pub cdroms: Vec<CdromShape>,
     /// Queues of its SCSI controller, if it needs one.
     pub scsi_queues: u16,
+    /// Its network cards.
+    pub nics: Vec<NicShape>,
 }
 
 /// The devices. See the module.
@@ -99,6 +104,8 @@ pub struct Hardware {
     pub console: Option<Port>,
     /// Its disks, then its CD-ROM drives.
     pub disks: Vec<Plugged>,
+    /// Its network cards.
+    pub nics: Vec<Nic>,
     /// What the guest asked for.
     pub asked: Option<Asked>,
     /// No device may be touched.
@@ -143,12 +150,14 @@ impl Hardware {
         let low = ram.low_end();
         let mut pci = PciBus::new();
         let disks = crate::plug::plug(&mut pci, &config)?;
+        let nics = crate::plug::plug_nics(&mut pci, &config)?;
         let serial = |i| SerialPort { uart: Uart16550::new(), port: Port::new(format!("com{}", i + 1)) };
         Ok(Self {
             stopwatch: Stopwatch::default(),
             serial: (0..config.serial_ports.min(COM_PORTS.len())).map(serial).collect(),
             console: config.console.then(|| Port::new("hvc0".into())),
             disks,
+            nics,
             asked: None,
             frozen: true,
             armed: None,
@@ -269,7 +278,9 @@ impl Hardware {
             s.settle(ctx.now);
         }
         crate::plug::settle(&mut self.pci, self.console.as_mut(), &self.disks, &ctx);
-        if self.gate == Gate::Hold && !self.uncovered && self.ports().any(|p| p.stream.uncovered()) {
+        crate::plug::settle_nics(&mut self.pci, &mut self.nics, &ctx);
+        let waits = |h: &Self| h.ports().any(|p| p.stream.uncovered()) || h.nics.iter().any(|nic| nic.gate.uncovered());
+        if self.gate == Gate::Hold && !self.uncovered && waits(self) {
             self.uncovered = true;
             self.bell.ring();
         }
@@ -311,6 +322,7 @@ impl Hardware {
             port.stream = Stream::new();
             port.begin();
         }
+        self.nics.iter_mut().for_each(Nic::begin);
         self.reset();
     }
 
@@ -385,6 +397,7 @@ impl Hardware {
             stopwatch: _,
             serial,
             console: _,
+            nics: _,  // a packet may be lost; what the guest has set is in its device's state
             disks: _, // a request is in its device's state until it is done
             asked,
             frozen: _,
@@ -423,6 +436,7 @@ impl Hardware {
             port.stream = Stream::restore(stream).with_context(|| format!("port {}", port.name))?;
             port.begin();
         }
+        self.nics.iter_mut().for_each(Nic::begin);
         for s in &mut self.serial {
             from.restore(&mut s.uart, &s.port.name)?;
         }
@@ -461,11 +475,31 @@ impl Hardware {
             }
             port.tell_pump();
         }
+        self.nics.iter_mut().for_each(|nic| nic.set_gate(gate));
+    }
+
+    /// The network cards are configured so, with these ports.
+    pub fn connect_nics(&mut self, specs: &[NicSpec], ports: Vec<std::sync::Arc<NetPort>>) {
+        for ((nic, spec), port) in self.nics.iter_mut().zip(specs).zip(ports) {
+            nic.connect(spec, port);
+        }
+    }
+
+    /// No packet leaves any more: the machine does not run here. What was released still does if it can at once (`polite`).
+    pub fn silence_nics(&mut self, polite: bool) {
+        self.nics.iter_mut().for_each(|nic| nic.silence(polite));
+    }
+
+    /// The network cards, for the status.
+    pub fn nics_status(&self, specs: &[NicSpec], machine: &str) -> Vec<NicStatus> {
+        let one = |(nic, spec): (&Nic, &NicSpec)| nic.status(spec, machine, crate::plug::card(&self.pci, nic.slot));
+        self.nics.iter().zip(specs).map(one).collect()
     }
 
     /// A cut: what was written until now is covered by the checkpoint of `epoch`.
     pub fn seal(&mut self, epoch: Epoch) {
         self.ports_mut().for_each(|p| p.stream.seal(epoch));
+        self.nics.iter_mut().for_each(|nic| nic.gate.seal(epoch));
         self.uncovered = false;
     }
 
@@ -475,11 +509,13 @@ impl Hardware {
             port.stream.commit(epoch);
             port.tell_pump();
         }
+        self.nics.iter_mut().for_each(|nic| nic.commit(epoch));
     }
 
     /// The session is gone: its cuts will never be committed.
     pub fn unseal(&mut self) {
         self.ports_mut().for_each(|p| p.stream.unseal());
+        self.nics.iter_mut().for_each(|nic| nic.gate.unseal());
         self.uncovered = false;
     }
 }

@@ -27,6 +27,7 @@ use understudy_protocol::cdrom::{CdromSpec, check_list as check_cdroms};
 use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, SerialStatus, VcpuPosition, VmmState, VmmStatus};
 use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
+use understudy_protocol::nic::{self, NicSpec};
 
 use crate::acpi::{self, Platform};
 use crate::backend::{BackendConfig, Start};
@@ -39,6 +40,8 @@ use crate::cpuid;
 use crate::devices::{Payload, VmTime};
 use crate::hardware::{Asked, Hardware, HardwareConfig};
 use crate::memory::Ram;
+use crate::net;
+use crate::net::worker::Workers;
 use crate::pump::Pump;
 use crate::routing;
 use crate::storage::media::Drives;
@@ -100,6 +103,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskSpec>,
     /// Its CD-ROM drives.
     pub cdroms: Vec<CdromSpec>,
+    /// Its network cards.
+    pub nics: Vec<NicSpec>,
     /// This node's name: the disks' owner records have it.
     pub node: String,
     /// The RAM file.
@@ -163,6 +168,8 @@ pub struct Machine {
     life: Mutex<Life>,
     life_changed: Condvar,
     pumps: Mutex<Vec<Pump>>,
+    /// The threads of its network cards.
+    nic_workers: Mutex<Vec<Workers>>,
     /// Its disks.
     pub storage: Storage,
     /// Its CD-ROM drives.
@@ -268,7 +275,7 @@ impl Machine {
             },
             disks,
             cdroms: self.drives.status(|name| hardware.drive(name).cloned()),
-            nics: Vec::new(),
+            nics: hardware.nics_status(&self.config.nics, &self.config.name),
         }
     }
 
@@ -281,7 +288,7 @@ impl Machine {
             console: self.config.console.is_some(),
             disks: storage::shapes(&self.config.disks, self.config.vcpus),
             cdroms: storage::media::shapes(&self.config.cdroms),
-            nics: Vec::new(),
+            nics: net::shapes(&self.config.name, &self.config.nics),
         }
     }
 

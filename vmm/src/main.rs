@@ -15,6 +15,7 @@ use understudy_protocol::control::{
 use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
+use understudy_protocol::nic::NicSpec;
 use understudy_vmm::backend::BackendConfig;
 use understudy_vmm::machine::{BootSource, MachineConfig};
 use understudy_vmm::run::{self, RunConfig};
@@ -186,6 +187,9 @@ enum Command {
         /// With a virtio console.
         #[arg(long)]
         console: bool,
+        /// A network card, as run's --nic, with nothing behind it: none, or none=offloads.
+        #[arg(long, value_name = "NIC")]
+        nic: Vec<NicSpec>,
     },
     /// End a machine at once, without asking the guest.
     Quit(Which),
@@ -228,6 +232,11 @@ struct Run {
     /// file on every node.
     #[arg(long, value_name = "DRIVE")]
     cdrom: Vec<CdromSpec>,
+    /// A network card, as often as there are cards: name=NAME,tap=INTERFACE[,bridge=BRIDGE]|macvtap=INTERFACE|stream=PATH|dgram=PATH:PATH[,mac=ADDRESS][,queues=N]
+    /// [,mtu=N][,hold=BYTES][,at-bound=wait|drop]. A tap that is not there is made. Without mac the address follows from the machine's and the card's names.
+    /// At most hold bytes of packets wait for their checkpoint; then the guest waits, or packets are dropped.
+    #[arg(long, value_name = "NIC")]
+    nic: Vec<NicSpec>,
     /// This node's name in the cluster: it stands in the records of whose the disks are [default: the host's name].
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
@@ -262,7 +271,7 @@ fn dispatch(command: Command) -> Result<i32> {
     const SLOW: Duration = Duration::from_secs(600);
     match command {
         Command::Run(run) => return start(*run),
-        Command::StandIn { which, memory, vcpus, serial_ports, console } => {
+        Command::StandIn { which, memory, vcpus, serial_ports, console, nic } => {
             let shape = MachineShape {
                 memory_mib: memory,
                 vcpus,
@@ -270,7 +279,7 @@ fn dispatch(command: Command) -> Result<i32> {
                 console,
                 disks: Vec::new(),
                 cdroms: Vec::new(),
-                nics: Vec::new(),
+                nics: understudy_vmm::net::shapes(&which.machine, &nic),
             };
             return run::stand_in(&which.machine, &shape, which.layout()?);
         }
@@ -370,6 +379,7 @@ fn start(run: Run) -> Result<i32> {
         console: run.console,
         disks: run.disk,
         cdroms: run.cdrom,
+        nics: run.nic,
         node: run.node.map_or_else(hostname, Ok)?,
         ram_file: layout.ram(),
     };
@@ -456,6 +466,31 @@ fn readable(s: &VmmStatus) -> String {
         let how = [&d.io, &d.fence].into_iter().filter(|text| !text.is_empty());
         for text in how.chain(&d.problem) {
             let _ = writeln!(out, "    {text}");
+        }
+    }
+    for n in &s.nics {
+        let _ = writeln!(
+            out,
+            "  nic {}: {}, {}, {}, out {} packets ({} KiB), in {} ({} KiB), {} held ({} of {} KiB), bound reached {} times",
+            n.name,
+            n.mac,
+            n.backend,
+            n.link,
+            n.out_packets,
+            n.out_bytes >> 10,
+            n.in_packets,
+            n.in_bytes >> 10,
+            n.held_packets,
+            n.held_bytes >> 10,
+            n.held_limit >> 10,
+            n.bound_reached
+        );
+        if !n.dropped.is_empty() {
+            let dropped: Vec<_> = n.dropped.iter().map(|(why, packets)| format!("{packets} {why}")).collect();
+            let _ = writeln!(out, "    dropped: {}", dropped.join(", "));
+        }
+        if let Some(problem) = &n.problem {
+            let _ = writeln!(out, "    {problem}");
         }
     }
     for c in &s.cdroms {

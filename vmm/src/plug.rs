@@ -1,20 +1,24 @@
-//! What is plugged into the PCI bus: an entropy device, a console if the machine has one, its disks, and a SCSI controller if one of them or a drive needs it.
+//! What is plugged into the PCI bus: an entropy device, a console if the machine has one, its disks, its network cards, and a SCSI
+//! controller if a disk or a drive needs it.
 
 use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use understudy_protocol::control::NicShape;
 use understudy_protocol::disk::DiskBus;
 
 use crate::devices::Ctx;
 use crate::devices::pci::PciBus;
 use crate::devices::scsi::Unit;
 use crate::devices::virtio::console::Console;
+use crate::devices::virtio::net::{Net, NetConfig};
 use crate::devices::virtio::requests::Disks;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{Block, Scsi, VirtioPci};
 use crate::hardware::HardwareConfig;
+use crate::net::nic::Nic;
 use crate::port::Port;
 use crate::storage::lane::Lane;
 
@@ -24,6 +28,8 @@ const CONSOLE_SLOT: u8 = 2;
 const DISK_SLOT: u8 = 3;
 /// The SCSI controller's.
 const SCSI_SLOT: u8 = 16;
+/// The first network card's; the others follow.
+const NIC_SLOT: u8 = 17;
 /// Rounds of work for a device in one settling; what is left comes with the next access or tick.
 const ROUNDS: usize = 16;
 
@@ -78,6 +84,31 @@ pub fn plug(pci: &mut PciBus, config: &HardwareConfig) -> Result<Vec<Plugged>> {
             .context("plugging the SCSI controller")?;
     }
     Ok(plugged)
+}
+
+/// Plug the machine's network cards.
+pub fn plug_nics(pci: &mut PciBus, config: &HardwareConfig) -> Result<Vec<Nic>> {
+    let plug = |(slot, nic): (u8, &NicShape)| {
+        let config = NetConfig { mac: nic.mac, pairs: nic.queues, offloads: nic.offloads, mtu: nic.mtu };
+        pci.add(slot, Box::new(VirtioPci::new(Net::new(config))))
+            .with_context(|| format!("plugging the network card {}", nic.name))?;
+        Ok(Nic::new(slot))
+    };
+    (NIC_SLOT..).zip(&config.nics).map(plug).collect()
+}
+
+/// As [`settle`], of the network cards.
+pub fn settle_nics(pci: &mut PciBus, nics: &mut [Nic], ctx: &Ctx) {
+    for nic in nics {
+        if let Some(device) = pci.get_mut::<VirtioPci<Net>>(nic.slot) {
+            nic.settle(device, ctx);
+        }
+    }
+}
+
+/// The device of a network card.
+pub fn card(pci: &PciBus, slot: u8) -> Option<&VirtioPci<Net>> {
+    pci.get(slot)
 }
 
 /// Give the devices what they ask for and take their outputs.

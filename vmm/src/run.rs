@@ -16,6 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, Strategy, VmmState};
 use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::Layout;
+use understudy_protocol::nic::NicSpec;
 
 use crate::backend::BackendConfig;
 use crate::control;
@@ -105,6 +106,7 @@ pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32>
         console: shape.console.then_some(BackendConfig::None),
         disks: Vec::new(),
         cdroms: Vec::new(),
+        nics: shape.nics.iter().map(NicSpec::disconnected).collect(),
         node: String::new(),
         ram_file: layout.ram(),
     };

@@ -350,6 +350,8 @@ impl Session {
             self.machine.core.hardware().stopwatch.set(at);
             if life.state != VmmState::Fenced {
                 life.state = VmmState::HandedOver;
+                // Before anybody is told that the other node may run it: what this checkpoint released leaves, and the ports go down.
+                self.machine.core.hardware().silence_nics(true);
                 self.machine.retire();
             }
             life.cutting = false;

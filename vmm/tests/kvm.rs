@@ -50,6 +50,7 @@ fn rig(code: &[u8], vcpus: u32, arena_bytes: u64) -> Rig {
         console: None,
         disks: Vec::new(),
         cdroms: Vec::new(),
+        nics: Vec::new(),
         node: String::new(),
         ram_file: dir.path().join("ram"),
     };

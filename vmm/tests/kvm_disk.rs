@@ -125,6 +125,7 @@ impl Shared {
             console: None,
             disks: vec![self.spec()],
             cdroms: self.cdroms.clone(),
+            nics: Vec::new(),
             node: format!("n{}", self.nodes),
             ram_file: dir.join("ram"),
         };

@@ -69,6 +69,7 @@ impl Node {
             console: Some(BackendConfig::None),
             disks: Vec::new(),
             cdroms: Vec::new(),
+            nics: Vec::new(),
             node: String::new(),
             ram_file: layout.ram(),
         };

@@ -57,6 +57,7 @@ fn host(kernel: &Path, initrd: &Path) -> Host {
         console: None,
         disks: Vec::new(),
         cdroms: Vec::new(),
+        nics: Vec::new(),
         node: String::new(),
         ram_file: dir.path().join("ram"),
     };

@@ -240,6 +240,7 @@ impl FakeVmm {
             VmmRequest::Status => {
                 let status = VmmStatus {
                     cdroms: Vec::new(),
+                    nics: Vec::new(),
                     machine: "m".into(),
                     state: machine.state.unwrap(),
                     generation: machine.generation,

@@ -127,6 +127,7 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         console: None,
         disks: args.disk,
         cdroms: Vec::new(),
+        nics: Vec::new(),
         node: args.node,
         ram_file: layout.ram(),
     };

@@ -11,9 +11,12 @@ impl Machine {
         ensure!(config.serial.len() <= 4, "a machine has at most 4 serial ports");
         storage::validate(&config.disks)?;
         check_cdroms(&config.cdroms, &config.disks)?;
+        nic::check_list(&config.nics)?;
         if let BootSource::Linux { kernel, initrd, cmdline } = &config.boot {
             LinuxBoot::open(kernel, initrd.as_deref(), cmdline)?;
         }
+        // Now, not at a takeover: an administrator who forgot the bridge is to learn of it when the standby starts.
+        let ports = net::open(&config.name, &config.nics)?;
         let kvm = open_kvm()?;
         let ram = Ram::open(&config.ram_file, config.memory_mib)?;
         let vm = kvm.create_vm().context("KVM refuses to create a machine")?;
@@ -43,16 +46,18 @@ impl Machine {
         let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let can = Arc::new(Abilities::probe(listed.as_slice(), xsave, &fds[0]));
 
-        let hardware = Hardware::new(
+        let mut hardware = Hardware::new(
             HardwareConfig {
                 serial_ports: config.serial.len(),
                 console: config.console.is_some(),
                 disks: storage::shapes(&config.disks, config.vcpus),
                 cdroms: storage::media::shapes(&config.cdroms),
                 scsi_queues: config.vcpus as u16,
+                nics: net::shapes(&config.name, &config.nics),
             },
             &ram,
         )?;
+        hardware.connect_nics(&config.nics, ports);
         let mut lanes: Vec<_> = hardware.disks.iter().map(|disk| disk.lane.clone()).collect();
         let drives = Drives::new(&config.cdroms, lanes.split_off(config.disks.len()));
         let storage = Storage::new(&config.name, &config.node, &config.disks, lanes);
@@ -88,6 +93,7 @@ impl Machine {
             pristine,
             life: Mutex::new(life),
             life_changed: Condvar::new(),
+            nic_workers: Mutex::default(),
             pumps: Mutex::new(Vec::new()),
             storage,
             drives,

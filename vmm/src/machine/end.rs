@@ -26,6 +26,7 @@ impl Machine {
         hardware.frozen = true;
         hardware.stopwatch.stop();
         hardware.set_gate(Gate::Hold);
+        hardware.silence_nics(false);
         life.state = VmmState::Fenced;
         self.life_changed();
     }
@@ -35,6 +36,7 @@ impl Machine {
         let machine = self.clone();
         let spawned = std::thread::Builder::new().name("retire".into()).spawn(move || {
             machine.stop_pumps();
+            machine.stop_nics();
             machine.storage.let_go();
             machine.drives.let_go();
         });
@@ -48,11 +50,22 @@ impl Machine {
         drop(pumps);
     }
 
+    /// End the cards' threads. Not under the device lock, which they take.
+    pub(super) fn stop_nics(&self) {
+        let workers = std::mem::take(&mut *self.nic_workers.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(workers);
+    }
+
     /// Stop everything for the end of the process.
     pub fn halt(&self) {
         self.vcpus.stop_all();
-        self.core.hardware().frozen = true;
+        {
+            let mut hardware = self.core.hardware();
+            hardware.frozen = true;
+            hardware.silence_nics(true);
+        }
         self.stop_pumps();
+        self.stop_nics();
         if self.life().state == VmmState::ShutDown {
             self.storage.finish();
         }

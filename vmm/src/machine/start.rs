@@ -69,6 +69,7 @@ impl Machine {
         self.show(&mut hardware, opened);
         hardware.set_gate(gate);
         self.start_pumps(&mut hardware, generation, life.born)?;
+        self.start_nics(&mut hardware).inspect_err(|_| hardware.silence_nics(false))?;
         life.generation = generation;
         life.state = VmmState::Running;
         self.go(&mut hardware)?;
@@ -93,6 +94,18 @@ impl Machine {
             pumps.push(pump);
         }
         *self.pumps.lock().unwrap_or_else(PoisonError::into_inner) = pumps;
+        Ok(())
+    }
+
+    /// The network cards' ports come up: from here on this node is where the guest is.
+    fn start_nics(&self, hardware: &mut Hardware) -> Result<()> {
+        for (i, (nic, spec)) in hardware.nics.iter().zip(&self.config.nics).enumerate() {
+            let Some(port) = &nic.port else { continue };
+            port.speak().with_context(|| format!("the network card {}", spec.name))?;
+            let workers = Workers::start(&self.core, i, &spec.name, port.clone())?;
+            // One by one: should another fail, they are not ended here, where they might wait for the device lock.
+            self.nic_workers.lock().unwrap_or_else(PoisonError::into_inner).push(workers);
+        }
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! Virtio devices (virtio 1.2), modern only.
 //!
-//! The transport ([`VirtioPci`]) and the device ([`VirtioDevice`]: [`Rng`], [`Console`], [`Block`], [`Scsi`]) know nothing of each other's
+//! The transport ([`VirtioPci`]) and the device ([`VirtioDevice`]: [`Rng`], [`Console`], [`Block`], [`Scsi`], [`Net`]) know nothing of each other's
 //! registers:
 //!
 //! ```text
@@ -17,6 +17,7 @@ use super::{GuestRam, Snapshot};
 
 pub mod block;
 pub mod console;
+pub mod net;
 pub mod queue;
 pub mod requests;
 pub mod rng;
@@ -29,6 +30,7 @@ pub mod transport;
 
 pub use block::Block;
 pub use console::Console;
+pub use net::Net;
 pub use queue::{Broken, Chain, VirtQueue};
 pub use rng::Rng;
 pub use scsi::Scsi;

@@ -15,6 +15,12 @@ use super::super::{GuestRam, RestoreError};
 /// "No MSI-X vector" (4.1.5.1.2).
 pub const NO_VECTOR: u16 = 0xffff;
 
+/// Layout of the rings (2.7.6, 2.7.8).
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+const AVAIL_HEADER: u64 = 4;
+const AVAIL_ELEMENT: u64 = 2;
+
 /// The driver broke the rules of its rings; the device needs a reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the guest's driver broke its virtqueue: {0}")]
@@ -155,8 +161,10 @@ pub struct VirtQueue {
     pub(super) setup: Setup,
     /// The ring, once enabled.
     ring: Option<Queue>,
-    /// Something was put into the used ring since the driver was last told.
-    used_changed: bool,
+    /// Elements put into the used ring since the driver was last told.
+    added: u16,
+    /// Some of them the ring has not counted ([`VirtQueue::complete_all`]).
+    uncounted: bool,
 }
 
 impl VirtQueue {
@@ -164,7 +172,7 @@ impl VirtQueue {
     #[must_use]
     pub fn new(max_size: u16) -> Self {
         let setup = Setup { size: max_size, descriptors: 0, driver: 0, device: 0, vector: NO_VECTOR };
-        Self { max_size, setup, ring: None, used_changed: false }
+        Self { max_size, setup, ring: None, added: 0, uncounted: false }
     }
 
     /// Whether the driver has enabled it.
@@ -238,24 +246,54 @@ impl VirtQueue {
         let Some(ring) = &mut self.ring else { return Ok(()) };
         let written = u32::try_from(written).map_err(|_| Broken("a chain is longer than 4 GiB"))?;
         ring.add_used(ram, chain.head, written).map_err(|_| Broken("the used ring is not writable"))?;
-        self.used_changed = true;
+        self.added = self.added.wrapping_add(1);
         Ok(())
+    }
+
+    /// As [`VirtQueue::complete`] of several chains that belong together: the driver sees all of them at once, or none (5.1.6.4.2 demands it of a packet in
+    /// several buffers).
+    pub fn complete_all(&mut self, ram: &GuestRam, chains: &[(Chain, usize)]) -> Result<(), Broken> {
+        let Some(((last, written), first)) = chains.split_last() else { return Ok(()) };
+        if let (Some(ring), false) = (&mut self.ring, first.is_empty()) {
+            // The ring makes each element visible as it is added: those before the last are written behind its index, and it is told of them first.
+            let next = ring.next_used();
+            for (i, (chain, written)) in (0..).zip(first) {
+                let at = u64::from(next.wrapping_add(i) % ring.size());
+                let written = u32::try_from(*written).map_err(|_| Broken("a chain is longer than 4 GiB"))?;
+                let element = [u32::from(chain.head).to_le_bytes(), written.to_le_bytes()];
+                let addr = ring.used_ring().checked_add(USED_HEADER + at * USED_ELEMENT);
+                let wrote = addr.map(|addr| ram.write_slice(element.as_flattened(), GuestAddress(addr)));
+                wrote.and_then(Result::ok).ok_or(Broken("the used ring is not writable"))?;
+            }
+            // A packet has fewer buffers than the queue.
+            let more = first.len() as u16;
+            ring.set_next_used(next.wrapping_add(more));
+            self.added = self.added.wrapping_add(more);
+            self.uncounted = true;
+        }
+        self.complete(ram, last, *written)
     }
 
     /// Whether the driver wants an interrupt for what was completed since the last call.
     pub(super) fn take_interrupt(&mut self, ram: &GuestRam) -> Result<bool, Broken> {
-        if !std::mem::take(&mut self.used_changed) {
-            return Ok(false);
+        let (added, uncounted) = (std::mem::take(&mut self.added), std::mem::take(&mut self.uncounted));
+        let Some(ring) = self.ring.as_mut().filter(|_| added > 0) else { return Ok(false) };
+        const UNREADABLE: Broken = Broken("the available ring is not readable");
+        let wants = ring.needs_notification(ram).map_err(|_| UNREADABLE)?;
+        if wants || !uncounted {
+            return Ok(wants);
         }
-        match &mut self.ring {
-            Some(ring) => ring.needs_notification(ram).map_err(|_| Broken("the available ring is not readable")),
-            None => Ok(false),
-        }
+        // With EVENT_IDX, and it counted fewer than there are: whether the index that the driver waits for is among all of them (2.7.7.2). The fence that must
+        // come before was in the call above.
+        let at =
+            ring.avail_ring().checked_add(AVAIL_HEADER + AVAIL_ELEMENT * u64::from(ring.size())).ok_or(UNREADABLE)?;
+        let event: u16 = ram.load(GuestAddress(at), Ordering::Relaxed).map_err(|_| UNREADABLE)?;
+        Ok(ring.next_used().wrapping_sub(u16::from_le(event)).wrapping_sub(1) < added)
     }
 
     /// The saved state; between calls there is nothing else.
     pub(super) fn save(&self) -> V1 {
-        let Self { max_size: _, setup, ring, used_changed: _ } = self;
+        let Self { max_size: _, setup, ring, added: _, uncounted: _ } = self;
         let position = ring.as_ref().map(|r| Position { next_avail: r.next_avail(), next_used: r.next_used() });
         V1 { setup: *setup, position }
     }
@@ -267,7 +305,7 @@ impl VirtQueue {
             return Err(RestoreError::invalid(kind, format!("a queue has size {}", setup.size)));
         }
         self.setup = setup;
-        self.used_changed = false;
+        (self.added, self.uncounted) = (0, false);
         self.ring = match position {
             None => None,
             Some(Position { next_avail, next_used }) => {

@@ -170,6 +170,17 @@ impl<D: VirtioDevice> VirtioPci<D> {
         }
     }
 
+    /// The device works on its queues apart from [`VirtioPci::process`], which tells the driver what it finished. `None`: a queue is broken.
+    pub(super) fn work<R>(&mut self, f: impl FnOnce(&mut D, &mut [VirtQueue]) -> Result<R, Broken>) -> Option<R> {
+        match f(&mut self.device, &mut self.queues) {
+            Ok(result) => Some(result),
+            Err(broken) => {
+                self.needs_reset(broken);
+                None
+            }
+        }
+    }
+
     fn interrupt(&mut self, cause: u8, vector: u16) {
         if self.msix.enabled() {
             self.msix.signal(vector);
