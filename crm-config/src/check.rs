@@ -10,6 +10,7 @@ use serde::Serialize;
 use understudy_protocol::cdrom::{self, CdromSpec};
 use understudy_protocol::disk::{DiskSpec, check_list};
 use understudy_protocol::layout::valid_machine_name;
+use understudy_protocol::nic;
 
 use crate::compile::Ports;
 use crate::policy::{Machine, Policy, Protection, Spanned};
@@ -278,6 +279,7 @@ fn machine_alone(c: &mut Checker, machine: &Machine) {
         c.error(&machine.name, "cmdline must be one line");
     }
     disks(c, machine);
+    nics(c, machine);
     if machine.interval_ms.is_some_and(|ms| !(1..=60_000).contains(&ms)) {
         c.error(&machine.name, "interval_ms must be 1 to 60000");
     }
@@ -293,6 +295,22 @@ fn machine_alone(c: &mut Checker, machine: &Machine) {
             monitor.primary
         );
         c.error(&machine.name, what);
+    }
+}
+
+fn nics(c: &mut Checker, machine: &Machine) {
+    let mut good = Vec::new();
+    for text in &machine.nics {
+        match text.get_ref().parse::<nic::NicSpec>() {
+            Ok(card) => {
+                good.push(card);
+                if let Err(e) = nic::check_list(&good) {
+                    c.error(text, e.to_string());
+                    good.pop();
+                }
+            }
+            Err(e) => c.error(text, e.to_string()),
+        }
     }
 }
 

@@ -333,6 +333,10 @@ fn vmm_parameters(policy: &Policy, machine: &Machine, index: usize, ports: &Port
         let drives: Vec<_> = machine.cdroms.iter().map(|drive| drive.get_ref().as_str()).collect();
         parameters.push(pair("cdroms", drives.join(";")));
     }
+    if !machine.nics.is_empty() {
+        let nics: Vec<_> = machine.nics.iter().map(|nic| nic.get_ref().as_str()).collect();
+        parameters.push(pair("nics", nics.join(";")));
+    }
     for (s, line) in machine.serial.iter().enumerate() {
         let Some(board) = policy.boards.iter().find(|b| b.name == line.board) else { continue };
         let address = endpoint(board.peripheral_address(), ports.serial(index, s));

@@ -224,6 +224,9 @@ pub struct Machine {
     /// CD-ROM drives: `name=cd0[,file=/image.iso]`, the same files on every node that may run it.
     #[serde(default)]
     pub cdroms: Vec<Spanned<String>>,
+    /// Network cards: `name=net0,tap=vm1n0,bridge=br0[,mac=52:54:00:12:34:56][,vlan=12][,spoof=deny]…`, with bridges that every node has.
+    #[serde(default)]
+    pub nics: Vec<Spanned<String>>,
     /// Serial ports.
     #[serde(default)]
     pub serial: Vec<Serial>,

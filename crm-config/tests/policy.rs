@@ -311,6 +311,20 @@ fn drives_are_handed_to_the_vmm() {
 }
 
 #[test]
+fn network_cards_are_handed_to_the_vmm() {
+    let cards = "nics = [\"name=net0,tap=m1n0,bridge=br0,vlan=12\",\n\"name=net1,tap=m1n1\"]";
+    let text = SMALL.replace("name = \"m1\"", &format!("name = \"m1\"\n{cards}"));
+    let c = compiled(&text);
+    let vmm = resource(&c, "vm-m1-clone").primitive();
+    assert_eq!(value(&vmm.parameters, "nics"), Some("name=net0,tap=m1n0,bridge=br0,vlan=12;name=net1,tap=m1n1"));
+    for (from, to, why) in [("name=net1", "name=net0", "its name"), ("vlan=12", "vlan=4095", "1 to 4094")] {
+        let wrong = text.replacen(from, to, 1);
+        let line = if to == "name=net0" { line_of(&wrong, "tap=m1n1") } else { line_of(&wrong, to) };
+        refused(&wrong, line, why);
+    }
+}
+
+#[test]
 fn ports_that_are_given_stay_and_the_others_keep_out_of_their_way() {
     let text = format!(
         "{SMALL}[[machines]]\nname = \"m2\"\nkernel = \"/k\"\nport = 7790\n[[machines]]\nname = \"m3\"\nkernel = \"/k\"\n"

@@ -26,6 +26,7 @@ pub mod iscsi;
 pub mod key;
 pub mod layout;
 pub mod nic;
+pub mod nic_filter;
 pub mod secure;
 pub mod statistics;
 pub mod urgent;

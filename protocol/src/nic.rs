@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! name=net0,tap=vm1n0[,bridge=br0][,mac=52:54:00:12:34:56][,queues=2][,mtu=9000][,hold=BYTES][,at-bound=wait|drop]
+//!     [,spoof=deny][,addresses=10.0.0.1+fd00::1][,vlan=12][,rate-out=125M][,rate-in=125M][,burst=256K][,storm=1000]   ([`crate::nic_filter`])
 //! name=net0,macvtap=mvt0[,…]
 //! name=net0,stream=/run/switch.sock[,…]
 //! name=net0,dgram=/run/here.sock:/run/there.sock[,…]
@@ -17,6 +18,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::control::NicShape;
+use crate::nic_filter::FilterSpec;
 
 /// Most network cards of a machine.
 pub const MAX_NICS: usize = 8;
@@ -159,12 +161,15 @@ pub struct NicSpec {
     pub hold: u64,
     /// What becomes of more.
     pub at_bound: AtBound,
+    /// What passes.
+    #[serde(default)]
+    pub filter: FilterSpec,
 }
 
 /// Why a text is no network card.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is no network card: {why}; write name=net0,tap=INTERFACE[,bridge=BRIDGE]|macvtap=INTERFACE|stream=/path|dgram=/path:/path[,mac=52:54:00:12:34:56][,queues=N][,mtu=N][,hold=BYTES][,at-bound=wait|drop]"
+    "{text:?} is no network card: {why}; write name=net0,tap=INTERFACE[,bridge=BRIDGE]|macvtap=INTERFACE|stream=/path|dgram=/path:/path[,mac=52:54:00:12:34:56][,queues=N][,mtu=N][,hold=BYTES][,at-bound=wait|drop][,spoof=deny][,addresses=IP+IP][,vlan=ID][,rate-out=BYTES][,rate-in=BYTES][,burst=BYTES][,storm=N]"
 )]
 pub struct NoNic {
     text: String,
@@ -181,7 +186,7 @@ impl FromStr for NicSpec {
 
 fn parse(text: &str) -> Result<NicSpec, String> {
     let (mut name, mut mac, mut queues, mut mtu, mut hold, mut at_bound) = (None, None, None, None, None, None);
-    let (mut backend, mut bridge) = (None, None);
+    let (mut backend, mut bridge, mut filter) = (None, None, FilterSpec::default());
     for part in text.split(',') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         let again = match key {
@@ -244,7 +249,10 @@ fn parse(text: &str) -> Result<NicSpec, String> {
                 };
                 at_bound.replace(parsed).is_some()
             }
-            _ => return Err(format!("it has no property {key:?}")),
+            _ => match filter.word(key, value) {
+                Some(said) => said?,
+                None => return Err(format!("it has no property {key:?}")),
+            },
         };
         if again {
             return Err(format!("{key} is said twice, or two back ends are"));
@@ -267,8 +275,9 @@ fn parse(text: &str) -> Result<NicSpec, String> {
     if queues > 1 && !backend.offloads() {
         return Err("a socket has one pair of queues".into());
     }
+    filter.check()?;
     let (hold, at_bound) = (hold.unwrap_or(HOLD_BYTES), at_bound.unwrap_or_default());
-    Ok(NicSpec { name, backend, mac, queues, mtu, hold, at_bound })
+    Ok(NicSpec { name, backend, mac, queues, mtu, hold, at_bound, filter })
 }
 
 fn check_name(name: &str) -> Result<(), String> {
@@ -323,7 +332,7 @@ impl NicSpec {
 
 impl fmt::Display for NicSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, backend, mac, queues, mtu, hold, at_bound } = self;
+        let Self { name, backend, mac, queues, mtu, hold, at_bound, filter } = self;
         write!(f, "name={name},")?;
         match backend {
             NicBackend::Tap { name, bridge: None } => write!(f, "tap={name}")?,
@@ -346,10 +355,10 @@ impl fmt::Display for NicSpec {
         if *hold != HOLD_BYTES {
             write!(f, ",hold={hold}")?;
         }
-        match at_bound {
-            AtBound::Wait => Ok(()),
-            AtBound::Drop => f.write_str(",at-bound=drop"),
+        if *at_bound == AtBound::Drop {
+            f.write_str(",at-bound=drop")?;
         }
+        f.write_str(&filter.words())
     }
 }
 
@@ -407,6 +416,7 @@ mod tests {
             "name=net0,tap=vm1n0",
             "name=net0,tap=vm1n0,bridge=br0,mac=52:54:00:12:34:56,queues=4,mtu=9000",
             "name=net0,tap=vm1n0,hold=1048576,at-bound=drop",
+            "name=net0,tap=vm1n0,at-bound=drop,spoof=deny,vlan=12",
             "name=lan,macvtap=mvt0",
             "name=lan,stream=/run/switch",
             "name=lan,dgram=/run/a:/run/b",
@@ -439,6 +449,9 @@ mod tests {
             ("name=a,tap=x,mtu=67", "68 to 65521"),
             ("name=a,tap=x,hold=1", "1048576 bytes or more"),
             ("name=a,tap=x,at-bound=crash", "wait or drop"),
+            ("name=a,tap=x,vlan=9999", "1 to 4094"),
+            ("name=a,tap=x,vlan=1,vlan=1", "twice"),
+            ("name=a,tap=x,burst=9999", "without rate"),
             ("name=a,dgram=/x", "two paths"),
             ("name=a,stream=x", "absolute"),
         ] {

@@ -9,6 +9,7 @@
 mod leave;
 pub(crate) mod machine;
 mod migrate;
+mod nics;
 pub mod parameters;
 mod promote;
 
@@ -114,7 +115,8 @@ impl Agent for Vmm {
                 })?;
             }
         }
-        Ok(())
+        nics::check(&parameters::cards(&context.parameters)?, Path::new("/"))
+            .map_err(|why| Failure::arguments(format!("parameter nics: {why}")))
     }
 
     fn start(&self, context: &Context) -> ocf::Result {

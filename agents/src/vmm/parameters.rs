@@ -6,6 +6,7 @@ use understudy_protocol::cdrom;
 use understudy_protocol::disk::parse_list;
 use understudy_protocol::ids::Generation;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
+use understudy_protocol::nic;
 
 use crate::paths::{NAME, RUN_ROOT, SHM_ROOT, absolute};
 
@@ -74,6 +75,24 @@ pub static CDROMS: Param<String> = Param::text("cdroms").check(cdroms).short("CD
 /// Whether the list can be a machine's.
 fn cdroms(value: &str) -> Result<(), String> {
     cdrom::parse_list(value).map(drop).map_err(|e| e.to_string())
+}
+/// Network cards.
+pub static NICS: Param<String> = Param::text("nics").check(nics).short("Network cards").long(
+    "The guest's network cards, one a line or separated by semicolons: name=NAME,tap=INTERFACE[,bridge=BRIDGE]|macvtap=INTERFACE[,mac=52:54:00:12:34:56][,queues=N][,mtu=N]\
+     [,hold=BYTES][,at-bound=wait|drop][,spoof=allow|deny][,addresses=IP+IP][,vlan=ID][,rate-out=BYTES][,rate-in=BYTES][,burst=BYTES][,storm=N]. \
+     A tap that is not there is made and put into the bridge, which every node must have under this name. Without mac the address follows from the machine's and the \
+     card's name. hold and at-bound: how much may wait for checkpoints, and whether the guest waits then or packets are dropped. spoof=deny: the guest sends from \
+     its card's address only; addresses: and says only that it is these. vlan: tagged towards the bridge, untagged to the guest. Rates are bytes a second with \
+     K, M or G; storm: broadcasts, multicasts and packets to unknown addresses a second, of each. The same on every node.",
+);
+/// Whether the list can be a machine's.
+fn nics(value: &str) -> Result<(), String> {
+    nic::parse_list(value).map(drop).map_err(|e| e.to_string())
+}
+/// The network cards of a configuration.
+pub fn cards(p: &Parameters) -> ocf::Result<Vec<nic::NicSpec>> {
+    nic::parse_list(&p.find(&NICS)?.unwrap_or_default())
+        .map_err(|e| ocf::Failure::arguments(format!("parameter nics: {e}")))
 }
 /// Capture strategy.
 pub static CAPTURE: Param<String> = Param::choice("capture", &["auto", "stop", "lock", "validate"])
@@ -154,6 +173,7 @@ pub fn declarations() -> Vec<&'static Declaration> {
         CONSOLE.declaration(),
         DISKS.declaration(),
         CDROMS.declaration(),
+        NICS.declaration(),
         ARENA.declaration(),
         CAPTURE.declaration(),
         SHUTDOWN_MODE.declaration(),
@@ -195,6 +215,9 @@ pub fn command_line(p: &Parameters, node: &str, run: Run) -> ocf::Result<Vec<Str
         .map_err(|e| ocf::Failure::arguments(format!("parameter cdroms: {e}")))?;
     for drive in &drives {
         option("cdrom", Some(drive.to_string()));
+    }
+    for nic in &cards(p)? {
+        option("nic", Some(nic.to_string()));
     }
     // It stands in the disks' owner records, and nowhere else.
     option("node", (!disks.is_empty()).then(|| node.to_owned()));
@@ -246,6 +269,17 @@ mod tests {
             "--disk name=a,file=/a,format=raw,bus=scsi --cdrom name=cd0,file=/a.iso --cdrom name=cd1 --node n1 ";
         assert!(line.contains(wanted), "{line}");
         assert!(cdroms("name=cd0;name=cd0").unwrap_err().contains("its name"));
+    }
+
+    #[test]
+    fn network_cards_are_handed_on() {
+        let cards = "name=net0,tap=m0,bridge=br0,vlan=12 ; name=net1,tap=m1,rate-out=125M";
+        let pairs = [("OCF_RESKEY_name", "m"), ("OCF_RESKEY_kernel", "/k"), ("OCF_RESKEY_nics", cards)];
+        let parameters = Parameters::new(Environment::from_pairs(pairs));
+        let line = command_line(&parameters, "n1", Run::Standby).unwrap().join(" ");
+        let wanted = "--nic name=net0,tap=m0,bridge=br0,vlan=12 --nic name=net1,tap=m1,rate-out=125000000 ";
+        assert!(line.contains(wanted), "{line}");
+        assert!(nics("name=a,tap=x;name=a,tap=y").unwrap_err().contains("its name"));
     }
 
     #[test]

@@ -3,7 +3,9 @@
 //! | what | module |
 //! |---|---|
 //! | one packet with its offload fields | [`packet`] |
+//! | what passes: senders, VLAN, rates, storms (pure) | [`filter`] |
 //! | output commit of packets (pure) | [`gate`] |
+//! | what the guest's addresses are, and telling the network after a takeover (pure) | [`addresses`], [`announce`], [`frame`] |
 //! | a card under the device lock: device, gate, port | [`nic`] |
 //! | whether the machine may speak; its threads | [`port`], [`worker`] |
 //! | what is behind a card | [`backend`], [`tap`], [`socket`]; system calls in [`sys`] |
@@ -11,7 +13,11 @@
 //! A packet that the guest sends goes: vCPU exit → [`crate::hardware`] → device ([`crate::devices::virtio::net`]) → [`nic`] → [`gate`] → (cut, commit) → [`worker`] → [`port`] → [`backend`];
 //! with an open gate from [`nic`] straight to the [`port`].
 
+pub mod addresses;
+pub mod announce;
 pub mod backend;
+pub mod filter;
+pub mod frame;
 pub mod gate;
 pub mod nic;
 pub mod packet;
