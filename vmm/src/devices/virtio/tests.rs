@@ -7,6 +7,7 @@ use super::{Console, Rng, console, rng};
 
 mod block;
 mod hostile;
+mod net;
 mod saved;
 mod scsi;
 
