@@ -320,6 +320,7 @@ impl NicSpec {
             mtu: shape.mtu,
             hold: HOLD_BYTES,
             at_bound: AtBound::Wait,
+            filter: FilterSpec::default(),
         }
     }
 

@@ -16,5 +16,6 @@ pub mod initramfs;
 pub mod iso;
 pub mod lab;
 pub mod lab_tests;
+pub mod net_cuts;
 pub mod power_cuts;
 pub mod scenario;

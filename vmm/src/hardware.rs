@@ -322,7 +322,10 @@ impl Hardware {
             port.stream = Stream::new();
             port.begin();
         }
-        self.nics.iter_mut().for_each(Nic::begin);
+        for nic in &mut self.nics {
+            nic.begin();
+            nic.addresses.forget();
+        }
         self.reset();
     }
 
@@ -397,7 +400,7 @@ impl Hardware {
             stopwatch: _,
             serial,
             console: _,
-            nics: _,  // a packet may be lost; what the guest has set is in its device's state
+            nics,     // a packet may be lost; what the guest has set is in its device's state
             disks: _, // a request is in its device's state until it is done
             asked,
             frozen: _,
@@ -419,6 +422,7 @@ impl Hardware {
         payloads.push(Payload::of(i8042, "i8042"));
         payloads.push(Payload::of(port92, "port92"));
         payloads.push(Payload::of(pm, "pm"));
+        payloads.extend(nics.iter().map(|nic| Payload::of(&nic.addresses, &nic.slot.to_string())));
         payloads.extend(pci.save_payloads());
         Ok(payloads)
     }
@@ -436,7 +440,10 @@ impl Hardware {
             port.stream = Stream::restore(stream).with_context(|| format!("port {}", port.name))?;
             port.begin();
         }
-        self.nics.iter_mut().for_each(Nic::begin);
+        for nic in &mut self.nics {
+            nic.begin();
+            from.restore(&mut nic.addresses, &nic.slot.to_string())?;
+        }
         for s in &mut self.serial {
             from.restore(&mut s.uart, &s.port.name)?;
         }
@@ -479,9 +486,16 @@ impl Hardware {
     }
 
     /// The network cards are configured so, with these ports.
-    pub fn connect_nics(&mut self, specs: &[NicSpec], ports: Vec<std::sync::Arc<NetPort>>) {
+    pub fn connect_nics(&mut self, machine: &str, specs: &[NicSpec], ports: Vec<std::sync::Arc<NetPort>>) {
         for ((nic, spec), port) in self.nics.iter_mut().zip(specs).zip(ports) {
-            nic.connect(spec, port);
+            nic.connect(spec, spec.address(machine), port);
+        }
+    }
+
+    /// The machine goes on here from another node's image: drivers that announce addresses themselves are asked to.
+    pub fn ask_to_announce(&mut self) {
+        for nic in &self.nics {
+            crate::plug::ask_to_announce(&mut self.pci, nic.slot);
         }
     }
 

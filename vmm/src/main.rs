@@ -390,6 +390,7 @@ fn start(run: Run) -> Result<i32> {
         standby: run.standby,
         generation: Generation(run.generation),
         capture: run.capture,
+        leak: false,
     })
 }
 

@@ -158,6 +158,13 @@ fn exchange<D: Disks>(device: Option<&mut VirtioPci<D>>, unit: usize, lane: &Lan
     }
 }
 
+/// The driver of the card in this slot is asked to tell the network where the guest is, if it has agreed to that.
+pub fn ask_to_announce(pci: &mut PciBus, slot: u8) {
+    if let Some(device) = pci.get_mut::<VirtioPci<Net>>(slot) {
+        device.ask_to_announce();
+    }
+}
+
 /// The SCSI controller, if there is one.
 pub fn controller(pci: &mut PciBus) -> Option<&mut VirtioPci<Scsi>> {
     pci.get_mut(SCSI_SLOT)

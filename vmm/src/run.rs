@@ -23,6 +23,7 @@ use crate::control;
 use crate::core::Event;
 use crate::machine::{BootSource, Machine, MachineConfig};
 use crate::memory::Arena;
+use crate::net::nic::Nic;
 
 /// Exit code: the machine could not be built or started.
 pub const EXIT_CANNOT_START: i32 = 1;
@@ -48,6 +49,8 @@ pub struct RunConfig {
     pub generation: Generation,
     /// How checkpoints are captured.
     pub capture: Strategy,
+    /// Packets do not wait for their commit: for the negative control of tests ([`crate::net::nic::Nic::leak`]).
+    pub leak: bool,
 }
 
 /// Exit code: the guest of a stand-in reset itself or switched itself off.
@@ -113,7 +116,10 @@ pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32>
     // The arena holds no more than a dirty log: a bit a page.
     let arena_mib = Some(shape.memory_mib / (8 * 4096) + 1);
     let generation = Generation::ZERO;
-    run_as(RunConfig { machine, layout, arena_mib, standby: true, generation, capture: Strategy::Auto }, Way::StandIn)
+    run_as(
+        RunConfig { machine, layout, arena_mib, standby: true, generation, capture: Strategy::Auto, leak: false },
+        Way::StandIn,
+    )
 }
 
 fn run_as(config: RunConfig, way: Way) -> Result<i32> {
@@ -134,6 +140,9 @@ fn run_as(config: RunConfig, way: Way) -> Result<i32> {
     let mib = config.arena_mib.unwrap_or((config.machine.memory_mib / 4).max(64));
     let machine = Arc::new(Machine::build(config.machine.clone(), events)?);
     machine.capturing().strategy = config.capture;
+    if config.leak {
+        machine.core.hardware().nics.iter_mut().for_each(Nic::leak);
+    }
     let arena = Arena::open(&layout.arena(), mib.saturating_mul(1 << 20))?;
 
     let mut cleanup = Cleanup { files: vec![layout.vmm_pid(), layout.vmm_socket()], keep: false };

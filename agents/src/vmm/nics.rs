@@ -35,7 +35,7 @@ fn one(nic: &NicSpec, root: &Path) -> Result<(), String> {
         NicBackend::Macvtap(name) if !interface(name).join("macvtap").exists() => Err(format!(
             "this node has no macvtap {name}: create it (ip link add link INTERFACE name {name} type macvtap mode bridge)"
         )),
-        NicBackend::Macvtap(_) | NicBackend::Stream(_) | NicBackend::Dgram { .. } | NicBackend::None => Ok(()),
+        NicBackend::Macvtap(_) | NicBackend::Stream(_) | NicBackend::Dgram { .. } | NicBackend::None { .. } => Ok(()),
     }
 }
 

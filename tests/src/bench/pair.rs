@@ -16,6 +16,7 @@ use understudy_protocol::control::{
 };
 use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::layout::Layout;
+use understudy_protocol::nic::NicSpec;
 use understudy_vmm::backend::BackendConfig;
 use understudy_vmm::machine::{BootSource, MachineConfig};
 use understudy_vmm::run::{RunConfig, run};
@@ -59,6 +60,10 @@ pub struct Setup {
     pub serial: Option<String>,
     /// Its disk, as `understudy-vmm --disk` takes it.
     pub disk: Option<DiskSpec>,
+    /// Its network card, as `understudy-vmm --nic` takes it.
+    pub nic: Option<NicSpec>,
+    /// Negative control: packets do not wait for their commit.
+    pub leak: bool,
     /// The cluster's arm; without it replicators get `--no-cluster`.
     pub hook: Option<String>,
 }
@@ -75,6 +80,8 @@ impl Setup {
             replicator: Vec::new(),
             serial: None,
             disk: None,
+            nic: None,
+            leak: false,
             hook: None,
         }
     }
@@ -103,6 +110,10 @@ pub struct FlatVmm {
     serial: Option<BackendConfig>,
     #[arg(long)]
     disk: Vec<DiskSpec>,
+    #[arg(long)]
+    nic: Vec<NicSpec>,
+    #[arg(long)]
+    leak: bool,
     #[arg(long, default_value = "")]
     node: String,
     #[arg(long)]
@@ -127,13 +138,13 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         console: None,
         disks: args.disk,
         cdroms: Vec::new(),
-        nics: Vec::new(),
+        nics: args.nic,
         node: args.node,
         ram_file: layout.ram(),
     };
     let capture = understudy_protocol::control::Strategy::Auto;
     let generation = understudy_protocol::ids::Generation(1);
-    run(RunConfig { machine, layout, arena_mib: None, standby: args.standby, generation, capture })
+    run(RunConfig { machine, layout, arena_mib: None, standby: args.standby, generation, capture, leak: args.leak })
 }
 
 /// The smallest kernel by the Linux boot protocol: it halts.
@@ -211,6 +222,12 @@ impl Side {
         }
         if let Some(disk) = &setup.disk {
             vmm.arg("--disk").arg(disk.to_string()).arg("--node").arg(name);
+        }
+        if let Some(nic) = &setup.nic {
+            vmm.arg("--nic").arg(nic.to_string());
+        }
+        if setup.leak {
+            vmm.arg("--leak");
         }
         if standby {
             vmm.arg("--standby");

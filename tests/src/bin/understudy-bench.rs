@@ -11,6 +11,7 @@ use serde::Serialize;
 use understudy_tests::bench::{disk, disk_guest, host, lab, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
 use understudy_tests::disk_cuts;
+use understudy_tests::net_cuts;
 use understudy_tests::power_cuts;
 
 #[derive(Parser)]
@@ -79,6 +80,18 @@ enum Cmd {
         /// Each host has its own copy of the disk, and loses it now and then
         #[arg(long, conflicts_with = "unredirected")]
         mirrored: bool,
+        /// Seen from the network: the guest's packets carry its state, and must never contradict the image that survived; with switchovers
+        #[arg(long, conflicts_with_all = ["unredirected", "mirrored"])]
+        nic: bool,
+        /// With --nic: milliseconds between two checkpoints
+        #[arg(long, default_value_t = 25, requires = "nic")]
+        interval_ms: u64,
+        /// With --nic: milliseconds at least, when packets wait
+        #[arg(long, default_value_t = 1, requires = "nic")]
+        min_interval_ms: u64,
+        /// Negative control: packets do not wait for their commit; the network must notice
+        #[arg(long, hide = true, requires = "nic")]
+        leak: bool,
     },
     /// On this host's own KVM, in a real cluster (corosync, Pacemaker, our agents, fencing): power cuts by the hundred, of a guest that any
     /// KVM can run
@@ -147,7 +160,15 @@ fn run(command: Cmd) -> Result<i32> {
             write(&report, &measured)?;
             Ok(0)
         }
-        Cmd::PowerCuts { report, count, seed, unredirected, mirrored } => {
+        Cmd::PowerCuts { report, count, seed, nic: true, interval_ms, min_interval_ms, leak, .. } => {
+            let options = net_cuts::Options { count, seed, leak, interval_ms, min_interval_ms };
+            let measured = net_cuts::run(&options, &|text| println!("  … {text}"))?;
+            println!("{}", measured.kvm_backend);
+            print!("{}", net_cuts::table(&measured));
+            write(&report, &measured)?;
+            Ok(0)
+        }
+        Cmd::PowerCuts { report, count, seed, unredirected, mirrored, .. } => {
             let disks = match (unredirected, mirrored) {
                 (true, _) => power_cuts::Disks::Unredirected,
                 (false, true) => power_cuts::Disks::Mirrored,

@@ -57,7 +57,7 @@ impl Machine {
             },
             &ram,
         )?;
-        hardware.connect_nics(&config.nics, ports);
+        hardware.connect_nics(&config.name, &config.nics, ports);
         let mut lanes: Vec<_> = hardware.disks.iter().map(|disk| disk.lane.clone()).collect();
         let drives = Drives::new(&config.cdroms, lanes.split_off(config.disks.len()));
         let storage = Storage::new(&config.name, &config.node, &config.disks, lanes);

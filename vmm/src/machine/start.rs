@@ -55,6 +55,7 @@ impl Machine {
         opened: Opened,
     ) -> Result<()> {
         let mut hardware = self.core.hardware();
+        let taken_over = image.is_some();
         match image {
             None => {
                 life.born = generation;
@@ -70,6 +71,9 @@ impl Machine {
         hardware.set_gate(gate);
         self.start_pumps(&mut hardware, generation, life.born)?;
         self.start_nics(&mut hardware).inspect_err(|_| hardware.silence_nics(false))?;
+        if taken_over {
+            hardware.ask_to_announce();
+        }
         life.generation = generation;
         life.state = VmmState::Running;
         self.go(&mut hardware)?;
@@ -99,10 +103,12 @@ impl Machine {
 
     /// The network cards' ports come up: from here on this node is where the guest is.
     fn start_nics(&self, hardware: &mut Hardware) -> Result<()> {
-        for (i, (nic, spec)) in hardware.nics.iter().zip(&self.config.nics).enumerate() {
-            let Some(port) = &nic.port else { continue };
+        let now = hardware.stopwatch.now();
+        for (i, (nic, spec)) in hardware.nics.iter_mut().zip(&self.config.nics).enumerate() {
+            let Some(port) = nic.port.clone() else { continue };
             port.speak().with_context(|| format!("the network card {}", spec.name))?;
-            let workers = Workers::start(&self.core, i, &spec.name, port.clone())?;
+            nic.announce(now);
+            let workers = Workers::start(&self.core, i, &spec.name, port)?;
             // One by one: should another fail, they are not ended here, where they might wait for the device lock.
             self.nic_workers.lock().unwrap_or_else(PoisonError::into_inner).push(workers);
         }

@@ -168,22 +168,28 @@ impl Filter {
         self.rate_in.as_mut()?.wait(now)
     }
 
-    /// The guest sent this.
-    pub fn outbound(&mut self, packet: &mut Packet, now: Duration) -> Result<(), Reason> {
+    /// The guest sent this. What passes is to be tagged ([`Filter::tag`]).
+    pub fn outbound(&mut self, frame: &[u8], now: Duration) -> Result<(), Reason> {
         if self.idle {
             return Ok(());
         }
-        let result = self.judge_out(&packet.frame, now);
+        let result = self.judge_out(frame, now);
         self.count(result)?;
         if let Some(bucket) = &mut self.rate_out {
-            bucket.take(packet.frame.len() as u64);
+            bucket.take(frame.len() as u64);
         }
-        if let Some(vlan) = self.vlan {
+        Ok(())
+    }
+
+    /// Towards the bridge: in the card's VLAN, if it is in one.
+    pub fn tag(&self, packet: &mut Packet) {
+        if let Some(vlan) = self.vlan
+            && packet.frame.len() >= TAG_AT
+        {
             let [high, low] = vlan.to_be_bytes();
             packet.frame.splice(TAG_AT..TAG_AT, [0x81, 0x00, high, low]);
             shift(&mut packet.header, |at| at.saturating_add(TAG as u16));
         }
-        Ok(())
     }
 
     fn judge_out(&mut self, frame: &[u8], now: Duration) -> Result<(), Reason> {
@@ -223,19 +229,22 @@ impl Filter {
         }
     }
 
-    /// This is for the guest.
-    pub fn inbound(&mut self, packet: &mut Packet, now: Duration) -> Result<(), Reason> {
+    /// This is for the guest: header and frame. What passes has no tag of the card's any more.
+    pub fn inbound(&mut self, packet: &mut Vec<u8>, now: Duration) -> Result<(), Reason> {
         if self.idle {
             return Ok(());
         }
+        let frame = packet.get(HEADER..).unwrap_or_default();
         if let Some(bucket) = &mut self.rate_in {
-            bucket.take(packet.frame.len() as u64);
+            bucket.take(frame.len() as u64);
         }
-        let result = self.judge_in(&packet.frame, now);
+        let result = self.judge_in(frame, now);
         self.count(result)?;
         if self.vlan.is_some() {
-            packet.frame.drain(TAG_AT..TAG_AT + TAG);
-            shift(&mut packet.header, |at| at.saturating_sub(TAG as u16));
+            packet.drain(HEADER + TAG_AT..HEADER + TAG_AT + TAG);
+            if let Some(header) = packet.first_chunk_mut() {
+                shift(header, |at| at.saturating_sub(TAG as u16));
+            }
         }
         Ok(())
     }
@@ -340,39 +349,54 @@ mod tests {
     }
     const MINE: [u8; 4] = [10, 0, 0, 1];
 
+    impl Filter {
+        fn out(&mut self, packet: &mut Packet, now: Duration) -> Result<(), Reason> {
+            self.outbound(&packet.frame, now)?;
+            self.tag(packet);
+            Ok(())
+        }
+        fn inward(&mut self, packet: &mut Packet, now: Duration) -> Result<(), Reason> {
+            let mut whole = [&packet.header[..], &packet.frame].concat();
+            self.inbound(&mut whole, now)?;
+            packet.frame = whole.split_off(HEADER);
+            packet.header = whole.try_into().unwrap();
+            Ok(())
+        }
+    }
+
     #[test]
     fn without_a_word_everything_passes_as_it_is() {
         let mut f = filter("");
         assert!(f.is_idle());
         let mut packet = Packet { frame: vec![1; 3], ..Packet::default() };
-        assert_eq!((f.outbound(&mut packet, NOW), f.inbound(&mut packet, NOW)), (Ok(()), Ok(())));
+        assert_eq!((f.out(&mut packet, NOW), f.inward(&mut packet, NOW)), (Ok(()), Ok(())));
         assert_eq!(packet.frame, [1; 3]);
     }
 
     #[test]
     fn a_guest_cannot_send_as_another_card() {
         let mut f = filter("spoof=deny");
-        assert_eq!(f.outbound(&mut udp(GUEST, OTHER, MINE, 1), NOW), Ok(()));
-        assert_eq!(f.outbound(&mut udp(OTHER, GUEST, MINE, 1), NOW), Err(Reason::SpoofedMac));
-        assert_eq!(f.inbound(&mut udp(OTHER, GUEST, MINE, 1), NOW), Ok(()));
+        assert_eq!(f.out(&mut udp(GUEST, OTHER, MINE, 1), NOW), Ok(()));
+        assert_eq!(f.out(&mut udp(OTHER, GUEST, MINE, 1), NOW), Err(Reason::SpoofedMac));
+        assert_eq!(f.inward(&mut udp(OTHER, GUEST, MINE, 1), NOW), Ok(()));
         assert_eq!(f.drops().collect::<Vec<_>>(), [(Reason::SpoofedMac, 1)]);
     }
 
     #[test]
     fn nor_claim_an_address_that_it_was_not_given() {
         let mut f = filter("spoof=deny,addresses=10.0.0.1+fd00::1");
-        assert_eq!(f.outbound(&mut udp(GUEST, OTHER, MINE, 1), NOW), Ok(()));
-        assert_eq!(f.outbound(&mut arp(GUEST, (GUEST, MINE)), NOW), Ok(()));
-        assert_eq!(f.outbound(&mut arp(GUEST, (GUEST, [0; 4])), NOW), Ok(()), "a probe");
+        assert_eq!(f.out(&mut udp(GUEST, OTHER, MINE, 1), NOW), Ok(()));
+        assert_eq!(f.out(&mut arp(GUEST, (GUEST, MINE)), NOW), Ok(()));
+        assert_eq!(f.out(&mut arp(GUEST, (GUEST, [0; 4])), NOW), Ok(()), "a probe");
         let no = Err(Reason::SpoofedAddress);
-        assert_eq!(f.outbound(&mut udp(GUEST, OTHER, [10, 0, 0, 2], 1), NOW), no);
-        assert_eq!(f.outbound(&mut arp(GUEST, (GUEST, [10, 0, 0, 2])), NOW), no);
-        assert_eq!(f.outbound(&mut arp(GUEST, (OTHER, MINE)), NOW), no, "its address on another's card");
+        assert_eq!(f.out(&mut udp(GUEST, OTHER, [10, 0, 0, 2], 1), NOW), no);
+        assert_eq!(f.out(&mut arp(GUEST, (GUEST, [10, 0, 0, 2])), NOW), no);
+        assert_eq!(f.out(&mut arp(GUEST, (OTHER, MINE)), NOW), no, "its address on another's card");
         let double = tagged(3, &tagged(4, &udp(GUEST, OTHER, [10, 0, 0, 2], 1)));
-        assert_eq!(f.outbound(&mut double.clone(), NOW), no, "hidden behind two tags");
+        assert_eq!(f.out(&mut double.clone(), NOW), no, "hidden behind two tags");
         let mut cut = udp(GUEST, OTHER, MINE, 1);
         cut.frame.truncate(20);
-        assert_eq!(f.outbound(&mut cut, NOW), no);
+        assert_eq!(f.out(&mut cut, NOW), no);
     }
 
     #[test]
@@ -381,14 +405,14 @@ mod tests {
         let plain = udp(GUEST, OTHER, MINE, 100);
         let mut packet = plain.clone();
         packet.header = [1, 1, 54, 0, 0, 4, 34, 0, 16, 0, 0, 0];
-        f.outbound(&mut packet, NOW).unwrap();
+        f.out(&mut packet, NOW).unwrap();
         assert_eq!(packet.frame, tagged(12, &plain).frame);
         assert_eq!(packet.header, [1, 1, 58, 0, 0, 4, 38, 0, 16, 0, 0, 0]);
-        f.inbound(&mut packet, NOW).unwrap();
+        f.inward(&mut packet, NOW).unwrap();
         assert_eq!((packet.frame, packet.header), (plain.frame.clone(), [1, 1, 54, 0, 0, 4, 34, 0, 16, 0, 0, 0]));
-        assert_eq!(f.outbound(&mut tagged(13, &plain), NOW), Err(Reason::GuestTag));
+        assert_eq!(f.out(&mut tagged(13, &plain), NOW), Err(Reason::GuestTag));
         for other in [plain.clone(), tagged(13, &plain), tagged(12, &tagged(13, &plain))] {
-            assert_eq!(f.inbound(&mut other.clone(), NOW), Err(Reason::OtherVlan));
+            assert_eq!(f.inward(&mut other.clone(), NOW), Err(Reason::OtherVlan));
         }
     }
 
@@ -403,7 +427,7 @@ mod tests {
                 None => {
                     let mut packet = udp(GUEST, OTHER, MINE, 60_000);
                     sent += packet.frame.len();
-                    f.outbound(&mut packet, now).unwrap();
+                    f.out(&mut packet, now).unwrap();
                 }
             }
         }
@@ -417,7 +441,7 @@ mod tests {
         let passed = |f: &mut Filter, to: Mac, inside: bool| {
             let packets = (0..1000u64).filter(|n| {
                 let (now, mut packet) = (NOW + Duration::from_millis(*n), udp(OTHER, to, MINE, 1));
-                if inside { f.inbound(&mut packet, now) } else { f.outbound(&mut packet, now) }.is_ok()
+                if inside { f.inward(&mut packet, now) } else { f.out(&mut packet, now) }.is_ok()
             });
             packets.count()
         };
@@ -441,8 +465,8 @@ mod tests {
             for words in ["spoof=deny,addresses=10.0.0.1", "vlan=12", "storm=1", "rate-in=131072"] {
                 let mut f = filter(words);
                 let mut packet = Packet { header, frame: frame.clone(), queue: 0 };
-                let _ = f.outbound(&mut packet, NOW);
-                let _ = f.inbound(&mut packet, NOW);
+                let _ = f.out(&mut packet, NOW);
+                let _ = f.inward(&mut packet, NOW);
             }
         }
     }

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -73,10 +74,15 @@ impl Worker {
         // Whether there is something that did not go, and room for what arrives.
         let (mut blocked, mut room, mut reads) = (false, true, true);
         while !self.stop.load(Ordering::Acquire) {
-            if !self.wait(blocked, room && reads) {
+            let due = self.core.with_nic(self.nic, |nic| nic.next_due()).flatten();
+            if !self.wait(blocked, room && reads, due) {
                 return;
             }
             self.port.heard(self.queue);
+            if due.is_some() {
+                self.core.with_nic(self.nic, |nic| nic.announce_due());
+                self.core.settle();
+            }
             if self.queue == 0 {
                 blocked = !self.port.flush() || !self.write();
             }
@@ -84,8 +90,8 @@ impl Worker {
         }
     }
 
-    /// Until something may be done. False: there is nothing to wait on.
-    fn wait(&self, to_write: bool, to_read: bool) -> bool {
+    /// Until something may be done, or something is due. False: there is nothing to wait on.
+    fn wait(&self, to_write: bool, to_read: bool, due: Option<Duration>) -> bool {
         let Some(woken) = self.port.woken(self.queue) else { return false };
         let mut fds = vec![PollFd::new(woken, PollFlags::POLLIN)];
         let mut flags = PollFlags::empty();
@@ -97,7 +103,11 @@ impl Worker {
             fds.push(PollFd::new(fd, flags));
         }
         // Interrupted or not: whoever is woken looks at everything.
-        let _ = poll(&mut fds, PollTimeout::NONE);
+        let timeout = due.map_or(PollTimeout::NONE, |due| {
+            // Not a moment early: it would be asked again and again.
+            PollTimeout::try_from(due + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
+        });
+        let _ = poll(&mut fds, timeout);
         true
     }
 
