@@ -1,6 +1,6 @@
 //! Three planes: are replication, management and business traffic on networks of their own, and is what must not be lost there twice?
 //!
-//! All of it works on one cable; so these are warnings. `docs/network.md` says what each loss costs.
+//! All of it works on one cable; so these are warnings. `docs/planes.md` says what each loss costs.
 
 use std::net::IpAddr;
 

@@ -171,7 +171,8 @@ pub fn run(mix: &Mix, say: &dyn Fn(&str)) -> Result<Report> {
     let mut random = Random(seed | 1);
     let events = mix.shuffled(&mut random);
     say(&format!("{} events (--seed {seed})", events.len()));
-    let mut report = Report { seed, mirrored: mix.mirrored, unredirected: mix.unredirected, ..Report::default() };
+    let (storage, mirrored, unredirected) = (mix.storage, mix.mirrored, mix.unredirected);
+    let mut report = Report { seed, storage, mirrored, unredirected, ..Report::default() };
     let mut world = World::new(mix, say)?;
     let outcome = play(&mut world, &mut report, &events, &mut random, say);
     let books = world.books();

@@ -173,7 +173,7 @@ mod tests {
         let ask = |disk: &Arc<Disk>| {
             let (say, said) = mpsc::channel();
             let disk = disk.clone();
-            thread::spawn(move || say.send(disk.status()));
+            thread::spawn(move || drop(say.send(disk.status())));
             said.recv_timeout(Duration::from_secs(20)).expect("the status waits for the storage")
         };
         {
