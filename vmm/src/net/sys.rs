@@ -12,6 +12,10 @@ use crate::devices::virtio::net::Offloads;
 
 /// `linux/sockios.h`; crate `libc` has it for Android only.
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+const SIOCDEVPRIVATE: libc::c_ulong = 0x89f0;
+/// `linux/if_bridge.h`; a bridge has at most so many ports.
+const BRCTL_GET_PORT_LIST: libc::c_ulong = 7;
+const BRIDGE_PORTS: usize = 1024;
 
 /// `struct ifreq` with this name. Names were checked when they were read: shorter than the kernel's field.
 fn request(name: &str) -> io::Result<libc::ifreq> {
@@ -113,6 +117,19 @@ impl Interfaces {
         let mut request = request(bridge)?;
         request.ifr_ifru.ifru_ifindex = index;
         call(&self.0, SIOCBRADDIF, &mut request)
+    }
+
+    /// Whether it is in this bridge. (Asked of the bridge itself: `/sys` shows the interfaces of the namespace that it was mounted in.)
+    pub fn in_bridge(&self, name: &str, bridge: &str) -> io::Result<bool> {
+        let index = self.index(name)?;
+        let mut ports = [0 as libc::c_int; BRIDGE_PORTS];
+        let mut arguments =
+            [BRCTL_GET_PORT_LIST, ports.as_mut_ptr() as libc::c_ulong, BRIDGE_PORTS as libc::c_ulong, 0];
+        let mut request = request(bridge)?;
+        request.ifr_ifru.ifru_data = arguments.as_mut_ptr().cast();
+        // The kernel reads the four arguments and writes at most as many indices as the third one says.
+        call(&self.0, SIOCDEVPRIVATE, &mut request)?;
+        Ok(ports.contains(&index))
     }
 
     /// Its MTU.

@@ -66,9 +66,15 @@ impl Tap {
         if let Some(bridge) = bridge {
             match tap.interfaces.enslave(name, bridge) {
                 Ok(()) => {}
-                // In that bridge already, or in another: the kernel does not say which, /sys does.
-                Err(e) if e.raw_os_error() == Some(libc::EBUSY) && tap.in_bridge(bridge) => {}
-                Err(e) => bail!("cannot put {name} into the bridge {bridge}: {e}"),
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                    // In that bridge already, or in another.
+                    if !tap.interfaces.in_bridge(name, bridge).unwrap_or(false) {
+                        bail!(
+                            "{name} is in another bridge than {bridge}: take it out there (ip link set {name} nomaster), or name that one"
+                        );
+                    }
+                }
+                Err(e) => bail!("cannot put {name} into {bridge}, which may not be a bridge: {e}"),
             }
         }
         Ok(tap)
@@ -101,11 +107,6 @@ impl Tap {
                 .with_context(|| format!("{} has no virtio-net header of {HEADER} bytes", self.name))?;
         }
         self.set_offloads(Offloads::default()).with_context(|| format!("{} has no offloads", self.name))
-    }
-
-    fn in_bridge(&self, bridge: &str) -> bool {
-        let master = std::fs::read_link(format!("/sys/class/net/{}/master", self.name));
-        master.is_ok_and(|path| path.file_name().is_some_and(|name| name == bridge))
     }
 
     fn queue(&self, pair: u16) -> Option<&File> {
