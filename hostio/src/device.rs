@@ -3,7 +3,7 @@
 //! Reservations are *changed* through the kernel's own calls (`linux/pr.h`), which are there for SCSI disks, NVMe namespaces and device-mapper alike: for a
 //! multipath device they register every path, which a command sent down one path would not. The kernel asks for APTPL by itself. There is no such call to
 //! *read* them, so that is a SCSI command (`SG_IO`), which multipath passes to one of its paths. A device that does not take it (NVMe) counts as one
-//! without reservations.
+//! without reservations. A SCSI device that cannot keep registrations beyond a loss of power refuses the kernel's APTPL: it is registered with by `SG_IO` too.
 
 use std::fs::File;
 use std::io;
@@ -13,15 +13,17 @@ use std::time::Duration;
 use nix::libc::{c_int, c_uchar, c_uint, c_ushort, c_void};
 
 mod sys {
-    use super::{Preempt, Registration, Reservation, SgHeader};
+    use super::{Preempt, Registration, Reservation, SgHeader, c_int};
     // BLKFLSBUF, linux/fs.h: write back and forget what this node's page cache has of a block device.
     nix::ioctl_none_bad!(flush_buffers, 0x1261);
     // linux/pr.h
     nix::ioctl_write_ptr!(pr_register, b'p', 200, Registration);
     nix::ioctl_write_ptr!(pr_reserve, b'p', 201, Reservation);
+    nix::ioctl_write_ptr!(pr_preempt, b'p', 203, Preempt);
     nix::ioctl_write_ptr!(pr_preempt_abort, b'p', 204, Preempt);
     // scsi/sg.h
     nix::ioctl_readwrite_bad!(sg_io, 0x2285, SgHeader);
+    nix::ioctl_readwrite_bad!(sg_scsi_reset, 0x2284, c_int);
 }
 
 /// `struct pr_registration`
@@ -122,22 +124,68 @@ pub fn preempt_and_abort(device: &File, key: u64, other: u64) -> io::Result<()> 
     answered(unsafe { sys::pr_preempt_abort(device.as_raw_fd(), &argument) })
 }
 
+/// PREEMPT alone: what the other has under way goes on.
+///
+/// # Errors
+/// As [`preempt_and_abort`].
+pub fn preempt(device: &File, key: u64, other: u64) -> io::Result<()> {
+    let argument = Preempt { old: other, new: key, kind: WRITE_EXCLUSIVE_REGISTRANTS_ONLY, flags: 0 };
+    // SAFETY: the argument has the call's layout and lives through it.
+    answered(unsafe { sys::pr_preempt(device.as_raw_fd(), &argument) })
+}
+
+/// LOGICAL UNIT RESET: ends what anybody has under way at a SCSI device.
+///
+/// # Errors
+/// It needs CAP_SYS_ADMIN and CAP_SYS_RAWIO; what the device says.
+pub fn reset_unit(device: &File) -> io::Result<()> {
+    // SG_SCSI_RESET_DEVICE, and not more when that fails (SG_SCSI_RESET_NO_ESCALATE).
+    let mut what: c_int = 1 | 0x100;
+    // SAFETY: the argument is an int and lives through the call.
+    unsafe { sys::sg_scsi_reset(device.as_raw_fd(), &mut what) }?;
+    Ok(())
+}
+
+/// A SCSI command that sends `from`.
+///
+/// # Errors
+/// The device takes no SCSI commands; it did not do it.
+pub fn scsi_write(device: &File, cdb: &[u8], from: &[u8], patience: Duration) -> io::Result<()> {
+    // SG_DXFER_TO_DEV
+    // SAFETY: these are the slice's bytes, which in this direction nobody writes to.
+    unsafe { scsi(device, cdb, -2, from.as_ptr().cast_mut(), from.len(), patience) }.map(drop)
+}
+
 /// A SCSI command that reads up to `to.len()` bytes. Returns how many came.
 ///
 /// # Errors
 /// The device takes no SCSI commands; it did not do it.
 pub fn scsi_read(device: &File, cdb: &[u8], to: &mut [u8], patience: Duration) -> io::Result<usize> {
+    // SG_DXFER_FROM_DEV
+    // SAFETY: these are the slice's bytes, borrowed for writing.
+    unsafe { scsi(device, cdb, -3, to.as_mut_ptr(), to.len(), patience) }
+}
+
+/// # Safety
+/// `data` has `len` bytes that live through the call, and may be written to unless the direction is to the device.
+unsafe fn scsi(
+    device: &File,
+    cdb: &[u8],
+    direction: c_int,
+    data: *mut u8,
+    len: usize,
+    patience: Duration,
+) -> io::Result<usize> {
     let mut sense = [0; 64];
     let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
     let mut header = SgHeader {
         interface_id: c_int::from(b'S'),
-        // SG_DXFER_FROM_DEV
-        dxfer_direction: -3,
+        dxfer_direction: direction,
         cmd_len: c_uchar::try_from(cdb.len()).map_err(|_| too_long())?,
         mx_sb_len: 64,
         iovec_count: 0,
-        dxfer_len: c_uint::try_from(to.len()).map_err(|_| too_long())?,
-        dxferp: to.as_mut_ptr().cast(),
+        dxfer_len: c_uint::try_from(len).map_err(|_| too_long())?,
+        dxferp: data.cast(),
         cmdp: cdb.as_ptr(),
         sbp: sense.as_mut_ptr(),
         timeout: c_uint::try_from(patience.as_millis()).unwrap_or(c_uint::MAX),
@@ -157,7 +205,7 @@ pub fn scsi_read(device: &File, cdb: &[u8], to: &mut [u8], patience: Duration) -
     // SAFETY: command, data and sense are as long as the header says and live through the call.
     unsafe { sys::sg_io(device.as_raw_fd(), &mut header) }?;
     match (header.status, header.host_status) {
-        (0, 0) => Ok(to.len().saturating_sub(usize::try_from(header.resid).unwrap_or(0))),
+        (0, 0) => Ok(len.saturating_sub(usize::try_from(header.resid).unwrap_or(0))),
         (0x18, _) => Err(io::Error::from_raw_os_error(nix::libc::EBADE)),
         (status, host) => {
             let text = format!(

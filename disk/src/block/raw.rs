@@ -304,12 +304,29 @@ impl DeviceReservations {
             device::scsi_read(&self.file, &scsi::reserve_in(action, data.len()), &mut data, PATIENCE).doing(doing)?;
         parse(&data[..got]).map_err(|why| Error::Io { doing: doing(), source: std::io::Error::other(why) })
     }
+    /// Register; whether that survives the device's loss of power.
+    fn enrol(&self, key: u64, doing: &str) -> Result<bool> {
+        match device::register(&self.file, key) {
+            // The kernel asks for APTPL, and it cannot keep registrations beyond a loss of power.
+            Err(e) if refused(&e) => {
+                let (cdb, parameters) = scsi::reserve_out(scsi::REGISTER_AND_IGNORE, 0, key, false);
+                let done = device::scsi_write(&self.file, &cdb, &parameters, PATIENCE);
+                self.conflict(done, doing).map(|()| false)
+            }
+            result => self.conflict(result, doing).map(|()| true),
+        }
+    }
     fn conflict(&self, result: std::io::Result<()>, doing: &str) -> Result<()> {
         result.map_err(|e| match e.raw_os_error() {
             Some(nix::libc::EBADE) => Error::Preempted { disk: self.name.clone() },
             _ => Error::io(format!("{doing} {}", self.name), e),
         })
     }
+}
+
+/// What the kernel makes of a field that the device does not know.
+fn refused(e: &std::io::Error) -> bool {
+    e.raw_os_error() == Some(nix::libc::EINVAL)
 }
 
 impl Reservations for DeviceReservations {
@@ -320,17 +337,23 @@ impl Reservations for DeviceReservations {
         self.read(scsi::READ_RESERVATION, parse_held)
     }
     fn register(&self, key: Key) -> Result<bool> {
-        // (The kernel asks for APTPL; a device without it refuses.)
-        self.conflict(device::register(&self.file, key.0), "registering with").map(|()| true)
+        self.enrol(key.0, "registering with")
     }
     fn reserve(&self, key: Key) -> Result<()> {
         self.conflict(device::reserve(&self.file, key.0), "reserving")
     }
     fn preempt_and_abort(&self, key: Key, other: Key) -> Result<()> {
-        self.conflict(device::preempt_and_abort(&self.file, key.0, other.0), "preempting an earlier owner of")
+        let preempted = match device::preempt_and_abort(&self.file, key.0, other.0) {
+            // A target that has only half of it (tgt) does the other half when it is asked for it.
+            Err(e) if refused(&e) => {
+                device::preempt(&self.file, key.0, other.0).and_then(|()| device::reset_unit(&self.file))
+            }
+            other => other,
+        };
+        self.conflict(preempted, "preempting an earlier owner of")
     }
     fn unregister(&self, _: Key) -> Result<()> {
-        self.conflict(device::register(&self.file, 0), "withdrawing from")
+        self.enrol(0, "withdrawing from").map(drop)
     }
 }
 
