@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use understudy_crm::check::{self, Finding, Severity};
 use understudy_crm::compile::compile;
@@ -80,7 +80,10 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Check { file, json, corosync } => {
             let (policy, mut findings) = check::read(&text(file)?);
             if let Some(policy) = &policy {
-                findings.extend(planes::check(policy, corosync_conf(corosync.as_deref())?.as_deref()));
+                findings.extend(planes::check(
+                    policy,
+                    planes::corosync_conf(corosync.as_deref()).map_err(Error::msg)?.as_deref(),
+                ));
             }
             if *json {
                 println!("{}", serde_json::to_string_pretty(&findings)?);
@@ -121,16 +124,6 @@ fn run(command: &Command) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-    }
-}
-
-/// Corosync's configuration, if it was named or is where it should be.
-fn corosync_conf(named: Option<&Path>) -> Result<Option<String>> {
-    let file = named.unwrap_or(Path::new(planes::COROSYNC_CONF));
-    match std::fs::read(file) {
-        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
-        Err(_) if named.is_none() => Ok(None),
-        Err(e) => Err(e).with_context(|| format!("reading Corosync's configuration {}", file.display())),
     }
 }
 

@@ -3,12 +3,23 @@
 //! All of it works on one cable; so these are warnings. `docs/planes.md` says what each loss costs.
 
 use std::net::IpAddr;
+use std::path::Path;
 
 use crate::check::{Finding, Severity};
 use crate::policy::{Machine, Node, Policy, Protection};
 
 /// Where Corosync's configuration is.
 pub const COROSYNC_CONF: &str = "/etc/corosync/corosync.conf";
+
+/// Corosync's configuration, if it was named or is where it should be.
+pub fn corosync_conf(named: Option<&Path>) -> Result<Option<String>, String> {
+    let file = named.unwrap_or(Path::new(COROSYNC_CONF));
+    match std::fs::read(file) {
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(_) if named.is_none() => Ok(None),
+        Err(e) => Err(format!("cannot read Corosync's configuration {}: {e}", file.display())),
+    }
+}
 
 /// A node as Corosync's `nodelist` has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
