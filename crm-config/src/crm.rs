@@ -8,6 +8,10 @@ use crate::model::{Agent, Configuration, Constraint, Pair, Primitive, Resource, 
 /// All of it.
 pub fn text(configuration: &Configuration) -> String {
     let mut out = String::new();
+    if !configuration.nodes.is_empty() {
+        out.push_str("# The nodes' attributes are not in this: `configure load update` would drop those of others. First load what\n");
+        out.push_str("# `understudy-crm show --format crm-nodes` prints, with `crm -f FILE`.\n");
+    }
     for resource in &configuration.resources {
         match resource {
             Resource::Primitive(p) => primitive(&mut out, p),
@@ -30,6 +34,20 @@ pub fn text(configuration: &Configuration) -> String {
     let ids: Vec<&str> = configuration.resources.iter().map(Resource::id).collect();
     if !ids.is_empty() {
         line(&mut out, &format!("tag {TAG}: {}", ids.join(" ")), &[]);
+    }
+    out
+}
+
+/// What the nodes are told, as commands for `crm -f FILE`: one at a time, since a `node` statement replaces a node's
+/// attributes as a whole, `standby` among them (tried with crmsh 5).
+pub fn nodes(configuration: &Configuration) -> String {
+    let mut out = String::new();
+    for node in &configuration.nodes {
+        for (kind, pairs) in [("attribute", &node.attributes), ("utilization", &node.utilization)] {
+            for (name, value) in pairs {
+                let _ = writeln!(out, "node {kind} {} set {name} {}", node.name, quoted(value));
+            }
+        }
     }
     out
 }
@@ -77,6 +95,7 @@ fn primitive(out: &mut String, p: &Primitive) {
         parts.push(text);
     }
     parts.push(section("meta", &p.meta));
+    parts.push(section("utilization", &p.utilization));
     line(out, &format!("primitive {} {agent}", p.id), &parts);
 }
 
@@ -86,12 +105,11 @@ fn constraint_line(constraint: &Constraint) -> String {
         None => resource.to_string(),
     };
     match constraint {
-        Constraint::Location { id, resource, role, score, tests, never_probe } => {
-            let discovery = if *never_probe { " resource-discovery=never" } else { "" };
+        Constraint::Location { id, resource, role, score, tests, discovery } => {
+            let discovery = discovery.as_str().map(|d| format!(" resource-discovery={d}")).unwrap_or_default();
             let role = role.map(|r| format!(" $role={}", r.as_str())).unwrap_or_default();
             let score = score.to_string().replace("INFINITY", "inf");
-            let tests: Vec<String> =
-                tests.iter().map(|t| format!("{} {} {}", t.attribute, t.operation, t.value)).collect();
+            let tests: Vec<String> = tests.iter().map(ToString::to_string).collect();
             format!("location {id} {resource}{discovery} rule{role} {score}: {}", tests.join(" and "))
         }
         Constraint::Order { id, first, then, symmetrical } => {
