@@ -254,7 +254,7 @@ impl Load {
 fn fullness(node: &Node, load: Load, machine: &Machine) -> (bool, u64, u64) {
     let mut load = load;
     load.add(machine);
-    let share = |used: u64, of: Option<u64>| used.saturating_mul(1000) / of.unwrap_or(1 << 20).max(1);
+    let share = |used: u64, of: Option<u64>| used.saturating_mul(1_000_000) / of.unwrap_or(1 << 20).max(1);
     let full = node.memory.is_some_and(|memory| load.memory > memory);
     (full, share(load.memory, node.memory), share(load.vcpus, node.cpus.map(u64::from)))
 }

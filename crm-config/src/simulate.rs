@@ -87,6 +87,10 @@ pub fn outcome(result: &Element) -> Outcome {
             out.fenced.extend(get("node").map(str::to_string));
             continue;
         }
+        // What waits for quorum or for a fence that cannot succeed does not happen.
+        if get("blocked") == Some("true") {
+            continue;
+        }
         let Some(resource) = get("resource") else { continue };
         let id = resource.split(':').next().unwrap_or(resource).to_string();
         let instances = out.after.entry(id).or_default();
@@ -107,6 +111,15 @@ pub fn outcome(result: &Element) -> Outcome {
             "move" | "migrate" => {
                 leave(instances);
                 arrive(instances, get("next-role") == Some("Promoted"));
+            }
+            // In place, but the role may be another afterwards.
+            "reload" | "restart" | "recover" => {
+                if let Some(role) = get("next-role")
+                    && let Some(node) = get("dest").or(get("source")).or(get("node"))
+                {
+                    instances.retain(|r| r.node != node);
+                    instances.push(Running { node: node.into(), promoted: role == "Promoted" });
+                }
             }
             _ => {}
         }
@@ -224,6 +237,10 @@ fn history(resource: &str, kind: &str, last: &str, node: &str) -> Element {
             .with("transition-key", key)
             .with("transition-magic", format!("0:0;{key}"))
             .with("on_node", node)
+            // Without the digest of what it was started with, Pacemaker would restart it. The digest of no parameters at all
+            // as that of those that need a restart makes it a reload, which changes no place.
+            .with("op-force-restart", " none ")
+            .with("op-restart-digest", "f2317cad3d54cec5d7d7aa7d0bf35cf8")
             .with("call-id", call)
             .with("rc-code", 0)
             .with("op-status", 0)
