@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::model::{Agent, Configuration, Constraint, Operation, NodeSettings, Pair, Primitive, Resource, Role, Score};
+use crate::model::{Agent, Configuration, Constraint, NodeSettings, Operation, Pair, Primitive, Resource, Role, Score};
 use crate::policy::Policy;
 use crate::xml::Element;
 

@@ -23,7 +23,8 @@
 //! * *The loss of a board stops no machine*: serial lines have no constraint with machines at all.
 
 use crate::model::{
-    Agent, Configuration, Constraint, Discovery, FencingLevel, NodeSettings, Operation, Pair, Primitive, Resource, Role, Score, Test,
+    Agent, Configuration, Constraint, Discovery, FencingLevel, NodeSettings, Operation, Pair, Primitive, Resource,
+    Role, Score, Test,
 };
 use crate::placement::{self, HOME, Placed, STICKINESS, Target};
 use crate::policy::{Board, Fencing, Machine, Mode, Node, Policy};
@@ -358,7 +359,7 @@ fn listener(configuration: &mut Configuration, policy: &Policy) {
             agent: understudy("migrations"),
             parameters: vec![pair("peers", policy.migration_peers()), pair("key", policy.cluster.key.get_ref())],
             meta: Vec::new(),
-        utilization: Vec::new(),
+            utilization: Vec::new(),
             operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
         },
     });
@@ -563,9 +564,14 @@ fn protected(
     let stop = Operation { on_fail: Some("block"), ..once("stop", 30) };
     let mut operations = vec![once("start", 30), stop, once("promote", 30), once("demote", 30), once("notify", 10)];
     operations.extend(monitors(20));
-    let replicator =
-        Primitive { id: repl.clone(), agent: understudy("replicator"), parameters, meta: Vec::new(),
-        utilization: Vec::new(), operations };
+    let replicator = Primitive {
+        id: repl.clone(),
+        agent: understudy("replicator"),
+        parameters,
+        meta: Vec::new(),
+        utilization: Vec::new(),
+        operations,
+    };
     let meta = vec![pair("failure-timeout", machine.failure_timeout), pair("critical", "false")];
     configuration.resources.push(promotable(replicator, meta));
 

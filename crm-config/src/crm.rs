@@ -5,13 +5,9 @@ use std::fmt::Write;
 use crate::cib::{DEFAULTS, PROPERTIES, TAG};
 use crate::model::{Agent, Configuration, Constraint, Pair, Primitive, Resource, Role};
 
-/// All of it.
+/// All of it but what [`nodes`] says. (No comments: crmsh would write them into the CIB.)
 pub fn text(configuration: &Configuration) -> String {
     let mut out = String::new();
-    if !configuration.nodes.is_empty() {
-        out.push_str("# The nodes' attributes are not in this: `configure load update` would drop those of others. First load what\n");
-        out.push_str("# `understudy-crm show --format crm-nodes` prints, with `crm -f FILE`.\n");
-    }
     for resource in &configuration.resources {
         match resource {
             Resource::Primitive(p) => primitive(&mut out, p),

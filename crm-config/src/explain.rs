@@ -62,7 +62,8 @@ pub fn explain(policy: &Policy, name: &str) -> Option<String> {
     let _ = writeln!(out, "  every other node is forbidden; it stays where it runs unless that fails (stickiness)");
     if policy.automation(machine) != Automation::Automatic && machine.mode() == Mode::Restart {
         let attribute = crate::compile::wish_attribute(name);
-        let _ = writeln!(out, "  to release it: crm_attribute --type nodes --node NODE --name {attribute} --update 900");
+        let _ =
+            writeln!(out, "  to release it: crm_attribute --type nodes --node NODE --name {attribute} --update 900");
     }
     Some(out)
 }

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use understudy_crm::check::{self, Finding, Severity};
 use understudy_crm::compile::compile;
+use understudy_crm::explain::explain;
 use understudy_crm::merge::{Change, canonical, merge};
 use understudy_crm::model::Configuration;
-use understudy_crm::explain::explain;
 use understudy_crm::plan::{self, Fault, What};
 use understudy_crm::policy::Policy;
 use understudy_crm::simulate::{Scheduler, settled};
@@ -129,6 +129,12 @@ fn run(command: &Command) -> Result<ExitCode> {
             let (policy, configuration) = configuration(file)?;
             match format {
                 Format::Cib => println!("{}", cib::document(&policy, &configuration)),
+                Format::Crm if !configuration.nodes.is_empty() => {
+                    eprintln!(
+                        "understudy-crm: first load the nodes' attributes: --format crm-nodes > FILE; crm -f FILE"
+                    );
+                    print!("{}", crm::text(&configuration));
+                }
                 Format::Crm => print!("{}", crm::text(&configuration)),
                 Format::CrmNodes => print!("{}", crm::nodes(&configuration)),
                 Format::Pcs => print!("{}", pcs::script(&configuration)),
@@ -176,7 +182,8 @@ fn run(command: &Command) -> Result<ExitCode> {
 
 /// A configuration from a file.
 fn saved(file: &Path) -> Result<Element> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("reading the configuration {}", file.display()))?;
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("reading the configuration {}", file.display()))?;
     Element::parse(&text).with_context(|| format!("reading {} as cibadmin's output", file.display()))
 }
 

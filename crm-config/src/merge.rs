@@ -73,7 +73,8 @@ fn node_attributes(live: &mut Element, wanted: &[NodeSettings], changes: &mut Ve
         let wanted = wanted.iter().find(|w| node.attribute("uname") == Some(&w.name)).unwrap_or(&none);
         let before = node.clone();
         let mut missing = node_sets(node.id(), wanted);
-        for set in node.children.iter_mut().filter(|s| matches!(s.name.as_str(), "instance_attributes" | "utilization")) {
+        for set in node.children.iter_mut().filter(|s| matches!(s.name.as_str(), "instance_attributes" | "utilization"))
+        {
             let Element { name: kind, children, .. } = set;
             let Some(ours) = missing.iter_mut().find(|m| m.name == *kind) else {
                 children.retain(|p| !is_our_attribute(p.attribute("name").unwrap_or_default()));

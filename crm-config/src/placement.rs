@@ -196,7 +196,15 @@ impl<'a> Estate<'a> {
             Some(*names.entry(business.get_ref().as_str()).or_insert(next))
         });
         let kind = kind.collect();
-        Self { policy, rack, racks, kind, kinds: names.len(), ordinary: policy.ordinary_clusters(), limited: policy.knows_capacity() }
+        Self {
+            policy,
+            rack,
+            racks,
+            kind,
+            kinds: names.len(),
+            ordinary: policy.ordinary_clusters(),
+            limited: policy.knows_capacity(),
+        }
     }
 
     /// Which nodes a machine may go to, by the evacuation policy alone: index and tier.
@@ -210,7 +218,8 @@ impl<'a> Estate<'a> {
                 return standby.then_some((index, 0, Place::Named));
             }
             if node.dedicated() {
-                let wanted = machine.high_performance.as_ref().is_none_or(|id| Some(id) == node.high_performance.as_ref());
+                let wanted =
+                    machine.high_performance.as_ref().is_none_or(|id| Some(id) == node.high_performance.as_ref());
                 let tier = machine.evacuation().tier(true)?;
                 return (wanted && machine.high_performance_need()).then_some((index, tier, Place::Dedicated));
             }
@@ -359,12 +368,13 @@ impl Homes {
         let mut standbys = vec![None; policy.machines.len()];
         for &m in order.iter().filter(|&&m| policy.machines[m].protected()) {
             let (machine, Some(home)) = (&policy.machines[m], homes[m]) else { continue };
-            let standby = estate.permitted(machine).into_iter().filter(|&(n, ..)| n != home).min_by_key(|&(n, tier, _)| {
-                let (full, memory, cpus) = fullness(&policy.nodes[n], self.load[n], machine);
-                let rack = estate.rack[n];
-                let same = rack == estate.rack[home];
-                (same, tier, full, self.of_type(estate, estate.kind[m], rack), memory, cpus, n)
-            });
+            let standby =
+                estate.permitted(machine).into_iter().filter(|&(n, ..)| n != home).min_by_key(|&(n, tier, _)| {
+                    let (full, memory, cpus) = fullness(&policy.nodes[n], self.load[n], machine);
+                    let rack = estate.rack[n];
+                    let same = rack == estate.rack[home];
+                    (same, tier, full, self.of_type(estate, estate.kind[m], rack), memory, cpus, n)
+                });
             if let Some((node, ..)) = standby {
                 self.occupy(estate, m, node);
                 standbys[m] = Some(node);

@@ -69,7 +69,8 @@ impl Scheduler {
             bail!("crm_simulate failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
         }
         written.context("handing the configuration to crm_simulate")?;
-        let result = Element::parse(&String::from_utf8_lossy(&output.stdout)).context("reading what crm_simulate printed")?;
+        let result =
+            Element::parse(&String::from_utf8_lossy(&output.stdout)).context("reading what crm_simulate printed")?;
         Ok(outcome(&result))
     }
 }
@@ -144,7 +145,8 @@ fn running(element: &Element, into: &mut BTreeMap<String, Vec<Running>>) {
 pub fn with_dead(cib: &Element, dead: &[String]) -> Element {
     let mut cib = cib.clone();
     let is_dead = |e: &Element| dead.iter().any(|d| e.attribute("uname") == Some(d));
-    let nodes = cib.child("configuration").and_then(|c| c.child("nodes")).map(|n| n.children.as_slice()).unwrap_or_default();
+    let nodes =
+        cib.child("configuration").and_then(|c| c.child("nodes")).map(|n| n.children.as_slice()).unwrap_or_default();
     let members = nodes.iter().filter(|n| n.attribute("type") != Some("remote"));
     let (all, lost) = members.fold((0, 0), |(all, lost), n| (all + 1, lost + usize::from(is_dead(n))));
     for state in cib.child_or_new("status").children.iter_mut().filter(|s| is_dead(s)) {
@@ -216,8 +218,9 @@ fn at_rest(policy: &Policy, placed: Option<&Placed>, m: usize) -> Vec<usize> {
         Some(placed) => placed.targets.iter().map(|t| t.node).collect(),
         None => {
             let primary = |i: &usize| machine.primary.as_ref() != Some(&policy.nodes[*i].name);
-            let mut nodes: Vec<usize> =
-                (0..policy.nodes.len()).filter(|i| policy.candidates(machine).any(|n| n.name == policy.nodes[*i].name)).collect();
+            let mut nodes: Vec<usize> = (0..policy.nodes.len())
+                .filter(|i| policy.candidates(machine).any(|n| n.name == policy.nodes[*i].name))
+                .collect();
             nodes.sort_by_key(primary);
             nodes
         }

@@ -78,7 +78,8 @@ fn half(
         );
         let rack = node.rack.as_ref().map(|r| format!(" · rack {}", r.get_ref())).unwrap_or_default();
         let state = if is_dead { " ✕" } else { "" };
-        let _ = writeln!(out, "<text x=\"{}\" y=\"{}\">{}</text>", x + 6, y + 16, escape(&format!("{name}{rack}{state}")));
+        let _ =
+            writeln!(out, "<text x=\"{}\" y=\"{}\">{}</text>", x + 6, y + 16, escape(&format!("{name}{rack}{state}")));
         let here: Vec<&String> = places.iter().filter(|(_, n)| *n == name).map(|(m, _)| m).collect();
         for (row, machine) in here.iter().take(MOST).enumerate() {
             let colour = if marked.contains(&machine.as_str()) { "#06c" } else { "#222" };

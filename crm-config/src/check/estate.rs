@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::{Checker, Severity};
 use crate::estate::{AlertKind, Automation, Evacuation, Mode, Plane};
-use crate::placement::{Placed, Place};
+use crate::placement::{Place, Placed};
 use crate::policy::{Machine, Policy, Protection, Spanned};
 
 /// Everything that needs no placement to be judged.
@@ -14,7 +14,9 @@ pub fn check(c: &mut Checker, policy: &Policy) {
         c.error(&policy.cluster.candidates, "cluster.candidates must be 1 to 64");
     }
     for node in &policy.nodes {
-        for (what, name) in [("rack", &node.rack), ("cluster", &node.cluster), ("high_performance", &node.high_performance)] {
+        for (what, name) in
+            [("rack", &node.rack), ("cluster", &node.cluster), ("high_performance", &node.high_performance)]
+        {
             name.iter().for_each(|name| c.label(what, name));
         }
         if node.memory == Some(0) || node.cpus == Some(0) {
@@ -25,13 +27,19 @@ pub fn check(c: &mut Checker, policy: &Policy) {
     alerts(c, policy);
     let asked = policy.cluster.automation.iter().chain(policy.machines.iter().filter_map(|m| m.automation.as_ref()));
     if let Some(semi) = asked.into_iter().find(|a| *a.get_ref() == Automation::Semi) {
-        c.note(semi, "nobody is asked yet: semi is as manual, and the operator has to release what shall leave its home");
+        c.note(
+            semi,
+            "nobody is asked yet: semi is as manual, and the operator has to release what shall leave its home",
+        );
     }
     if let Some(priority) = policy.machines.iter().find_map(|m| m.priority.as_ref())
         && policy.places()
         && policy.knows_capacity()
     {
-        c.note(priority, "where memory is short, Pacemaker stops machines of lower priority; pausing them is not there yet");
+        c.note(
+            priority,
+            "where memory is short, Pacemaker stops machines of lower priority; pausing them is not there yet",
+        );
     }
     if policy.places() && !policy.knows_capacity() && policy.nodes.iter().any(|n| n.memory.is_some()) {
         let without = policy.nodes.iter().filter(|n| n.memory.is_none());
@@ -80,9 +88,8 @@ fn of_machine(c: &mut Checker, policy: &Policy, machine: &Machine, known: &Known
     }
     let named = machine.primary.is_some() && machine.standby.is_some();
     if machine.cluster.is_none() && !named && known.ordinary.len() != 1 {
-        let primary_says = machine.primary.as_ref().is_some_and(|p| {
-            policy.nodes.iter().any(|n| n.name == *p && !n.dedicated())
-        });
+        let primary_says =
+            machine.primary.as_ref().is_some_and(|p| policy.nodes.iter().any(|n| n.name == *p && !n.dedicated()));
         if !primary_says {
             let what = match &known.ordinary[..] {
                 [] => format!("{name} has no cluster of its own: every node is dedicated. Say cluster"),
@@ -137,7 +144,10 @@ pub fn placed(c: &mut Checker, policy: &Policy, placed: &[Placed]) {
             }
         } else if machine.mode() == Mode::Restart && placed.targets.len() < 2 && placed.held.is_empty() {
             let home = policy.nodes[home].name.get_ref();
-            c.warn(&machine.name, format!("nothing can hold {name} if {home} dies: no other node is permitted and has room"));
+            c.warn(
+                &machine.name,
+                format!("nothing can hold {name} if {home} dies: no other node is permitted and has room"),
+            );
         }
         let holds = |t: &&crate::placement::Target| {
             t.place != Place::Home && policy.nodes[t.node].memory.is_some_and(|memory| memory < machine.memory)
@@ -145,13 +155,18 @@ pub fn placed(c: &mut Checker, policy: &Policy, placed: &[Placed]) {
         let small: Vec<&str> =
             placed.targets.iter().filter(holds).map(|t| policy.nodes[t.node].name.get_ref().as_str()).collect();
         if !small.is_empty() {
-            let (word, names) = if small.len() == 1 { ("target", small[0].into()) } else { ("targets", small.join(", ")) };
-            c.warn(&machine.name, format!("{word} {names} cannot hold machine {name}'s memory, {} MiB", machine.memory));
+            let (word, names) =
+                if small.len() == 1 { ("target", small[0].into()) } else { ("targets", small.join(", ")) };
+            c.warn(
+                &machine.name,
+                format!("{word} {names} cannot hold machine {name}'s memory, {} MiB", machine.memory),
+            );
         }
     }
     for (business, (count, racks, at)) in of_type {
         if let (true, Some(Some(rack))) = (count > 1 && racks.len() == 1, racks.first()) {
-            let what = format!("rack {rack} holds all {count} machines of business type {business}: its power cut takes all");
+            let what =
+                format!("rack {rack} holds all {count} machines of business type {business}: its power cut takes all");
             c.warn(at, what);
         }
     }
