@@ -116,19 +116,28 @@ fn of_machine(c: &mut Checker, policy: &Policy, machine: &Machine, known: &Known
     }
 }
 
+/// A business type's homes.
+struct Kind<'a> {
+    machines: usize,
+    racks: BTreeSet<Option<&'a str>>,
+    /// Where the policy first speaks of it.
+    first: &'a Spanned<String>,
+}
+
 /// What only shows once machines have their places.
 pub fn placed(c: &mut Checker, policy: &Policy, placed: &[Placed]) {
     let rack = |node: usize| policy.nodes[node].rack.as_ref().map(|r| r.get_ref().as_str());
-    let mut of_type: BTreeMap<&str, (usize, BTreeSet<Option<&str>>, &Spanned<String>)> = BTreeMap::new();
+    let mut of_type: BTreeMap<&str, Kind> = BTreeMap::new();
     let mut used = vec![0_u64; policy.nodes.len()];
     for (machine, placed) in policy.machines.iter().zip(placed) {
         let name = machine.name.get_ref();
         let Some(home) = placed.home() else { continue };
         used[home] += machine.memory;
         if let Some(business) = &machine.business {
-            let entry = of_type.entry(business.get_ref()).or_insert((0, BTreeSet::new(), business));
-            entry.0 += 1;
-            entry.1.insert(rack(home));
+            let none = || Kind { machines: 0, racks: BTreeSet::new(), first: business };
+            let kind = of_type.entry(business.get_ref()).or_insert_with(none);
+            kind.machines += 1;
+            kind.racks.insert(rack(home));
         }
         if machine.protected() {
             if let Some(standby) = placed.targets.get(1).map(|t| t.node) {
@@ -163,11 +172,13 @@ pub fn placed(c: &mut Checker, policy: &Policy, placed: &[Placed]) {
             );
         }
     }
-    for (business, (count, racks, at)) in of_type {
-        if let (true, Some(Some(rack))) = (count > 1 && racks.len() == 1, racks.first()) {
-            let what =
-                format!("rack {rack} holds all {count} machines of business type {business}: its power cut takes all");
-            c.warn(at, what);
+    for (business, kind) in of_type {
+        if let (true, Some(Some(rack))) = (kind.machines > 1 && kind.racks.len() == 1, kind.racks.first()) {
+            let what = format!(
+                "rack {rack} holds all {} machines of business type {business}: its power cut takes all",
+                kind.machines
+            );
+            c.warn(kind.first, what);
         }
     }
     for (node, used) in policy.nodes.iter().zip(used) {
