@@ -248,12 +248,12 @@ struct Load {
 
 impl Load {
     fn add(&mut self, machine: &Machine) {
-        self.memory += machine.memory;
+        self.memory = self.memory.saturating_add(machine.memory);
         self.vcpus += u64::from(*machine.vcpus.get_ref());
     }
 
     fn with(mut self, other: Self) -> Self {
-        self.memory += other.memory;
+        self.memory = self.memory.saturating_add(other.memory);
         self.vcpus += other.vcpus;
         self
     }
@@ -318,7 +318,8 @@ impl Homes {
         self.load[node].add(machine);
         let nodes = self.load.len();
         for (level, _) in self.levels.iter().enumerate().take_while(|(_, p)| **p <= machine.priority()) {
-            self.at_least[level * nodes + node] += machine.memory;
+            let taken = &mut self.at_least[level * nodes + node];
+            *taken = taken.saturating_add(machine.memory);
         }
     }
 
@@ -326,7 +327,8 @@ impl Homes {
     fn has_room(&self, estate: &Estate, machine: &Machine, node: usize, coming: Load) -> bool {
         let Some(memory) = estate.policy.nodes[node].memory.filter(|_| estate.limited) else { return true };
         let level = self.levels.binary_search(&machine.priority()).unwrap_or(0);
-        self.at_least[level * self.load.len() + node] + coming.memory + machine.memory <= memory
+        let taken = self.at_least[level * self.load.len() + node];
+        taken.saturating_add(coming.memory).saturating_add(machine.memory) <= memory
     }
 
     fn of_type(&self, estate: &Estate, kind: Option<usize>, rack: usize) -> u32 {

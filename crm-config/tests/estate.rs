@@ -262,6 +262,12 @@ proptest! {
     }
 
     #[test]
+    fn no_memory_makes_placement_panic(memory in any::<i64>().prop_map(i64::unsigned_abs)) {
+        let text = EXAMPLE.replace("memory = 4096", &format!("memory = {}", memory.min(i64::MAX as u64)));
+        let _ = check::read(&text.replace("memory = 16384", &format!("memory = {}", i64::MAX)).replace("memory = 8192", &format!("memory = {}", i64::MAX)));
+    }
+
+    #[test]
     fn no_text_makes_check_plan_or_compile_panic(
         from in proptest::sample::select(vec!["\"r1\"", "\"n1\"", "65536", "\"restart\"", "\"high\"", "8 ", "\"web\"", "100", "10.77.1.0/24"]),
         to in "[-\"a-z0-9./ ]{0,12}",

@@ -132,7 +132,7 @@ pub fn placed(c: &mut Checker, policy: &Policy, placed: &[Placed]) {
     for (machine, placed) in policy.machines.iter().zip(placed) {
         let name = machine.name.get_ref();
         let Some(home) = placed.home() else { continue };
-        used[home] += machine.memory;
+        used[home] = used[home].saturating_add(machine.memory);
         if let Some(business) = &machine.business {
             let none = || Kind { machines: 0, racks: BTreeSet::new(), first: business };
             let kind = of_type.entry(business.get_ref()).or_insert_with(none);
@@ -141,7 +141,7 @@ pub fn placed(c: &mut Checker, policy: &Policy, placed: &[Placed]) {
         }
         if machine.protected() {
             if let Some(standby) = placed.targets.get(1).map(|t| t.node) {
-                used[standby] += machine.memory;
+                used[standby] = used[standby].saturating_add(machine.memory);
                 if rack(home).is_some() && rack(home) == rack(standby) {
                     let (first, second) = (policy.nodes[home].name.get_ref(), policy.nodes[standby].name.get_ref());
                     let what = format!(
