@@ -13,7 +13,10 @@ use understudy_protocol::layout::valid_machine_name;
 use understudy_protocol::nic;
 
 use crate::compile::Ports;
-use crate::policy::{Machine, Policy, Protection, Spanned};
+use crate::placement::{Placed, place};
+use crate::policy::{Machine, Policy, Spanned};
+
+mod estate;
 
 /// How bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -23,6 +26,8 @@ pub enum Severity {
     Error,
     /// Works, but.
     Warning,
+    /// Is written down and not acted on yet, or has a consequence that one should know.
+    Note,
 }
 
 /// One complaint.
@@ -32,16 +37,24 @@ pub struct Finding {
     pub severity: Severity,
     /// Line in the file, from 1; `None` when it is about the whole.
     pub line: Option<usize>,
+    /// Column in that line, in characters from 1.
+    pub column: Option<usize>,
     /// A sentence.
     pub what: String,
 }
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(line) = self.line {
-            write!(f, "line {line}: ")?;
+        match (self.line, self.column) {
+            (Some(line), Some(column)) => write!(f, "line {line}, column {column}: ")?,
+            (Some(line), None) => write!(f, "line {line}: ")?,
+            _ => {}
         }
-        let severity = if self.severity == Severity::Error { "error" } else { "warning" };
+        let severity = match self.severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+            Severity::Note => "note",
+        };
         write!(f, "{severity}: {}", self.what)
     }
 }
@@ -51,8 +64,8 @@ pub fn read(text: &str) -> (Option<Policy>, Vec<Finding>) {
     let policy = match Policy::parse(text) {
         Ok(policy) => policy,
         Err(e) => {
-            let line = e.span.map(|span| line_at(text, span.start));
-            return (None, vec![Finding { severity: Severity::Error, line, what: e.why }]);
+            let (line, column) = e.span.map(|span| position(text, span.start)).unzip();
+            return (None, vec![Finding { severity: Severity::Error, line, column, what: e.why }]);
         }
     };
     let findings = check(&policy, text);
@@ -60,8 +73,11 @@ pub fn read(text: &str) -> (Option<Policy>, Vec<Finding>) {
     (usable.then_some(policy), findings)
 }
 
-fn line_at(text: &str, offset: usize) -> usize {
-    1 + text.bytes().take(offset).filter(|b| *b == b'\n').count()
+/// Line and column, both from 1.
+fn position(text: &str, offset: usize) -> (usize, usize) {
+    let before = text.get(..offset).unwrap_or(text);
+    let line = before.rfind('\n').map_or(0, |at| at + 1);
+    (1 + before.bytes().filter(|b| *b == b'\n').count(), 1 + before[line..].chars().count())
 }
 
 struct Checker<'a> {
@@ -71,8 +87,9 @@ struct Checker<'a> {
 
 impl Checker<'_> {
     fn say<T>(&mut self, severity: Severity, at: Option<&Spanned<T>>, what: String) {
-        let line = at.map(|s| s.span()).filter(|span| span.end > 0).map(|span| line_at(self.text, span.start));
-        self.findings.push(Finding { severity, line, what });
+        let span = at.map(|s| s.span()).filter(|span| span.end > 0);
+        let (line, column) = span.map(|span| position(self.text, span.start)).unzip();
+        self.findings.push(Finding { severity, line, column, what });
     }
 
     fn error<T>(&mut self, at: &Spanned<T>, what: impl Into<String>) {
@@ -81,6 +98,10 @@ impl Checker<'_> {
 
     fn warn<T>(&mut self, at: &Spanned<T>, what: impl Into<String>) {
         self.say(Severity::Warning, Some(at), what.into());
+    }
+
+    fn note<T>(&mut self, at: &Spanned<T>, what: impl Into<String>) {
+        self.say(Severity::Note, Some(at), what.into());
     }
 
     fn whole(&mut self, severity: Severity, what: impl Into<String>) {
@@ -97,6 +118,15 @@ impl Checker<'_> {
         let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | ':' | '-' | '_');
         if address.get_ref().is_empty() || !address.get_ref().chars().all(ok) {
             self.error(address, format!("{what} {:?} is neither an IP address nor a host's name", address.get_ref()));
+        }
+    }
+
+    /// What becomes a node attribute's value, and part of what people read.
+    fn label(&mut self, what: &str, name: &Spanned<String>) {
+        let ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        let text = name.get_ref();
+        if text.is_empty() || text.len() > 63 || !text.chars().all(ok) {
+            self.error(name, format!("{what} {text:?}: use 1 to 63 letters, digits, '.', '-' and '_'"));
         }
     }
 
@@ -124,26 +154,24 @@ pub fn check(policy: &Policy, text: &str) -> Vec<Finding> {
     nodes_and_boards(&mut c, policy);
     fencing(&mut c, policy);
     names(&mut c, policy);
+    estate::check(&mut c, policy);
     let ports = Ports::assign(policy);
+    // Placement trusts names and numbers; what it would say of wrong ones is of no use.
+    let sound = c.findings.iter().all(|f| f.severity != Severity::Error);
+    let placed = if policy.places() && sound { place(policy) } else { Vec::new() };
+    estate::placed(&mut c, policy, &placed);
+    let mut replication = BTreeMap::new();
     for (index, machine) in policy.machines.iter().enumerate() {
         machine_alone(&mut c, machine);
-        placement(&mut c, policy, machine);
+        placement(&mut c, policy, machine, placed.get(index));
         serial(&mut c, policy, machine);
         let port = ports.replication(index);
-        if machine.protection == Protection::Protected
-            && let Some(other) = policy
-                .machines
-                .iter()
-                .take(index)
-                .enumerate()
-                .find(|(i, m)| m.protection == Protection::Protected && ports.replication(*i) == port)
+        if machine.protected()
+            && let Some(other) = replication.insert(port, machine.name.get_ref())
         {
             let at = machine.port.as_ref().map_or(machine.name.span(), |p| p.span());
-            let what = format!(
-                "replication port {port} is that of machine {} already; choose another",
-                other.1.name.get_ref()
-            );
-            c.error(&toml::Spanned::new(at, ()), what);
+            let what = format!("replication port {port} is that of machine {other} already; choose another");
+            c.error(&Spanned::new(at, ()), what);
         }
     }
     serial_ports(&mut c, policy, &ports);
@@ -346,7 +374,7 @@ fn disks(c: &mut Checker, machine: &Machine) {
     }
 }
 
-fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
+fn placement(c: &mut Checker, policy: &Policy, machine: &Machine, placed: Option<&Placed>) {
     let known = |name: &str| policy.nodes.iter().any(|n| n.name.get_ref() == name);
     let unknown = |name: &str| {
         if policy.boards.iter().any(|b| b.name.get_ref() == name) {
@@ -377,10 +405,13 @@ fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
             c.error(standby, "standby without primary: say which node should run the machine");
         }
     }
-    let candidates: Vec<_> = policy.candidates(machine).collect();
+    let candidates: Vec<_> = match placed {
+        Some(placed) => placed.targets.iter().map(|t| &policy.nodes[t.node]).collect(),
+        None => policy.candidates(machine).collect(),
+    };
     let mirrored = |text: &&Spanned<String>| text.get_ref().parse::<DiskSpec>().is_ok_and(|disk| disk.mirrored);
     if let Some(disk) = machine.disks.iter().find(mirrored) {
-        if machine.protection != Protection::Protected {
+        if !machine.protected() {
             c.error(disk, "only a protected machine has mirrored disks: nobody else would keep their copies in step");
         }
         if candidates.len() > 2 {
@@ -393,7 +424,7 @@ fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
         }
     }
     if let Some(migrate) = machine.migrate.as_ref().filter(|migrate| *migrate.get_ref()) {
-        if machine.protection == Protection::Protected {
+        if machine.protected() {
             c.error(migrate, "a protected machine moves by a hand-over: migrate is for protection = \"none\"");
         }
         for node in policy.nodes.iter().filter(|n| n.replication_address().is_none()) {
@@ -406,7 +437,7 @@ fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
             );
         }
     }
-    if machine.protection == Protection::Protected {
+    if machine.protected() {
         if candidates.len() < 2 {
             let what = format!(
                 "machine {} is protected and needs two nodes; only {} can hold it. Add a node, or say protection = \"none\"",
@@ -424,7 +455,7 @@ fn placement(c: &mut Checker, policy: &Policy, machine: &Machine) {
             c.error(&node, what);
         }
     }
-    for node in &candidates {
+    for node in candidates.iter().filter(|_| placed.is_none()) {
         if node.memory.is_some_and(|memory| memory < machine.memory) {
             let (name, m) = (node.name.get_ref(), machine.name.get_ref());
             let what = format!(

@@ -3,7 +3,9 @@
 //! Ids of inner elements follow crmsh's habit (`vm-demo-instance_attributes-name`, `vm-demo-monitor-5s`), so that a
 //! configuration that was loaded with `crm` and one that was applied look the same.
 
-use crate::model::{Agent, Configuration, Constraint, Operation, Pair, Primitive, Resource, Role};
+use std::fmt;
+
+use crate::model::{Agent, Configuration, Constraint, NodeSettings, Operation, Pair, Primitive, Resource, Role, Score};
 use crate::policy::Policy;
 use crate::xml::Element;
 
@@ -21,7 +23,9 @@ pub fn document(policy: &Policy, configuration: &Configuration) -> Element {
     let nodes = all.child_or_new("nodes");
     for (i, node) in policy.nodes.iter().enumerate() {
         let (id, name) = (i + 1, node.name.get_ref());
-        nodes.children.push(Element::new("node").with("id", id).with("uname", name));
+        let element = Element::new("node").with("id", id).with("uname", name);
+        let settings = configuration.nodes.iter().find(|n| n.name == *name);
+        nodes.children.push(settings.into_iter().flat_map(|s| node_sets(id, s)).fold(element, Element::and));
         let state = Element::new("node_state").with("id", id).with("uname", name);
         let state =
             state.with("in_ccm", "true").with("crmd", "online").with("join", "member").with("expected", "member");
@@ -57,6 +61,15 @@ fn features(node: &str) -> Element {
 /// Nothing has happened on it yet.
 fn history(node: &str) -> Element {
     Element::new("lrm").with("id", node).and(Element::new("lrm_resources"))
+}
+
+/// What a node is told, under ids that pcs and crm_attribute would give.
+pub fn node_sets(id: impl fmt::Display, settings: &NodeSettings) -> Vec<Element> {
+    let sets = [
+        ("instance_attributes", format!("nodes-{id}"), &settings.attributes),
+        ("utilization", format!("nodes-{id}-utilization"), &settings.utilization),
+    ];
+    sets.into_iter().filter(|(_, _, pairs)| !pairs.is_empty()).map(|(kind, id, pairs)| set(kind, &id, pairs)).collect()
 }
 
 /// `<configuration>` with all our sections.
@@ -121,6 +134,9 @@ fn primitive(p: &Primitive) -> Element {
     if !p.meta.is_empty() {
         element.children.push(set("meta_attributes", &format!("{id}-meta_attributes"), &p.meta));
     }
+    if !p.utilization.is_empty() {
+        element.children.push(set("utilization", &format!("{id}-utilization"), &p.utilization));
+    }
     let mut operations = Element::new("operations");
     operations.children.extend(p.operations.iter().map(|op| operation(id, op)));
     element.and(operations)
@@ -143,9 +159,10 @@ fn operation(resource: &str, op: &Operation) -> Element {
 
 fn constraint(constraint: &Constraint) -> Element {
     match constraint {
-        Constraint::Location { id, resource, role, score, tests, never_probe } => {
+        Constraint::Location { id, resource, role, score, tests, discovery } => {
             let rule_id = format!("{id}-rule");
-            let mut rule = Element::new("rule").with("id", &rule_id).with("score", score);
+            let attribute = if matches!(score, Score::Attribute(_)) { "score-attribute" } else { "score" };
+            let mut rule = Element::new("rule").with("id", &rule_id).with(attribute, score);
             if let Some(role) = role {
                 rule = rule.with("role", role.as_str());
             }
@@ -154,17 +171,18 @@ fn constraint(constraint: &Constraint) -> Element {
             }
             for (i, test) in tests.iter().enumerate() {
                 let number = if i == 0 { String::new() } else { format!("-{}", i - 1) };
-                rule.children.push(
-                    Element::new("expression")
-                        .with("id", format!("{rule_id}-expression{number}"))
-                        .with("attribute", test.attribute)
-                        .with("operation", test.operation)
-                        .with("value", &test.value),
-                );
+                let mut expression = Element::new("expression")
+                    .with("id", format!("{rule_id}-expression{number}"))
+                    .with("attribute", &test.attribute)
+                    .with("operation", test.operation);
+                if let Some(value) = &test.value {
+                    expression = expression.with("value", value);
+                }
+                rule.children.push(expression);
             }
             let mut location = Element::new("rsc_location").with("id", id).with("rsc", resource);
-            if *never_probe {
-                location = location.with("resource-discovery", "never");
+            if let Some(discovery) = discovery.as_str() {
+                location = location.with("resource-discovery", discovery);
             }
             location.and(rule)
         }

@@ -23,15 +23,29 @@
 //! * *The loss of a board stops no machine*: serial lines have no constraint with machines at all.
 
 use crate::model::{
-    Agent, Configuration, Constraint, FencingLevel, Operation, Pair, Primitive, Resource, Role, Score, Test,
+    Agent, Configuration, Constraint, Discovery, FencingLevel, NodeSettings, Operation, Pair, Primitive, Resource,
+    Role, Score, Test,
 };
-use crate::policy::{Board, Fencing, Machine, Node, Policy, Protection};
+use crate::placement::{self, HOME, Placed, STICKINESS, Target};
+use crate::policy::{Board, Fencing, Machine, Mode, Node, Policy};
 
 /// Score of every other node than the primary for the role Promoted. Must not exceed the distance between the agents'
 /// scores for "runs here" and "up to date", or machines would move back by themselves; must not be positive, see above.
 const NOT_PRIMARY_SCORE: i32 = -1;
 /// Preference for the primary of a machine without standby; far below any sensible stickiness.
 const HOME_SCORE: i32 = 10;
+/// What the names of our node attributes begin with.
+pub const WISH: &str = "understudy-evac-";
+/// See [`promotion_attribute`].
+pub const PROMOTION: &str = "understudy-promote-";
+/// A node's rack.
+pub const RACK: &str = "understudy-rack";
+/// A node's cluster.
+pub const CLUSTER: &str = "understudy-cluster";
+/// A node's dedicated cluster.
+pub const HIGH_PERFORMANCE: &str = "understudy-high-performance";
+/// Memory in MiB, of nodes and machines. A name of our own: what others count as `memory` may be something else.
+pub const MEMORY: &str = "understudy-memory";
 
 impl Policy {
     /// Whether any machine is moved while it runs: then every node receives.
@@ -57,7 +71,7 @@ impl Policy {
 impl Machine {
     /// Whether it is moved while it runs.
     pub fn migrates(&self) -> bool {
-        self.protection == Protection::None && self.migrate.as_ref().is_some_and(|migrate| *migrate.get_ref())
+        self.mode() == Mode::Restart && self.migrate.as_ref().is_some_and(|migrate| *migrate.get_ref())
     }
 
     fn may_be_on(&self, node: &str) -> bool {
@@ -158,17 +172,71 @@ pub fn compile(policy: &Policy) -> Configuration {
         configuration.resources.push(board_connection(board));
     }
     let ports = Ports::assign(policy);
+    let placed = if policy.places() { placement::place(policy) } else { Vec::new() };
     if policy.migrates() {
         listener(&mut configuration, policy);
     }
     for (index, machine) in policy.machines.iter().enumerate() {
         serial_lines(&mut configuration, policy, machine, index, &ports);
-        match machine.protection {
-            Protection::Protected => protected(&mut configuration, policy, machine, index, &ports),
-            Protection::None => unprotected(&mut configuration, policy, machine, index, &ports),
+        let placed = placed.get(index);
+        match machine.mode() {
+            Mode::Protected => protected(&mut configuration, policy, machine, index, &ports, placed),
+            Mode::Restart | Mode::None => unprotected(&mut configuration, policy, machine, index, &ports, placed),
         }
     }
+    if policy.places() {
+        if policy.knows_capacity() {
+            configuration.properties.push(pair("placement-strategy", "utilization"));
+        }
+        configuration.nodes = node_settings(policy, &placed);
+    }
     configuration
+}
+
+/// Node attribute that says how much a machine wants to be on a node.
+pub fn wish_attribute(machine: &str) -> String {
+    format!("{WISH}{machine}")
+}
+
+/// Node attribute that takes the wish back where it is decided which instance is promoted.
+pub fn promotion_attribute(machine: &str) -> String {
+    format!("{PROMOTION}{machine}")
+}
+
+fn node_settings(policy: &Policy, placed: &[Placed]) -> Vec<NodeSettings> {
+    let mut nodes: Vec<NodeSettings> = policy
+        .nodes
+        .iter()
+        .map(|node| {
+            let about = [(RACK, &node.rack), (CLUSTER, &node.cluster), (HIGH_PERFORMANCE, &node.high_performance)];
+            let about = about.into_iter().filter_map(|(name, value)| Some(pair(name, value.as_ref()?.get_ref())));
+            let capacity = node.memory.filter(|_| policy.knows_capacity());
+            NodeSettings {
+                name: node.name.get_ref().clone(),
+                attributes: about.collect(),
+                utilization: capacity.map(|memory| pair(MEMORY, memory)).into_iter().collect(),
+            }
+        })
+        .collect();
+    for (machine, placed) in policy.machines.iter().zip(placed) {
+        let name = machine.name.get_ref();
+        let (wish, promotion) = (wish_attribute(name), promotion_attribute(name));
+        let least = placed.targets.iter().map(|t| t.score).min().unwrap_or_default();
+        for target in &placed.targets {
+            nodes[target.node].attributes.push(pair(&wish, target.score));
+            if machine.protected() {
+                nodes[target.node].attributes.push(pair(&promotion, promotion_score(target, least)));
+            }
+        }
+    }
+    nodes
+}
+
+/// Scores of a clone count when it is decided which instance is promoted, and would then bring a machine home as soon as its
+/// home is up to date again. So they are taken back there: all nodes are alike but for the home's one point. Never
+/// positive, or a node without a promotion score would be promotable.
+fn promotion_score(target: &Target, least: i32) -> i32 {
+    least - target.score + if target.score == HOME { 0 } else { NOT_PRIMARY_SCORE }
 }
 
 fn pair(name: &str, value: impl ToString) -> Pair {
@@ -200,6 +268,7 @@ fn fencing_device(configuration: &mut Configuration, device: &Fencing) {
         agent: Agent::Stonith(device.agent.get_ref().clone()),
         parameters,
         meta: Vec::new(),
+        utilization: Vec::new(),
         operations: vec![monitor(device.interval.0, 60, None)],
     }));
     // Monitored from elsewhere than the node that it would have to kill.
@@ -210,7 +279,7 @@ fn fencing_device(configuration: &mut Configuration, device: &Fencing) {
             role: None,
             score: Score::MinusInfinity,
             tests: vec![Test::is_node(node)],
-            never_probe: false,
+            discovery: Discovery::Always,
         });
     }
 }
@@ -245,6 +314,7 @@ fn board_connection(board: &Board) -> Resource {
         agent: Agent::Ocf { provider: "pacemaker", kind: "remote" },
         parameters,
         meta: Vec::new(),
+        utilization: Vec::new(),
         operations: vec![once("start", 60), once("stop", 60), monitor(10, 30, None)],
     })
 }
@@ -264,6 +334,7 @@ fn serial_lines(configuration: &mut Configuration, policy: &Policy, machine: &Ma
                 pair("key", policy.cluster.key.get_ref()),
             ],
             meta: vec![pair("failure-timeout", machine.failure_timeout)],
+            utilization: Vec::new(),
             operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
         }));
         configuration.constraints.push(Constraint::Location {
@@ -272,7 +343,7 @@ fn serial_lines(configuration: &mut Configuration, policy: &Policy, machine: &Ma
             role: None,
             score: Score::MinusInfinity,
             tests: vec![Test::is_not_node(board.name.get_ref())],
-            never_probe: true,
+            discovery: Discovery::Never,
         });
     }
 }
@@ -289,6 +360,7 @@ fn listener(configuration: &mut Configuration, policy: &Policy) {
             agent: understudy("migrations"),
             parameters: vec![pair("peers", policy.migration_peers()), pair("key", policy.cluster.key.get_ref())],
             meta: Vec::new(),
+            utilization: Vec::new(),
             operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
         },
     });
@@ -298,7 +370,7 @@ fn listener(configuration: &mut Configuration, policy: &Policy) {
         role: None,
         score: Score::MinusInfinity,
         tests: vec![Test::is_remote()],
-        never_probe: true,
+        discovery: Discovery::Never,
     });
 }
 
@@ -349,6 +421,52 @@ fn vmm_parameters(policy: &Policy, machine: &Machine, index: usize, ports: &Port
     parameters
 }
 
+/// Only where the machine has a score, and as much as that says.
+fn by_score(machine: &Machine, resource: &str, role: Option<Role>) -> Constraint {
+    let name = machine.name.get_ref();
+    let (kind, attribute) = match role {
+        Some(_) => ("primary", promotion_attribute(name)),
+        None => ("location", wish_attribute(name)),
+    };
+    Constraint::Location {
+        id: format!("understudy-{kind}-{resource}"),
+        resource: resource.into(),
+        role,
+        tests: vec![Test::is_defined(&attribute)],
+        score: Score::Attribute(attribute),
+        discovery: if role.is_none() { Discovery::Exclusive } else { Discovery::Always },
+    }
+}
+
+/// The same nodes, without a wish of its own: it follows the machine.
+fn beside(machine: &Machine, resource: &str) -> Constraint {
+    Constraint::Location {
+        id: format!("understudy-location-{resource}"),
+        resource: resource.into(),
+        role: None,
+        score: Score::Finite(0),
+        tests: vec![Test::is_defined(&wish_attribute(machine.name.get_ref()))],
+        discovery: Discovery::Exclusive,
+    }
+}
+
+fn utilization(policy: &Policy, machine: &Machine) -> Vec<Pair> {
+    let counts = policy.places() && policy.knows_capacity();
+    if counts { vec![pair(MEMORY, machine.memory)] } else { Vec::new() }
+}
+
+/// What a placed machine's resource says of itself.
+fn placed_meta(policy: &Policy, machine: &Machine, placed: Option<&Placed>) -> Vec<Pair> {
+    let mut meta = Vec::new();
+    if placed.is_some() {
+        meta.push(pair("resource-stickiness", policy.cluster.stickiness.max(STICKINESS)));
+    }
+    if let Some(priority) = &machine.priority {
+        meta.push(pair("priority", priority.get_ref()));
+    }
+    meta
+}
+
 /// Where the machine may be: on its nodes if it names them, else on every host that is not a board.
 fn placement(machine: &Machine, policy: &Policy, resource: &str) -> Constraint {
     let named = machine.primary.is_some() && machine.standby.is_some();
@@ -363,7 +481,7 @@ fn placement(machine: &Machine, policy: &Policy, resource: &str) -> Constraint {
         role: None,
         score: Score::MinusInfinity,
         tests,
-        never_probe: true,
+        discovery: Discovery::Never,
     }
 }
 
@@ -382,7 +500,7 @@ fn preference(
         role,
         score: Score::Finite(score),
         tests: vec![test(primary.get_ref())],
-        never_probe: false,
+        discovery: Discovery::Always,
     })
 }
 
@@ -400,7 +518,14 @@ fn promotable(primitive: Primitive, more: Vec<Pair>) -> Resource {
     Resource::Clone { id: format!("{}-clone", primitive.id), meta, primitive }
 }
 
-fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machine, index: usize, ports: &Ports) {
+fn protected(
+    configuration: &mut Configuration,
+    policy: &Policy,
+    machine: &Machine,
+    index: usize,
+    ports: &Ports,
+    placed: Option<&Placed>,
+) {
     let (vm, repl) = (machine.vm_id(), machine.replicator_id());
     let (vm_clone, repl_clone) = (format!("{vm}-clone"), format!("{repl}-clone"));
     let name = machine.name.get_ref();
@@ -419,18 +544,25 @@ fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machi
         agent: understudy("vmm"),
         parameters: vmm_parameters(policy, machine, index, ports),
         meta: Vec::new(),
+        utilization: utilization(policy, machine),
         operations,
     };
-    let meta = vec![pair("migration-threshold", 1), pair("failure-timeout", machine.failure_timeout)];
+    let mut meta = vec![pair("migration-threshold", 1), pair("failure-timeout", machine.failure_timeout)];
+    meta.extend(placed_meta(policy, machine, placed));
     configuration.resources.push(promotable(vmm, meta));
 
-    let peers: Vec<String> = policy
-        .candidates(machine)
-        .filter_map(|n| {
-            n.replication_address()?;
-            Some(format!("{}={}", n.name.get_ref(), endpoints(n, ports.replication(index))))
-        })
-        .collect();
+    let peer = |n: &Node| {
+        n.replication_address()?;
+        Some(format!("{}={}", n.name.get_ref(), endpoints(n, ports.replication(index))))
+    };
+    let peers: Vec<String> = match placed {
+        Some(placed) => {
+            let mut nodes: Vec<usize> = placed.targets.iter().map(|t| t.node).collect();
+            nodes.sort_unstable();
+            nodes.into_iter().filter_map(|n| peer(&policy.nodes[n])).collect()
+        }
+        None => policy.candidates(machine).filter_map(peer).collect(),
+    };
     let mut parameters =
         vec![pair("name", name), pair("peers", peers.join(" ")), pair("key", policy.cluster.key.get_ref())];
     if let Some(ms) = machine.interval_ms {
@@ -443,8 +575,14 @@ fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machi
     let stop = Operation { on_fail: Some("block"), ..once("stop", 30) };
     let mut operations = vec![once("start", 30), stop, once("promote", 30), once("demote", 30), once("notify", 10)];
     operations.extend(monitors(20));
-    let replicator =
-        Primitive { id: repl.clone(), agent: understudy("replicator"), parameters, meta: Vec::new(), operations };
+    let replicator = Primitive {
+        id: repl.clone(),
+        agent: understudy("replicator"),
+        parameters,
+        meta: Vec::new(),
+        utilization: Vec::new(),
+        operations,
+    };
     let meta = vec![pair("failure-timeout", machine.failure_timeout), pair("critical", "false")];
     configuration.resources.push(promotable(replicator, meta));
 
@@ -459,28 +597,37 @@ fn protected(configuration: &mut Configuration, policy: &Policy, machine: &Machi
         resource: (repl_clone.clone(), role),
         with: (vm_clone.clone(), role),
     };
+    let (on, replicator_on) = match placed {
+        Some(_) => (by_score(machine, &vm_clone, None), beside(machine, &repl_clone)),
+        None => (placement(machine, policy, &vm_clone), placement(machine, policy, &repl_clone)),
+    };
     configuration.constraints.extend([
-        placement(machine, policy, &vm_clone),
-        placement(machine, policy, &repl_clone),
+        on,
+        replicator_on,
         order("start", "start", true),
         order("promote", "promote", false),
         order("demote", "demote", false),
         together("instances", None),
         together("promoted", Some(Role::Promoted)),
     ]);
-    configuration.constraints.extend(preference(
-        machine,
-        &vm_clone,
-        Some(Role::Promoted),
-        NOT_PRIMARY_SCORE,
-        Test::is_not_node,
-    ));
+    configuration.constraints.extend(match placed {
+        Some(_) => Some(by_score(machine, &vm_clone, Some(Role::Promoted))),
+        None => preference(machine, &vm_clone, Some(Role::Promoted), NOT_PRIMARY_SCORE, Test::is_not_node),
+    });
 }
 
-fn unprotected(configuration: &mut Configuration, policy: &Policy, machine: &Machine, index: usize, ports: &Ports) {
+fn unprotected(
+    configuration: &mut Configuration,
+    policy: &Policy,
+    machine: &Machine,
+    index: usize,
+    ports: &Ports,
+    placed: Option<&Placed>,
+) {
     let vm = machine.vm_id();
     let mut parameters = vmm_parameters(policy, machine, index, ports);
     let mut meta = vec![pair("migration-threshold", 3), pair("failure-timeout", machine.failure_timeout)];
+    meta.extend(placed_meta(policy, machine, placed));
     let mut operations = vec![once("start", 60), once("stop", 90), monitor(machine.monitor.primary.0, 20, None)];
     if machine.migrates() {
         parameters.push(pair("migration_peers", policy.migration_peers()));
@@ -495,8 +642,13 @@ fn unprotected(configuration: &mut Configuration, policy: &Policy, machine: &Mac
         agent: understudy("vmm"),
         parameters,
         meta,
+        utilization: utilization(policy, machine),
         operations,
     }));
-    configuration.constraints.push(placement(machine, policy, &vm));
-    configuration.constraints.extend(preference(machine, &vm, None, HOME_SCORE, Test::is_node));
+    if placed.is_some() {
+        configuration.constraints.push(by_score(machine, &vm, None));
+    } else {
+        configuration.constraints.push(placement(machine, policy, &vm));
+        configuration.constraints.extend(preference(machine, &vm, None, HOME_SCORE, Test::is_node));
+    }
 }

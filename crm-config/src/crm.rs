@@ -5,7 +5,7 @@ use std::fmt::Write;
 use crate::cib::{DEFAULTS, PROPERTIES, TAG};
 use crate::model::{Agent, Configuration, Constraint, Pair, Primitive, Resource, Role};
 
-/// All of it.
+/// All of it but what [`nodes`] says. (No comments: crmsh would write them into the CIB.)
 pub fn text(configuration: &Configuration) -> String {
     let mut out = String::new();
     for resource in &configuration.resources {
@@ -30,6 +30,20 @@ pub fn text(configuration: &Configuration) -> String {
     let ids: Vec<&str> = configuration.resources.iter().map(Resource::id).collect();
     if !ids.is_empty() {
         line(&mut out, &format!("tag {TAG}: {}", ids.join(" ")), &[]);
+    }
+    out
+}
+
+/// What the nodes are told, as commands for `crm -f FILE`: one at a time, since a `node` statement replaces a node's
+/// attributes as a whole, `standby` among them (tried with crmsh 5).
+pub fn nodes(configuration: &Configuration) -> String {
+    let mut out = String::new();
+    for node in &configuration.nodes {
+        for (kind, pairs) in [("attribute", &node.attributes), ("utilization", &node.utilization)] {
+            for (name, value) in pairs {
+                let _ = writeln!(out, "node {kind} {} set {name} {}", node.name, quoted(value));
+            }
+        }
     }
     out
 }
@@ -77,6 +91,7 @@ fn primitive(out: &mut String, p: &Primitive) {
         parts.push(text);
     }
     parts.push(section("meta", &p.meta));
+    parts.push(section("utilization", &p.utilization));
     line(out, &format!("primitive {} {agent}", p.id), &parts);
 }
 
@@ -86,12 +101,11 @@ fn constraint_line(constraint: &Constraint) -> String {
         None => resource.to_string(),
     };
     match constraint {
-        Constraint::Location { id, resource, role, score, tests, never_probe } => {
-            let discovery = if *never_probe { " resource-discovery=never" } else { "" };
+        Constraint::Location { id, resource, role, score, tests, discovery } => {
+            let discovery = discovery.as_str().map(|d| format!(" resource-discovery={d}")).unwrap_or_default();
             let role = role.map(|r| format!(" $role={}", r.as_str())).unwrap_or_default();
             let score = score.to_string().replace("INFINITY", "inf");
-            let tests: Vec<String> =
-                tests.iter().map(|t| format!("{} {} {}", t.attribute, t.operation, t.value)).collect();
+            let tests: Vec<String> = tests.iter().map(ToString::to_string).collect();
             format!("location {id} {resource}{discovery} rule{role} {score}: {}", tests.join(" and "))
         }
         Constraint::Order { id, first, then, symmetrical } => {

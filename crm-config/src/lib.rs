@@ -7,7 +7,8 @@
 //!                                       │
 //!                 live CIB ─► merge ────┴──► crm_diff ─► cibadmin --patch       (diff, apply)
 //! ```
-//! [`compile`] is the only place that decides anything; the three printers say the same configuration in three
+//! Where machines may go is worked out in [`placement`]; [`plan`] asks Pacemaker's scheduler what becomes of it ([`simulate`]).
+//! [`compile`] is the only place that decides how it is said; the three printers say the same configuration in three
 //! languages. The merge touches only what it owns: see [`merge`].
 #![forbid(unsafe_code)]
 
@@ -15,10 +16,17 @@ pub mod check;
 pub mod cib;
 pub mod compile;
 pub mod crm;
+pub mod estate;
+pub mod explain;
 pub mod live;
 pub mod merge;
 pub mod model;
 pub mod pcs;
+pub mod placement;
+pub mod plan;
 pub mod planes;
 pub mod policy;
+pub mod simulate;
+mod span;
+pub mod svg;
 pub mod xml;

@@ -8,9 +8,13 @@ use anyhow::{Context, Error, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use understudy_crm::check::{self, Finding, Severity};
 use understudy_crm::compile::compile;
+use understudy_crm::explain::explain;
 use understudy_crm::merge::{Change, canonical, merge};
 use understudy_crm::model::Configuration;
+use understudy_crm::plan::{self, Fault, What};
 use understudy_crm::policy::Policy;
+use understudy_crm::simulate::{Scheduler, settled};
+use understudy_crm::svg::picture;
 use understudy_crm::xml::Element;
 use understudy_crm::{cib, crm, live, pcs, planes};
 
@@ -24,7 +28,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Say what is wrong with a policy. Exit status 1 if it cannot be used.
+    /// Say what is wrong with a policy, what will be regretted, and what is not acted on yet. Exit status 1 if it cannot be used.
     Check {
         /// The policy.
         file: PathBuf,
@@ -35,7 +39,37 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         corosync: Option<PathBuf>,
     },
+    /// Print the JSON schema of the policy file.
+    Schema,
+    /// Say what would become of the machines if nodes died, by Pacemaker's own scheduler. Nothing is changed. Exit status 1 if
+    /// some could not be placed.
+    Plan {
+        /// The policy.
+        file: PathBuf,
+        /// What dies: nodes and racks, e.g. n1 or rack:r2 or n1,n2,n3. May be given several times; without it every node
+        /// and every rack is tried alone.
+        #[arg(long = "fail", value_name = "NODES")]
+        faults: Vec<String>,
+        /// In this cluster, as `cibadmin --query` prints it ("live" asks the cluster on this node). Without it, in a cluster
+        /// that looks as the policy says and where every machine is at its home.
+        #[arg(long, value_name = "FILE")]
+        cib: Option<PathBuf>,
+        /// Print the plans as JSON.
+        #[arg(long)]
+        json: bool,
+        /// Draw the plan (of the only, or the first, fault) into this file.
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+    },
+    /// Say why a machine is where it is, and in which order it would go elsewhere.
+    Explain {
+        /// The policy.
+        file: PathBuf,
+        /// The machine.
+        machine: String,
+    },
     /// Print the configuration that a policy becomes.
+    #[command(visible_alias = "export")]
     Show {
         /// The policy.
         file: PathBuf,
@@ -47,6 +81,9 @@ enum Command {
     Diff {
         /// The policy.
         file: PathBuf,
+        /// A saved configuration (`cibadmin --query`) in place of the cluster's.
+        #[arg(long, value_name = "FILE")]
+        cib: Option<PathBuf>,
     },
     /// Put the configuration into the cluster. Touches only what it owns; safe to repeat.
     Apply {
@@ -61,6 +98,8 @@ enum Format {
     Cib,
     /// crmsh, for `crm configure load update FILE`.
     Crm,
+    /// The nodes' attributes for `crm -f FILE`, to be loaded before what `crm` prints.
+    CrmNodes,
     /// pcs commands, for an empty cluster.
     Pcs,
 }
@@ -99,14 +138,37 @@ fn run(command: &Command) -> Result<ExitCode> {
             let (policy, configuration) = configuration(file)?;
             match format {
                 Format::Cib => println!("{}", cib::document(&policy, &configuration)),
+                Format::Crm if !configuration.nodes.is_empty() => {
+                    eprintln!(
+                        "understudy-crm: first load the nodes' attributes: --format crm-nodes > FILE; crm -f FILE"
+                    );
+                    print!("{}", crm::text(&configuration));
+                }
                 Format::Crm => print!("{}", crm::text(&configuration)),
+                Format::CrmNodes => print!("{}", crm::nodes(&configuration)),
                 Format::Pcs => print!("{}", pcs::script(&configuration)),
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Diff { file } => {
+        Command::Schema => {
+            println!("{}", serde_json::to_string_pretty(&Policy::schema())?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Plan { file, faults, cib, json, svg } => plans(file, faults, cib.as_deref(), *json, svg.as_deref()),
+        Command::Explain { file, machine } => {
+            let (policy, _) = configuration(file)?;
+            match explain(&policy, machine) {
+                Some(text) => print!("{text}"),
+                None => bail!("there is no machine {machine} in {}", file.display()),
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Diff { file, cib } => {
             let (_, configuration) = configuration(file)?;
-            let current = live::query()?;
+            let current = match cib {
+                Some(file) => saved(file)?,
+                None => live::query()?,
+            };
             live::ensure_cib(&current)?;
             let (_, changes) = merge(&current, &configuration);
             changes.iter().for_each(print_change);
@@ -125,6 +187,41 @@ fn run(command: &Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// A configuration from a file.
+fn saved(file: &Path) -> Result<Element> {
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("reading the configuration {}", file.display()))?;
+    Element::parse(&text).with_context(|| format!("reading {} as cibadmin's output", file.display()))
+}
+
+fn plans(file: &Path, faults: &[String], cib: Option<&Path>, json: bool, svg: Option<&Path>) -> Result<ExitCode> {
+    let (policy, _) = configuration(file)?;
+    let scheduler = Scheduler::default();
+    let cib = match cib {
+        None => settled(&policy),
+        Some(file) if file == Path::new("live") => live::query()?,
+        Some(file) => saved(file)?,
+    };
+    live::ensure_cib(&cib)?;
+    let faults = match faults {
+        [] => Fault::all(&policy),
+        some => some.iter().map(|text| Fault::parse(text, &policy)).collect::<Result<_>>()?,
+    };
+    let plans = faults.iter().map(|f| plan::plan(&scheduler, &policy, &cib, f)).collect::<Result<Vec<_>>>()?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&plans)?);
+    } else {
+        plans.iter().for_each(|p| print!("{}", plan::table(p)));
+    }
+    if let (Some(file), Some(first)) = (svg, plans.first()) {
+        let before = plan::places(&scheduler, &policy, &cib)?;
+        let picture = picture(&policy, &before, first);
+        std::fs::write(file, picture).with_context(|| format!("writing {}", file.display()))?;
+    }
+    let all_placed = plans.iter().flat_map(|p| &p.machines).all(|m| !matches!(m.fate, What::Unplaced | What::Stopped));
+    Ok(if all_placed { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 fn text(file: &Path) -> Result<String> {

@@ -1,14 +1,15 @@
 //! Our configuration into a cluster's: what is ours is replaced, everything else stays as it is.
 //!
 //! *Ours* are: the resources that the tag `understudy` lists and those of the policy; constraints and fencing levels whose
-//! ids begin with one of [`PREFIXES`]; the defaults set `understudy-defaults`; of the cluster's properties, those that
+//! ids begin with one of [`PREFIXES`]; node attributes whose names begin with `understudy-`; the defaults set `understudy-defaults`; of the cluster's properties, those that
 //! the policy sets. Not ours, though the names are near: the vetoes (`understudy-veto-…`) that running machines write,
 //! and what `crm resource move`, `ban`, `stop` or `maintenance` leave behind.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
-use crate::cib::{DEFAULTS, PROPERTIES, TAG, sections};
-use crate::model::Configuration;
+use crate::cib::{DEFAULTS, PROPERTIES, TAG, node_sets, sections};
+use crate::compile::{CLUSTER, HIGH_PERFORMANCE, MEMORY, PROMOTION, RACK, WISH};
+use crate::model::{Configuration, NodeSettings};
 use crate::xml::Element;
 
 /// What the ids of our constraints begin with.
@@ -43,6 +44,7 @@ pub fn merge(cib: &Element, configuration: &Configuration) -> (Element, Vec<Chan
     let live = cib.child_or_new("configuration");
 
     let section = |name: &str| ours.child(name).map(|s| s.children.clone()).unwrap_or_default();
+    node_attributes(live.child_or_new("nodes"), &configuration.nodes, &mut changes);
     properties(live.child_or_new("crm_config"), &section("crm_config"), &mut changes);
     objects(live.child_or_new("resources"), section("resources"), &|e| owned.contains(e.id()), &mut changes);
     let by_prefix = |e: &Element| PREFIXES.iter().any(|p| e.id().starts_with(p));
@@ -56,6 +58,57 @@ pub fn merge(cib: &Element, configuration: &Configuration) -> (Element, Vec<Chan
         objects(live.child_or_new(name), wanted, &is_ours, &mut changes);
     }
     (cib, changes)
+}
+
+/// Whether a node attribute or capacity of that name is ours.
+fn is_our_attribute(name: &str) -> bool {
+    [RACK, CLUSTER, HIGH_PERFORMANCE, MEMORY].contains(&name) || name.starts_with(WISH) || name.starts_with(PROMOTION)
+}
+
+/// Our attributes of the cluster's nodes, whichever set they stand in: crm_attribute, crm and pcs each have their own. Nodes
+/// are Corosync's to make; one that is not there yet gets nothing.
+fn node_attributes(live: &mut Element, wanted: &[NodeSettings], changes: &mut Vec<Change>) {
+    let none = NodeSettings { name: String::new(), attributes: Vec::new(), utilization: Vec::new() };
+    for node in live.children.iter_mut().filter(|n| n.name == "node") {
+        let wanted = wanted.iter().find(|w| node.attribute("uname") == Some(&w.name)).unwrap_or(&none);
+        let before = node.clone();
+        let mut missing = node_sets(node.id(), wanted);
+        for set in node.children.iter_mut().filter(|s| matches!(s.name.as_str(), "instance_attributes" | "utilization"))
+        {
+            let Element { name: kind, children, .. } = set;
+            let Some(ours) = missing.iter_mut().find(|m| m.name == *kind) else {
+                children.retain(|p| !is_our_attribute(p.attribute("name").unwrap_or_default()));
+                continue;
+            };
+            let mut values: HashMap<String, Element> =
+                std::mem::take(&mut ours.children).into_iter().map(|p| (name_of(&p), p)).collect();
+            children.retain_mut(|pair| {
+                let name = name_of(pair);
+                match values.remove(&name) {
+                    Some(new) => pair.set("value", new.attribute("value").unwrap_or_default()),
+                    None => return !is_our_attribute(&name),
+                }
+                true
+            });
+            // In the policy's order again, whatever the map made of it.
+            let mut rest: Vec<Element> = values.into_values().collect();
+            rest.sort_by(|a, b| a.id().cmp(b.id()));
+            ours.children = rest;
+        }
+        for mut set in missing.into_iter().filter(|s| !s.children.is_empty()) {
+            match node.children.iter_mut().find(|s| s.name == set.name && s.id() == set.id()) {
+                Some(existing) => existing.children.append(&mut set.children),
+                None => node.children.push(set),
+            }
+        }
+        if *node != before {
+            changes.push(Change::Modify(before, node.clone()));
+        }
+    }
+}
+
+fn name_of(pair: &Element) -> String {
+    pair.attribute("name").unwrap_or_default().to_string()
 }
 
 /// Ids that our tag lists.
@@ -88,15 +141,18 @@ fn properties(live: &mut Element, wanted: &[Element], changes: &mut Vec<Change>)
 }
 
 fn objects(live: &mut Element, wanted: Vec<Element>, is_ours: &dyn Fn(&Element) -> bool, changes: &mut Vec<Change>) {
+    let names: BTreeSet<String> = wanted.iter().map(|w| w.id().to_string()).collect();
     live.children.retain(|existing| {
-        let stays = !is_ours(existing) || wanted.iter().any(|w| w.id() == existing.id());
+        let stays = !is_ours(existing) || names.contains(existing.id());
         if !stays {
             changes.push(Change::Remove(existing.clone()));
         }
         stays
     });
+    let places: HashMap<String, usize> =
+        live.children.iter().enumerate().rev().map(|(at, e)| (e.id().to_string(), at)).collect();
     for mut new in wanted {
-        match live.children.iter_mut().find(|e| e.id() == new.id()) {
+        match places.get(new.id()).map(|at| &mut live.children[*at]) {
             Some(existing) => {
                 keep_operational(existing, &mut new);
                 if !same(existing, &new) {

@@ -1,5 +1,7 @@
 //! A Pacemaker configuration as far as Understudy writes one: the part that XML, crmsh and pcs have in common.
 
+use std::borrow::Cow;
+
 /// Name and value.
 pub type Pair = (String, String);
 
@@ -16,6 +18,19 @@ pub struct Configuration {
     pub constraints: Vec<Constraint>,
     /// Fencing levels: only where a node has devices of several levels.
     pub levels: Vec<FencingLevel>,
+    /// What the cluster's nodes are told: only where the policy places machines.
+    pub nodes: Vec<NodeSettings>,
+}
+
+/// What a node is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeSettings {
+    /// The node.
+    pub name: String,
+    /// Permanent node attributes.
+    pub attributes: Vec<Pair>,
+    /// Its capacity.
+    pub utilization: Vec<Pair>,
 }
 
 /// A resource at the top level.
@@ -62,6 +77,8 @@ pub struct Primitive {
     pub parameters: Vec<Pair>,
     /// Its meta attributes.
     pub meta: Vec<Pair>,
+    /// What it takes of a node's capacity.
+    pub utilization: Vec<Pair>,
     /// Its operations.
     pub operations: Vec<Operation>,
 }
@@ -114,8 +131,8 @@ impl Role {
     }
 }
 
-/// An integer or one of the infinities.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// An integer, one of the infinities, or what a node's attribute says.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Score {
     /// Must.
     Infinity,
@@ -123,6 +140,8 @@ pub enum Score {
     MinusInfinity,
     /// Would rather.
     Finite(i32),
+    /// As much as the node attribute of this name says.
+    Attribute(String),
 }
 
 impl std::fmt::Display for Score {
@@ -131,6 +150,7 @@ impl std::fmt::Display for Score {
             Self::Infinity => f.write_str("INFINITY"),
             Self::MinusInfinity => f.write_str("-INFINITY"),
             Self::Finite(score) => write!(f, "{score}"),
+            Self::Attribute(name) => f.write_str(name),
         }
     }
 }
@@ -150,8 +170,8 @@ pub enum Constraint {
         score: Score,
         /// What a node is tested for.
         tests: Vec<Test>,
-        /// Nodes that the rule excludes are not even probed.
-        never_probe: bool,
+        /// Which nodes are looked at for the resource.
+        discovery: Discovery,
     },
     /// One action before another.
     Order {
@@ -184,29 +204,64 @@ impl Constraint {
     }
 }
 
-/// One comparison in a rule.
+/// `resource-discovery`: where it is found out whether a resource runs there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Discovery {
+    /// Everywhere.
+    Always,
+    /// Not on the nodes to which this constraint applies.
+    Never,
+    /// Only on the nodes to which this constraint applies; all others are forbidden.
+    Exclusive,
+}
+
+impl Discovery {
+    /// As Pacemaker writes it; `None` for its default.
+    pub fn as_str(self) -> Option<&'static str> {
+        match self {
+            Self::Always => None,
+            Self::Never => Some("never"),
+            Self::Exclusive => Some("exclusive"),
+        }
+    }
+}
+
+/// One test in a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Test {
     /// Node attribute, `#uname` or `#kind`.
-    pub attribute: &'static str,
-    /// `eq` or `ne`.
+    pub attribute: Cow<'static, str>,
+    /// `eq`, `ne` or `defined`.
     pub operation: &'static str,
-    /// Value.
-    pub value: String,
+    /// What it is compared with; `None` for `defined`.
+    pub value: Option<String>,
+}
+
+impl std::fmt::Display for Test {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.value {
+            Some(value) => write!(f, "{} {} {value}", self.attribute, self.operation),
+            None => write!(f, "{} {}", self.operation, self.attribute),
+        }
+    }
 }
 
 impl Test {
     /// The node is `name`.
     pub fn is_node(name: &str) -> Self {
-        Self { attribute: "#uname", operation: "eq", value: name.into() }
+        Self { attribute: "#uname".into(), operation: "eq", value: Some(name.into()) }
     }
     /// The node is not `name`.
     pub fn is_not_node(name: &str) -> Self {
-        Self { attribute: "#uname", operation: "ne", value: name.into() }
+        Self { attribute: "#uname".into(), operation: "ne", value: Some(name.into()) }
     }
     /// The node is a Pacemaker remote node.
     pub fn is_remote() -> Self {
-        Self { attribute: "#kind", operation: "eq", value: "remote".into() }
+        Self { attribute: "#kind".into(), operation: "eq", value: Some("remote".into()) }
+    }
+    /// The node has the attribute.
+    pub fn is_defined(attribute: &str) -> Self {
+        Self { attribute: attribute.to_string().into(), operation: "defined", value: None }
     }
 }
 

@@ -1,16 +1,26 @@
 //! The configuration as pcs commands, a shell script that can be read line by line.
 
 use crate::cib::{DEFAULTS, TAG};
-use crate::model::{Agent, Configuration, Constraint, Operation, Pair, Primitive, Resource, Role};
+use crate::model::{Agent, Configuration, Constraint, Operation, Pair, Primitive, Resource, Role, Score};
 
 /// All of it, for an empty cluster; `pcs` stands for `pcs` or `pcs -f FILE`.
 pub fn script(configuration: &Configuration) -> String {
     let mut lines: Vec<String> = Vec::new();
+    for node in &configuration.nodes {
+        for (kind, content) in [("attribute", &node.attributes), ("utilization", &node.utilization)] {
+            if !content.is_empty() {
+                lines.push(format!("pcs node {kind} {} {}", node.name, pairs(content)));
+            }
+        }
+    }
     for resource in &configuration.resources {
         match resource {
             Resource::Primitive(p) => lines.push(create(p, None)),
             Resource::Clone { id, meta, primitive } => lines.push(create(primitive, Some((id, meta)))),
         }
+    }
+    for p in configuration.resources.iter().map(Resource::primitive).filter(|p| !p.utilization.is_empty()) {
+        lines.push(format!("pcs resource utilization {} {}", p.id, pairs(&p.utilization)));
     }
     lines.extend(configuration.constraints.iter().map(constraint));
     for level in &configuration.levels {
@@ -88,14 +98,14 @@ fn constraint(constraint: &Constraint) -> String {
         None => resource.to_string(),
     };
     match constraint {
-        Constraint::Location { id, resource, role, score, tests, never_probe } => {
-            let discovery = if *never_probe { " resource-discovery=never" } else { "" };
+        Constraint::Location { id, resource, role, score, tests, discovery } => {
+            let discovery = discovery.as_str().map(|d| format!(" resource-discovery={d}")).unwrap_or_default();
+            let kind = if matches!(score, Score::Attribute(_)) { "score-attribute" } else { "score" };
             let role = role.map(|r| format!(" role={}", r.as_str())).unwrap_or_default();
-            let tests: Vec<String> =
-                tests.iter().map(|t| format!("{} {} {}", t.attribute, t.operation, t.value)).collect();
+            let tests: Vec<String> = tests.iter().map(ToString::to_string).collect();
             let tests = quoted(&tests.join(" and "));
             format!(
-                "pcs constraint location {resource} rule id={id}-rule constraint-id={id}{discovery}{role} score={score} {tests}"
+                "pcs constraint location {resource} rule id={id}-rule constraint-id={id}{discovery}{role} {kind}={score} {tests}"
             )
         }
         Constraint::Order { id, first, then, symmetrical } => {

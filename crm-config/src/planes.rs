@@ -68,7 +68,8 @@ pub fn members(text: &str) -> Vec<Member> {
 /// What will be regretted, of a policy and, where it is known, Corosync's configuration.
 pub fn check(policy: &Policy, corosync: Option<&str>) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let mut warn = |what: String| findings.push(Finding { severity: Severity::Warning, line: None, what });
+    let mut warn =
+        |what: String| findings.push(Finding { severity: Severity::Warning, line: None, column: None, what });
     let replicating = |node: &&Node| {
         let holds = |m: &Machine| policy.candidates(m).any(|candidate| candidate == *node);
         policy.machines.iter().any(|m| m.protection == Protection::Protected && holds(m))

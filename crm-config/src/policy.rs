@@ -13,14 +13,15 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
-/// A value together with its place in the file. Compares as its value.
-pub type Spanned<T> = toml::Spanned<T>;
+pub use crate::estate::{Alert, AlertKind, Approval, Automation, Evacuation, Mode, Network, Performance, Plane};
+pub use crate::span::Spanned;
 
 /// The whole file.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Policy {
     /// What concerns the cluster as a whole.
@@ -38,10 +39,18 @@ pub struct Policy {
     /// The virtual machines.
     #[serde(default)]
     pub machines: Vec<Machine>,
+    /// The networks.
+    #[serde(default)]
+    pub networks: Vec<Network>,
+    /// Who is told when something happens. Not acted on yet.
+    #[serde(default)]
+    pub alerts: Vec<Alert>,
+    /// What semi-automatic evacuation does with answers. Not acted on yet.
+    pub approval: Option<Approval>,
 }
 
 /// `[cluster]`.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cluster {
     /// The cluster's name; for people only.
@@ -58,6 +67,10 @@ pub struct Cluster {
     pub serial_port: u16,
     /// TCP port on which every node receives live migrations.
     pub migration_port: u16,
+    /// Who decides that machines are started elsewhere when their host has died.
+    pub automation: Option<Spanned<Automation>>,
+    /// How many nodes of each tier a machine may go to besides its home, 1 to 64. Only where the policy places machines.
+    pub candidates: Spanned<usize>,
 }
 
 impl Default for Cluster {
@@ -66,16 +79,18 @@ impl Default for Cluster {
             name: String::new(),
             no_quorum: NoQuorum::Freeze,
             stickiness: 100,
-            key: toml::Spanned::new(0..0, DEFAULT_KEY_FILE.into()),
+            key: Spanned::new(0..0, DEFAULT_KEY_FILE.into()),
             replication_port: 7790,
             serial_port: 7800,
             migration_port: 7780,
+            automation: None,
+            candidates: Spanned::new(0..0, 8),
         }
     }
 }
 
 /// Pacemaker's `no-quorum-policy`. (`ignore` is missing on purpose: two halves would run the same machine.)
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NoQuorum {
     /// What runs goes on, nothing is started: the machine's own rules see to it that no output leaves unprotected.
@@ -101,7 +116,7 @@ impl NoQuorum {
 }
 
 /// `[[nodes]]`: a host that can run machines. Corosync's own configuration names the same nodes.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Node {
     /// The node's name as Corosync and `uname -n` have it.
@@ -114,8 +129,17 @@ pub struct Node {
     pub management: Option<Spanned<String>>,
     /// Address in the business network.
     pub business: Option<Spanned<String>>,
-    /// Memory for machines, MiB; if given, `check` warns about machines that cannot fit.
+    /// Memory for machines, MiB; if given, `check` warns about machines that cannot fit. Where the policy places machines
+    /// and every node has it, no node is given more than that.
     pub memory: Option<u64>,
+    /// Processors for machines. Orders targets by load; never forbids one.
+    pub cpus: Option<u32>,
+    /// The rack that it is in: what loses power together. Machines of one business type are spread over racks.
+    pub rack: Option<Spanned<String>>,
+    /// The cluster that it belongs to, as evacuation policies understand it.
+    pub cluster: Option<Spanned<String>>,
+    /// Id of the dedicated high-performance cluster that it belongs to.
+    pub high_performance: Option<Spanned<String>>,
 }
 
 impl Node {
@@ -132,7 +156,7 @@ impl Node {
 }
 
 /// `[[boards]]`.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Board {
     /// The remote node's name.
@@ -157,7 +181,7 @@ impl Board {
 }
 
 /// `[[fencing]]`: one device.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Fencing {
     /// The resource's name.
@@ -178,7 +202,7 @@ pub struct Fencing {
 }
 
 /// `[[machines]]`.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
     /// The machine's name.
@@ -195,9 +219,25 @@ pub struct Machine {
     pub initrd: Option<Spanned<String>>,
     /// Kernel command line.
     pub cmdline: Option<String>,
-    /// What happens when its host dies.
+    /// What happens when its host dies: `protected`, `restart` or `none`. Without it, `protection` says it.
+    pub mode: Option<Spanned<Mode>>,
+    /// The older way to say it: `protected`, or `none` for what `mode` calls `restart`.
     #[serde(default)]
     pub protection: Protection,
+    /// What it is for. Machines of one business type are spread over racks.
+    pub business: Option<Spanned<String>>,
+    /// How much it needs: only `high` may go to the dedicated cluster.
+    pub performance: Option<Spanned<Performance>>,
+    /// Where it may go.
+    pub evacuation: Option<Spanned<Evacuation>>,
+    /// Its own cluster, if neither its primary nor the nodes say which that is.
+    pub cluster: Option<Spanned<String>>,
+    /// The dedicated cluster that it may go to; without it, any.
+    pub high_performance: Option<Spanned<String>>,
+    /// Who decides that it is started elsewhere; as `cluster.automation` if not given.
+    pub automation: Option<Spanned<Automation>>,
+    /// Higher is placed first, 0 to 10000. Where memory is short, a machine of lower priority is stopped for it.
+    pub priority: Option<Spanned<i32>>,
     /// Without protection: it is moved while it runs.
     pub migrate: Option<Spanned<bool>>,
     /// Node that should run it when there is a choice.
@@ -233,7 +273,7 @@ pub struct Machine {
 }
 
 /// What happens to a machine when its host dies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protection {
     /// A hot standby goes on from the last checkpoint.
@@ -244,7 +284,7 @@ pub enum Protection {
 }
 
 /// `shutdown = …`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Shutdown {
     /// Power button, then wait.
@@ -264,7 +304,7 @@ impl Shutdown {
 }
 
 /// `[machines.monitor]`. The two must differ: Pacemaker tells operations of one name apart by their interval.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Monitor {
     /// On the node that runs it.
@@ -280,7 +320,7 @@ impl Default for Monitor {
 }
 
 /// `[[machines.serial]]`.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
     /// The guest's port.
@@ -297,7 +337,7 @@ pub struct Serial {
 }
 
 /// The guest's serial ports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum GuestPort {
     /// COM1, `/dev/ttyS0`.
@@ -324,6 +364,21 @@ pub struct Seconds(pub u64);
 impl std::fmt::Display for Seconds {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}s", self.0)
+    }
+}
+
+impl JsonSchema for Seconds {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Seconds".into()
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "description": "A time: \"5s\", \"2min\", \"1h\" or a whole number of seconds.",
+            "anyOf": [
+                { "type": "integer", "minimum": 0 },
+                { "type": "string", "pattern": "^[0-9]+ *(s|sec|m|min|h|hr)?$" }
+            ]
+        })
     }
 }
 
@@ -358,7 +413,7 @@ impl<'de> Deserialize<'de> for Seconds {
 }
 
 /// One name or a list of them.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a node's name or a list of names")]
 pub enum OneOrMany {
     /// `standby = "n2"`
@@ -378,7 +433,7 @@ impl OneOrMany {
 }
 
 /// An agent's parameter: text, number or truth value, handed on as text.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "a text, a whole number, true or false")]
 pub enum Scalar {
     /// `"text"`
@@ -415,7 +470,7 @@ fn default_memory() -> u64 {
     512
 }
 fn default_vcpus() -> Spanned<u32> {
-    toml::Spanned::new(0..0, 1)
+    Spanned::new(0..0, 1)
 }
 fn default_failure_timeout() -> Seconds {
     Seconds(60)
@@ -434,5 +489,26 @@ impl Policy {
     /// Read a policy's text.
     pub fn parse(text: &str) -> Result<Self, Unreadable> {
         toml::from_str(text).map_err(|e| Unreadable { span: e.span(), why: e.message().trim().replace('\n', "; ") })
+    }
+
+    /// The JSON schema of a policy, for editors and for programs that write policies.
+    pub fn schema() -> serde_json::Value {
+        schemars::schema_for!(Self).to_value()
+    }
+}
+
+impl Machine {
+    /// What happens to it when its host dies.
+    pub fn mode(&self) -> Mode {
+        match (&self.mode, self.protection) {
+            (Some(mode), _) => *mode.get_ref(),
+            (None, Protection::Protected) => Mode::Protected,
+            (None, Protection::None) => Mode::Restart,
+        }
+    }
+
+    /// Whether it has a standby.
+    pub fn protected(&self) -> bool {
+        self.mode() == Mode::Protected
     }
 }
