@@ -91,6 +91,11 @@ pub const TARGETS: &[Target] = &[
         run: targets::machine::virtio_scsi,
     },
     Target {
+        name: "virtio-net",
+        about: "a guest that sends anything, commands and packets, a network that does so too, and machines that go on with what was set",
+        run: targets::machine::virtio_net,
+    },
+    Target {
         name: "scsi",
         about: "command descriptor blocks and parameter lists",
         run: targets::machine::scsi_command,
