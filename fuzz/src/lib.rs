@@ -113,6 +113,11 @@ pub const TARGETS: &[Target] = &[
         run: targets::disk::takeover,
     },
     Target { name: "storage", about: "what a SCSI target answers; addresses of disks", run: targets::disk::storage },
+    Target {
+        name: "frames",
+        about: "frames that a guest sends and that arrive for it: filters, and whose addresses they are",
+        run: targets::net::frames,
+    },
     Target { name: "journal", about: "a board's journal after a crash", run: targets::cluster::journal },
 ];
 
