@@ -91,6 +91,11 @@ pub const TARGETS: &[Target] = &[
         run: targets::machine::virtio_scsi,
     },
     Target {
+        name: "virtio-net",
+        about: "a guest that sends anything, commands and packets, a network that does so too, and machines that go on with what was set",
+        run: targets::machine::virtio_net,
+    },
+    Target {
         name: "scsi",
         about: "command descriptor blocks and parameter lists",
         run: targets::machine::scsi_command,
@@ -108,6 +113,11 @@ pub const TARGETS: &[Target] = &[
         run: targets::disk::takeover,
     },
     Target { name: "storage", about: "what a SCSI target answers; addresses of disks", run: targets::disk::storage },
+    Target {
+        name: "frames",
+        about: "frames that a guest sends and that arrive for it: filters, and whose addresses they are",
+        run: targets::net::frames,
+    },
     Target { name: "journal", about: "a board's journal after a crash", run: targets::cluster::journal },
 ];
 

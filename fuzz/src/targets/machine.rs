@@ -11,9 +11,11 @@ use understudy_vmm::devices::rtc::Rtc;
 use understudy_vmm::devices::scsi::{self, Medium, Reply, Unit, Work};
 use understudy_vmm::devices::uart16550::Uart16550;
 use understudy_vmm::devices::virtio::block::{Block, Kind, OUT_MAX, Outcome};
+use understudy_vmm::devices::virtio::net::{FRAME, Net, NetConfig};
 use understudy_vmm::devices::virtio::{Console, Rng, Scsi, VirtioPci};
 use understudy_vmm::devices::{Ctx, GuestRam, Payload, Payloads, PioDevice, Snapshot, VmTime};
 use understudy_vmm::memory::Ram;
+use understudy_vmm::net::packet::{HEADER, Packet};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -420,6 +422,93 @@ pub fn scsi_command(bytes: &[u8]) {
         let saved = unit.save();
         assert_eq!(unit.restore(saved.clone()), Ok(()));
         assert_eq!(unit.save(), saved);
+    }
+}
+
+/// A bus with a network card of two pairs of queues.
+fn network() -> PciBus {
+    let mac = understudy_protocol::nic::Mac([2, 0, 0, 0, 0, 1]);
+    let config = NetConfig { mac, pairs: 2, offloads: true, mtu: Some(1500) };
+    let mut bus = PciBus::new();
+    // As in [`bus`].
+    bus.add(4, Box::new(VirtioPci::new(Net::new(config)))).expect("slot 4");
+    bus.assign_bars(BARS..BARS + 0x10_0000).expect("a window for the registers");
+    bus
+}
+
+/// What a guest sent must be such that the host's kernel reads nothing behind its frame.
+fn sound(packet: &Packet) {
+    let field = |at: usize| usize::from(u16::from_le_bytes([packet.header[at], packet.header[at + 1]]));
+    let [flags, gso, ..] = packet.header;
+    assert!(packet.frame.len() <= FRAME && packet.queue < 2);
+    assert!(flags <= 1 && matches!(gso & 0x7f, 0 | 1 | 4) && field(2) <= packet.frame.len());
+    assert!(flags == 0 || field(6) + field(8) + 2 <= packet.frame.len());
+    assert!(gso == 0 || flags == 1 && field(4) > 0 && field(2) > field(6));
+}
+
+/// A network card: its registers, its rings, its commands, packets from both sides, takeovers.
+pub fn virtio_net(bytes: &[u8]) {
+    let (mut bus, mut input) = (network(), Input::new(bytes));
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).expect("a little RAM");
+    // Not all that is offered.
+    let features = u32::from_le_bytes([0xaf, 0x99 & input.byte() | 0x20, input.byte(), 0x20]);
+    set_up_queues(&mut bus, &ram, 0, features, 5);
+    while !input.is_empty() {
+        let ctx = Ctx { now: VmTime(0), ram: &ram };
+        match input.byte() % 8 {
+            0 => _ = bus.mmio_write(BARS + u64::from(input.byte()), input.piece(), &ctx),
+            1 => _ = bus.mmio_read(BARS + 0x2000 + input.odd_number() % 0x1000, &mut [0; 8], &ctx),
+            2 => _ = ram.write_slice(input.piece(), GuestAddress(u64::from(input.byte()) * 0x100)),
+            // Something in a ring: to send, as a buffer, or as a command with its acknowledgement.
+            3 => {
+                let (queue, parts) = (u64::from(input.byte() % 5), u64::from(input.byte() % 4));
+                let at_table = table(0, queue);
+                for i in 0..=parts {
+                    let last = i == parts;
+                    let writes = queue % 2 == 0 && (queue != 4 || last);
+                    let flags = u16::from(!last) | u16::from(writes) << 1;
+                    let (addr, len) = (0x8000 + 0x800 * i, input.odd_number());
+                    let _ = ram.write_slice(input.piece(), GuestAddress(addr));
+                    let _ = ram.write_obj::<u64>(addr, GuestAddress(at_table + 16 * i));
+                    let _ = ram.write_obj::<u32>(len as u32, GuestAddress(at_table + 16 * i + 8));
+                    let _ = ram.write_obj::<u16>(flags, GuestAddress(at_table + 16 * i + 12));
+                    let _ = ram.write_obj::<u16>(i as u16 + 1, GuestAddress(at_table + 16 * i + 14));
+                }
+                let ring = at_table + 0x400;
+                let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
+                let _ = ram.write_obj(0u16, GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
+                let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+                let _ = bus.mmio_write(BARS + 0x3000 + 4 * queue, &(queue as u16).to_le_bytes(), &ctx);
+            }
+            4 => {
+                let (pair, len, some) = (u16::from(input.byte() % 3), input.odd_number(), input.piece());
+                let mut packet = some.to_vec();
+                packet.resize(some.len().max((len as usize % 0x1000 * 16) % (FRAME + HEADER)), 0x55);
+                let Some(card) = bus.get_mut::<VirtioPci<Net>>(4) else { return };
+                let _ = card.receive(pair, &mut packet, &ctx);
+                card.process(ctx.ram);
+            }
+            5 => {
+                let how = input.byte();
+                let Some(card) = bus.get_mut::<VirtioPci<Net>>(4) else { return };
+                card.set_link(how % 2 == 0);
+                card.ask_to_announce();
+            }
+            6 => {
+                let room = input.byte() % 4 > 0;
+                let Some(card) = bus.get_mut::<VirtioPci<Net>>(4) else { return };
+                card.take_packets(room, &ctx).iter().for_each(sound);
+            }
+            _ => {
+                let saved = bus.save_payloads();
+                let mut other = network();
+                let taken = Payloads::new(saved.clone()).and_then(|mut all| other.restore_payloads(&mut all));
+                assert_eq!(taken, Ok(()), "what was saved is taken back");
+                assert_eq!(other.save_payloads(), saved);
+                bus = other;
+            }
+        }
+        bus.take_msi();
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod disk;
 pub mod machine;
+pub mod net;
 pub mod paths;
 pub mod protocol;
 pub mod replication;

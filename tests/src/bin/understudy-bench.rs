@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
-use understudy_tests::bench::{disk, disk_guest, host, lab, pair, pauses, replication, rows, size};
+use understudy_tests::bench::{disk, disk_guest, host, lab, net, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
 use understudy_tests::disk_cuts;
 use understudy_tests::net_cuts;
@@ -114,6 +114,15 @@ enum Cmd {
         /// The figures go into its key `guest`
         #[arg(long, default_value = "target/bench/disk.json")]
         report: PathBuf,
+    },
+    /// The network back end alone, beside plain reads and writes of a tap: no guest, no KVM. As root
+    Net {
+        /// An object; what this measures stands under `back_end`, and everything else in it stays
+        #[arg(long, default_value = "target/bench/net.json")]
+        report: PathBuf,
+        /// A few seconds
+        #[arg(long)]
+        quick: bool,
     },
     /// The VMM of the measured machines
     #[command(hide = true)]
@@ -255,6 +264,17 @@ fn run(command: Cmd) -> Result<i32> {
                 Err(_) => serde_json::json!({}),
             };
             all["guest"] = serde_json::to_value(&measured)?;
+            write(&report, &all)?;
+            Ok(0)
+        }
+        Cmd::Net { report, quick } => {
+            let measured = net::measure(quick, &|text| println!("  … {text}"))?;
+            print!("\n{}", net::table(&measured));
+            let mut all: serde_json::Map<String, serde_json::Value> = match fs::read(&report) {
+                Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("reading {}", report.display()))?,
+                Err(_) => Default::default(),
+            };
+            all.insert("back_end".into(), serde_json::to_value(&measured)?);
             write(&report, &all)?;
             Ok(0)
         }
