@@ -32,8 +32,11 @@ bench: needs-root build lab-guest lab-disk ## the figures; JSON under target/ben
 	$(CARGO) build --release --workspace --bins
 	$(dir $(BIN))release/understudy-bench replication $(BENCH)
 	$(dir $(BIN))release/understudy-bench disk $(BENCH)
+	$(dir $(BIN))release/understudy-bench net $(BENCH)
+	$(CARGO) run --release -p understudy-crm --example policy-bench -- target/lab/root > target/bench/policy.json
 	$(dir $(BIN))release/understudy-bench host
 	$(dir $(BIN))release/understudy-bench power-cuts
+	$(dir $(BIN))release/understudy-bench power-cuts --nic --report target/bench/net-cuts.json
 	$(dir $(BIN))release/understudy-bench cluster-cuts --count 12 --both 4 --sequence 4 --moves 4
 	$(LAB) vm run -- understudy-bench lab
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-guest

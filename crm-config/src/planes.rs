@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use crate::check::{Finding, Severity};
-use crate::policy::{Machine, Node, Policy, Protection};
+use crate::policy::{Machine, Node, Policy};
 
 /// Where Corosync's configuration is.
 pub const COROSYNC_CONF: &str = "/etc/corosync/corosync.conf";
@@ -72,7 +72,7 @@ pub fn check(policy: &Policy, corosync: Option<&str>) -> Vec<Finding> {
         |what: String| findings.push(Finding { severity: Severity::Warning, line: None, column: None, what });
     let replicating = |node: &&Node| {
         let holds = |m: &Machine| policy.candidates(m).any(|candidate| candidate == *node);
-        policy.machines.iter().any(|m| m.protection == Protection::Protected && holds(m))
+        policy.machines.iter().any(|m| m.protected() && holds(m))
     };
     for node in policy.nodes.iter().filter(replicating) {
         let name = node.name.get_ref();
