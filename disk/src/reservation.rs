@@ -175,7 +175,12 @@ impl Fence {
                 return Err(self.preempted());
             }
         }
-        Err(Error::Owned(format!("{}: the device's reservation changes all the time; who else takes it?", self.name)))
+        Err(Error::Owned(format!(
+            "{}: the device's reservation cannot be had: its keys are {:?}, and it is held by {:?}; who else takes it?",
+            self.name,
+            self.device.keys()?,
+            self.device.held()?
+        )))
     }
 
     fn preempted(&self) -> Error {
