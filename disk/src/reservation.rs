@@ -175,11 +175,13 @@ impl Fence {
                 return Err(self.preempted());
             }
         }
+        let keys: Vec<_> = self.device.keys()?.iter().map(Key::to_string).collect();
+        let held =
+            self.device.held()?.map_or_else(|| "nobody".to_owned(), |held| format!("{}, type {}", held.key, held.kind));
         Err(Error::Owned(format!(
-            "{}: the device's reservation cannot be had: its keys are {:?}, and it is held by {:?}; who else takes it?",
+            "{}: the device's reservation cannot be had: it is held by {held}, its keys are {}; who else takes it?",
             self.name,
-            self.device.keys()?,
-            self.device.held()?
+            keys.join(" and ")
         )))
     }
 

@@ -43,7 +43,7 @@ struct Reservation {
     flags: u32,
 }
 
-/// `struct pr_preempt`
+/// `struct pr_preempt`. The kernel's documents call `old` the key that goes; its drivers for SCSI and NVMe send it as the sender's own, and `new` as the one that goes.
 #[repr(C)]
 struct Preempt {
     old: u64,
@@ -119,7 +119,7 @@ pub fn reserve(device: &File, key: u64) -> io::Result<()> {
 /// # Errors
 /// `EBADE`: this node or the other key is not registered; what the device says.
 pub fn preempt_and_abort(device: &File, key: u64, other: u64) -> io::Result<()> {
-    let argument = Preempt { old: other, new: key, kind: WRITE_EXCLUSIVE_REGISTRANTS_ONLY, flags: 0 };
+    let argument = Preempt { old: key, new: other, kind: WRITE_EXCLUSIVE_REGISTRANTS_ONLY, flags: 0 };
     // SAFETY: the argument has the call's layout and lives through it.
     answered(unsafe { sys::pr_preempt_abort(device.as_raw_fd(), &argument) })
 }
@@ -129,7 +129,7 @@ pub fn preempt_and_abort(device: &File, key: u64, other: u64) -> io::Result<()> 
 /// # Errors
 /// As [`preempt_and_abort`].
 pub fn preempt(device: &File, key: u64, other: u64) -> io::Result<()> {
-    let argument = Preempt { old: other, new: key, kind: WRITE_EXCLUSIVE_REGISTRANTS_ONLY, flags: 0 };
+    let argument = Preempt { old: key, new: other, kind: WRITE_EXCLUSIVE_REGISTRANTS_ONLY, flags: 0 };
     // SAFETY: the argument has the call's layout and lives through it.
     answered(unsafe { sys::pr_preempt(device.as_raw_fd(), &argument) })
 }
@@ -166,6 +166,14 @@ pub fn scsi_read(device: &File, cdb: &[u8], to: &mut [u8], patience: Duration) -
     unsafe { scsi(device, cdb, -3, to.as_mut_ptr(), to.len(), patience) }
 }
 
+const CHECK_CONDITION: c_uchar = 2;
+const UNIT_ATTENTION: u8 = 6;
+
+/// In fixed or descriptor format (SPC-4 §4.5).
+fn sense_key(sense: &[u8; 64]) -> u8 {
+    (if sense[0] & 0x7f >= 0x72 { sense[1] } else { sense[2] }) & 0xf
+}
+
 /// # Safety
 /// `data` has `len` bytes that live through the call, and may be written to unless the direction is to the device.
 unsafe fn scsi(
@@ -176,43 +184,48 @@ unsafe fn scsi(
     len: usize,
     patience: Duration,
 ) -> io::Result<usize> {
-    let mut sense = [0; 64];
-    let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
-    let mut header = SgHeader {
-        interface_id: c_int::from(b'S'),
-        dxfer_direction: direction,
-        cmd_len: c_uchar::try_from(cdb.len()).map_err(|_| too_long())?,
-        mx_sb_len: 64,
-        iovec_count: 0,
-        dxfer_len: c_uint::try_from(len).map_err(|_| too_long())?,
-        dxferp: data.cast(),
-        cmdp: cdb.as_ptr(),
-        sbp: sense.as_mut_ptr(),
-        timeout: c_uint::try_from(patience.as_millis()).unwrap_or(c_uint::MAX),
-        flags: 0,
-        pack_id: 0,
-        usr_ptr: std::ptr::null_mut(),
-        status: 0,
-        masked_status: 0,
-        msg_status: 0,
-        sb_len_wr: 0,
-        host_status: 0,
-        driver_status: 0,
-        resid: 0,
-        duration: 0,
-        info: 0,
-    };
-    // SAFETY: command, data and sense are as long as the header says and live through the call.
-    unsafe { sys::sg_io(device.as_raw_fd(), &mut header) }?;
-    match (header.status, header.host_status) {
-        (0, 0) => Ok(len.saturating_sub(usize::try_from(header.resid).unwrap_or(0))),
-        (0x18, _) => Err(io::Error::from_raw_os_error(nix::libc::EBADE)),
-        (status, host) => {
-            let text = format!(
-                "a SCSI command ended with status {status:#x}, host status {host:#x}, sense {:02x?}",
-                &sense[..18]
-            );
-            Err(io::Error::other(text))
+    let mut attempts = 0;
+    loop {
+        let mut sense = [0; 64];
+        let too_long = || io::Error::from(io::ErrorKind::InvalidInput);
+        let mut header = SgHeader {
+            interface_id: c_int::from(b'S'),
+            dxfer_direction: direction,
+            cmd_len: c_uchar::try_from(cdb.len()).map_err(|_| too_long())?,
+            mx_sb_len: 64,
+            iovec_count: 0,
+            dxfer_len: c_uint::try_from(len).map_err(|_| too_long())?,
+            dxferp: data.cast(),
+            cmdp: cdb.as_ptr(),
+            sbp: sense.as_mut_ptr(),
+            timeout: c_uint::try_from(patience.as_millis()).unwrap_or(c_uint::MAX),
+            flags: 0,
+            pack_id: 0,
+            usr_ptr: std::ptr::null_mut(),
+            status: 0,
+            masked_status: 0,
+            msg_status: 0,
+            sb_len_wr: 0,
+            host_status: 0,
+            driver_status: 0,
+            resid: 0,
+            duration: 0,
+            info: 0,
+        };
+        // SAFETY: command, data and sense are as long as the header says and live through the call.
+        unsafe { sys::sg_io(device.as_raw_fd(), &mut header) }?;
+        match (header.status, header.host_status) {
+            // Something happened to the device since it was asked last, such as a reset: it says so once to each who asks.
+            (CHECK_CONDITION, _) if attempts < 4 && sense_key(&sense) == UNIT_ATTENTION => attempts += 1,
+            (0, 0) => return Ok(len.saturating_sub(usize::try_from(header.resid).unwrap_or(0))),
+            (0x18, _) => return Err(io::Error::from_raw_os_error(nix::libc::EBADE)),
+            (status, host) => {
+                let text = format!(
+                    "a SCSI command ended with status {status:#x}, host status {host:#x}, sense {:02x?}",
+                    &sense[..18]
+                );
+                return Err(io::Error::other(text));
+            }
         }
     }
 }
