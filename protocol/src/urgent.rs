@@ -59,6 +59,8 @@ const WINDOW: Duration = Duration::from_millis(50);
 const SHARE: u32 = 4;
 
 thread_local! {
+    /// Nice value of this thread when it is ordinary.
+    static USUAL: Cell<i32> = const { Cell::new(0) };
     static LEVEL: Cell<Level> = const { Cell::new(Level::Ordinary) };
     /// Beginning of the window, and the thread's processor time then.
     static SINCE: Cell<Option<(Instant, Duration)>> = const { Cell::new(None) };
@@ -147,6 +149,9 @@ fn set(level: Level) {
     if LEVEL.get() == level {
         return;
     }
+    if LEVEL.get() == Level::Ordinary {
+        USUAL.set(nice());
+    }
     LEVEL.set(level);
     if level == Level::Urgent && !REFUSED.load(Ordering::Relaxed) {
         let fifo = SchedAttr { policy: SCHED_FIFO, flags: RESET_ON_FORK, priority: PRIORITY, ..Default::default() };
@@ -156,11 +161,17 @@ fn set(level: Level) {
         REFUSED.store(true, Ordering::Relaxed);
     }
     if level == Level::Ordinary {
-        apply(SchedAttr { policy: SCHED_OTHER, flags: RESET_ON_FORK, ..Default::default() });
+        apply(SchedAttr { policy: SCHED_OTHER, flags: RESET_ON_FORK, nice: USUAL.get(), ..Default::default() });
         return;
     }
     // Refused without the privilege: the thread stays as it is.
     apply(SchedAttr { policy: SCHED_OTHER, flags: RESET_ON_FORK, nice: NICE, runtime: SLICE_NS, ..Default::default() });
+}
+
+/// The calling thread's.
+fn nice() -> i32 {
+    // SAFETY: it takes numbers only. (It cannot fail for the calling thread.)
+    unsafe { nix::libc::getpriority(nix::libc::PRIO_PROCESS, 0) }
 }
 
 fn apply(attr: SchedAttr) -> bool {
