@@ -1,14 +1,15 @@
 //! The sender's hands: performs the actions of [`crate::sender::Sender`] on the VMM's socket, RAM, the arena and the
 //! stream to the peer.
 //!
-//! One thread runs the loop: take in what has happened, ask for the next action, do it. Three kinds of helpers post
-//! into its queue: a thread that connects, a thread that reads from the peer, a thread that calls the hook. Encoding and
+//! One thread runs the loop: take in what has happened, ask for the next action, do it. Four kinds of helpers post
+//! into its queue: a thread that connects, a thread that reads from the peer, a thread that calls the hook, a thread that waits for the VMM's storage. Encoding and
 //! sending happen after the VMM has resumed the guest.
 
 mod copies;
 mod disk_verify;
 mod pages;
 mod peer;
+mod storage;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -22,7 +23,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use understudy_protocol::control::{
-    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, OutputHeld, PathStatus, Sealed, VmmRequest,
+    Attached, Captured, ControlClient, ControlError, HandedOver, Harvested, OutputHeld, PathStatus, VmmRequest,
     VmmStatus,
 };
 use understudy_protocol::ids::{Epoch, Generation};
@@ -35,6 +36,7 @@ use understudy_protocol::urgent;
 use self::copies::Copies;
 use self::disk_verify::DiskVerifier;
 use self::pages::Pages;
+use self::storage::{Answered, Question};
 use crate::codec::{BatchWriter, EncodingConfig, EpochDigest, PAGE};
 use crate::hook::Hook;
 use crate::link::{Closer, Encryption, Link, Writer};
@@ -60,6 +62,8 @@ enum Input {
     VerifyDisks(mpsc::Sender<Result<u64, String>>),
     /// Send this, if it is still this connection.
     Say(u64, Message<'static>),
+    /// What the VMM answered, if it is still this attachment.
+    Answered(u64, Answered),
     Stop,
 }
 
@@ -164,6 +168,8 @@ impl SenderHandle {
             vmm_twin: vmm.clone(),
             peer_twin: peer.clone(),
             vmm: None,
+            storage: storage::start(inputs.clone()),
+            attachment: 0,
             arena: None,
             ram: None,
             ram_pages: 0,
@@ -269,7 +275,11 @@ struct Driver {
     vmm_twin: Arc<Mutex<Option<UnixStream>>>,
     peer_twin: Arc<Mutex<Option<Closer>>>,
 
+    /// Not here while it waits for its storage: `storage` has it then.
     vmm: Option<ControlClient>,
+    storage: mpsc::Sender<Question>,
+    /// Number of the attachment; answers to earlier ones are not heard.
+    attachment: u64,
     /// A twin of the connection that waits for outputs.
     output_twin: Option<UnixStream>,
     arena: Option<File>,
@@ -421,6 +431,11 @@ impl Driver {
                     self.core.event(trouble.event(), now);
                 }
             }
+            Input::Answered(attachment, _) if attachment != self.attachment => {}
+            Input::Answered(_, answered) => {
+                let event = self.answered(answered);
+                self.happened(event);
+            }
             Input::HandOver(answer) => {
                 self.answers.push(answer);
                 self.core.event(Event::HandOver, now);
@@ -436,20 +451,13 @@ impl Driver {
                 self.detach();
                 None
             }
-            Action::Quit => Some(match self.call::<()>(&VmmRequest::Quit) {
-                // It may close the socket before the reply is read.
-                Ok(()) | Err(Event::VmmLost(_)) => Event::VmmDone,
-                Err(event) => event,
-            }),
+            Action::Quit => Some(self.quit()),
             Action::DirtyLogStart => Some(self.done(&VmmRequest::DirtyLogStart)),
             Action::Committed(epoch) => {
                 self.forget_kept(|kept| kept.epoch <= epoch);
-                Some(self.done(&VmmRequest::Committed { epoch }))
+                self.ask(VmmRequest::Committed { epoch })
             }
-            Action::SealDisks(epoch) => Some(match self.call::<Sealed>(&VmmRequest::SealDisks { epoch }) {
-                Ok(sealed) => self.sealed(sealed),
-                Err(event) => event,
-            }),
+            Action::SealDisks(epoch) => self.ask(VmmRequest::SealDisks { epoch }),
             Action::BeginCopies => Some(self.begin_copies().unwrap_or_else(Trouble::event)),
             Action::CopyDisks => Some(urgent::heavy(true, || self.copy_disks().unwrap_or_else(Trouble::event))),
             Action::SendDisks => {
@@ -533,12 +541,16 @@ impl Driver {
             }
         };
         if let Some(event) = event {
-            // Whoever lost the VMM has no use for its files.
-            if matches!(event, Event::VmmLost(_)) {
-                self.detach();
-            }
-            self.core.event(event, Instant::now());
+            self.happened(event);
         }
+    }
+
+    fn happened(&mut self, event: Event) {
+        // Whoever lost the VMM has no use for its files.
+        if matches!(event, Event::VmmLost(_)) {
+            self.detach();
+        }
+        self.core.event(event, Instant::now());
     }
 
     // The VMM.
@@ -646,20 +658,19 @@ impl Driver {
         }
         self.kept.clear();
         self.spare.clear();
-        if let Some(client) = self.vmm.take() {
-            let _ = client.stream().shutdown(Shutdown::Both);
+        self.vmm = None;
+        self.attachment += 1;
+        // Also of a client that waits for its storage.
+        if let Some(twin) = lock(&self.vmm_twin).take() {
+            let _ = twin.shutdown(Shutdown::Both);
         }
-        *lock(&self.vmm_twin) = None;
         (self.ram, self.arena) = (None, None);
         self.copies.forget();
     }
 
     fn call<R: serde::de::DeserializeOwned>(&mut self, request: &VmmRequest) -> Result<R, Event> {
         let Some(client) = &mut self.vmm else { return Err(Event::VmmLost("it is not attached".into())) };
-        client.call(request).map_err(|e| match e {
-            ControlError::Refused(why) => Event::VmmRefused(why),
-            other => Event::VmmLost(other.to_string()),
-        })
+        client.call(request).map_err(trouble)
     }
 
     fn done(&mut self, request: &VmmRequest) -> Event {
@@ -765,6 +776,14 @@ impl Driver {
         view.disk_verify = self.disk_verify.report();
         view.migration = self.core.migration();
         view.paths = paths;
+    }
+}
+
+/// What a call of the VMM ended with.
+fn trouble(e: ControlError) -> Event {
+    match e {
+        ControlError::Refused(why) => Event::VmmRefused(why),
+        other => Event::VmmLost(other.to_string()),
     }
 }
 

@@ -253,6 +253,8 @@ pub struct Sender {
     vmm_retry: Instant,
     /// What the VMM was asked last, for its `VmmDone`.
     asked: Asked,
+    /// It waits for its storage meanwhile, however long that takes, and can be asked for nothing else.
+    storage: Option<Instant>,
     stale: Option<Generation>,
 
     veto: Veto,
@@ -275,8 +277,9 @@ pub struct Sender {
     rest: Rest,
     base: Option<Base>,
     epoch: Epoch,
-    /// The newest epoch for which the disks are sealed, and for which the copies were sent what they need.
+    /// The newest epoch for which the disks are sealed, how long that took, and the newest for which the copies were sent what they need.
     sealed: Epoch,
+    sealing: Duration,
     mirrored: Epoch,
     /// The peer is to say first what of its copies is durable.
     disks_wait: bool,
@@ -344,6 +347,7 @@ impl Sender {
             gate_open: false,
             vmm_retry: now,
             asked: Asked::Nothing,
+            storage: None,
             stale: None,
             veto: Veto::Unknown,
             veto_retry: now,
@@ -363,6 +367,7 @@ impl Sender {
             base: None,
             epoch: Epoch::ZERO,
             sealed: Epoch::ZERO,
+            sealing: Duration::ZERO,
             mirrored: Epoch::ZERO,
             disks_wait: false,
             committed: Epoch::ZERO,
@@ -405,6 +410,10 @@ impl Sender {
     /// The machine's generation, zero while the VMM is not attached.
     pub fn generation(&self) -> Generation {
         self.vmm.as_ref().map_or(Generation::ZERO, |vmm| vmm.generation)
+    }
+    /// Whether the VMM was asked for what may have to wait for its storage, and has not answered.
+    pub fn waits_for_storage(&self) -> bool {
+        self.storage.is_some()
     }
     /// Newest committed and newest cut epoch.
     pub fn epochs(&self) -> (Epoch, Epoch) {
@@ -482,16 +491,18 @@ impl Sender {
         if self.migration_ended() {
             return Action::Wait(now + RETRY_MAX);
         }
-        if self.hand_over == HandOver::Recorded && self.vmm.is_some() {
-            self.asked = Asked::Committed(self.epoch);
-            return Action::Committed(self.epoch);
-        }
         if self.vmm.is_none() {
             return if now >= self.vmm_retry { Action::Attach } else { Action::Wait(self.vmm_retry) };
         }
+        if self.storage.is_some() {
+            return self.next_beside_storage(now);
+        }
+        if self.hand_over == HandOver::Recorded {
+            return self.ask_storage(Asked::Committed(self.epoch), Action::Committed(self.epoch), now);
+        }
         match self.rest {
             Rest::Nothing => {}
-            Rest::Keep(captured) => return self.seal_or_send(captured),
+            Rest::Keep(captured) => return self.seal_or_send(captured, now),
             Rest::KeepMore | Rest::Drop => return Action::CutContinue,
         }
         if self.share_told != self.share {
@@ -514,13 +525,35 @@ impl Sender {
         if now >= self.vmm_retry { Action::Attach } else { Action::Wait(self.vmm_retry) }
     }
 
+    /// The VMM is asked for what may have to wait for its storage.
+    fn ask_storage(&mut self, asked: Asked, action: Action, now: Instant) -> Action {
+        self.asked = asked;
+        self.storage = self.has_disks().then_some(now);
+        action
+    }
+
+    /// The VMM waits for its storage: what needs no VMM goes on, so that the standby is still there when the storage answers.
+    fn next_beside_storage(&mut self, now: Instant) -> Action {
+        if let Some(action) = self.next_for_veto(now) {
+            return action;
+        }
+        match self.peer {
+            Peer::Away | Peer::Connecting | Peer::Greeting { sent: false } => Action::Wait(now + RETRY_MIN),
+            _ => self.keep_in_touch(now).unwrap_or_else(Action::Wait),
+        }
+    }
+
+    fn has_disks(&self) -> bool {
+        self.vmm.as_ref().is_some_and(|vmm| vmm.disks)
+    }
+
     fn next_for_veto(&mut self, now: Instant) -> Option<Action> {
         if self.migrates() {
             return None;
         }
         let streaming = self.peer == Peer::Streaming;
         match self.veto {
-            Veto::Standing if !streaming && !self.gate_open => {
+            Veto::Standing if !streaming && !self.gate_open && self.storage.is_none() => {
                 self.asked = Asked::GateOpen;
                 Some(Action::GateOpen)
             }
@@ -536,21 +569,29 @@ impl Sender {
         }
     }
 
-    fn next_for_peer(&mut self, now: Instant) -> Action {
+    /// Listen for the peer's signs of life and give ours. `Err`: nothing is due before then.
+    fn keep_in_touch(&mut self, now: Instant) -> Result<Action, Instant> {
         let silence = self.last_heard + self.config.peer_timeout;
         let ping = self.last_ping + self.config.peer_timeout / 4;
         if !matches!(self.peer, Peer::Away | Peer::Connecting | Peer::Greeting { sent: false }) {
             if now >= silence {
                 let ms = self.config.peer_timeout.as_millis();
                 self.lose_peer(now, format!("the standby has not answered for {ms} ms"));
-                return self.next(now);
+                return Ok(self.next(now));
             }
             if now >= ping {
                 self.last_ping = now;
-                return Action::Send(Epoch::ZERO, Message::Ping);
+                return Ok(Action::Send(Epoch::ZERO, Message::Ping));
             }
         }
-        let wake = silence.min(ping).min(if self.veto_retry > now { self.veto_retry } else { silence });
+        Err(silence.min(ping).min(if self.veto_retry > now { self.veto_retry } else { silence }))
+    }
+
+    fn next_for_peer(&mut self, now: Instant) -> Action {
+        let wake = match self.keep_in_touch(now) {
+            Ok(action) => return action,
+            Err(wake) => wake,
+        };
         match self.peer {
             Peer::Away if now >= self.peer_retry => {
                 self.peer = Peer::Connecting;
@@ -589,10 +630,16 @@ impl Sender {
     }
 
     fn next_in_cycle(&mut self, now: Instant, wake: Instant) -> Action {
-        if let Some(epoch) = self.acked.take() {
+        // The guest stands still until all of its cut is taken: that is not to wait for storage.
+        let stands_still = match self.cycle {
+            Cycle::Continue => true,
+            Cycle::Sending(captured) => captured.more,
+            Cycle::Idle | Cycle::Early(_) | Cycle::Resend { .. } => false,
+        };
+        let may_wait = !(self.has_disks() && stands_still);
+        if let Some(epoch) = self.acked.take_if(|_| may_wait) {
             if !self.migrates() {
-                self.asked = Asked::Committed(epoch);
-                return Action::Committed(epoch);
+                return self.ask_storage(Asked::Committed(epoch), Action::Committed(epoch), now);
             }
             // The VMM is told last: until the target has recorded it, nobody could run what the VMM gave away.
             self.hand_over = HandOver::Telling { deadline: None };
@@ -600,7 +647,7 @@ impl Sender {
         match self.cycle {
             Cycle::Early(captured) => return Action::SendPiece(captured),
             Cycle::Sending(_) if self.disks_wait => return Action::Wait(wake),
-            Cycle::Sending(captured) => return self.seal_or_send(captured),
+            Cycle::Sending(captured) => return self.seal_or_send(captured, now),
             Cycle::Continue => return Action::CutContinue,
             Cycle::Resend { after } => return Action::Resend { after },
             Cycle::Idle => {}
@@ -635,16 +682,14 @@ impl Sender {
     }
 
     /// A piece of a cut is in the arena: with the last the epoch ends.
-    fn seal_or_send(&mut self, captured: Captured) -> Action {
-        let disks = self.vmm.as_ref().is_some_and(|vmm| vmm.disks);
-        if captured.more || !disks || self.mirrored == self.epoch {
+    fn seal_or_send(&mut self, captured: Captured, now: Instant) -> Action {
+        if captured.more || !self.has_disks() || self.mirrored == self.epoch {
             return Action::SendPiece(captured);
         }
         if self.sealed == self.epoch {
             return if self.mirrors() { Action::SendDisks } else { Action::SendPiece(captured) };
         }
-        self.asked = Asked::SealDisks(self.epoch);
-        Action::SealDisks(self.epoch)
+        self.ask_storage(Asked::SealDisks(self.epoch), Action::SealDisks(self.epoch), now)
     }
 
     fn next_cut_or_wait(&mut self, now: Instant, mut wake: Instant, oldest: Option<InFlight>) -> Action {

@@ -11,6 +11,9 @@ use crate::message::{Message, Welcome};
 impl Sender {
     /// Take in what happened.
     pub fn event(&mut self, event: Event, now: Instant) {
+        if matches!(event, Event::VmmDone | Event::VmmRefused(_) | Event::VmmLost(_)) {
+            self.storage_answered(now);
+        }
         match event {
             Event::Attached { attached, last_cut, session } => {
                 let generation = attached.generation;
@@ -82,6 +85,21 @@ impl Sender {
             }
             Event::Hook(call, result) => self.hook_done(call, result, now),
             Event::HandOver => self.want_hand_over(),
+        }
+    }
+
+    /// If it was the storage that the VMM waited for.
+    fn storage_answered(&mut self, now: Instant) {
+        let Some(since) = self.storage.take() else { return };
+        let took = now.saturating_duration_since(since);
+        if matches!(self.asked, Asked::SealDisks(_)) {
+            self.sealing = took;
+        }
+        if took >= self.config.peer_timeout {
+            let ms = took.as_millis();
+            self.note(format!(
+                "the storage of the machine's disks has answered after {ms} ms; checkpoints waited for it"
+            ));
         }
     }
 
@@ -238,9 +256,11 @@ impl Sender {
             return;
         }
         self.cycle = Cycle::Idle;
+        // What our own storage took is not the standby's slowness.
+        let sealing = std::mem::take(&mut self.sealing);
         self.in_flight.push_back(InFlight {
             epoch: self.epoch,
-            cut: self.last_cut,
+            cut: self.last_cut + sealing,
             deadline: now + self.config.peer_timeout,
         });
         self.early = false;
@@ -388,7 +408,7 @@ impl Sender {
         (self.share, self.share_told) = (0, 0);
         self.gate_open = false;
         self.log_on = false;
-        self.asked = Asked::Nothing;
+        (self.asked, self.storage) = (Asked::Nothing, None);
         if had && self.peer != Peer::Away {
             self.lose_peer(now, why);
         } else {

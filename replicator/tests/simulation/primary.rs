@@ -33,6 +33,7 @@ impl World {
     }
 
     pub fn detach(&mut self) {
+        self.storage = None;
         self.vmm.gate_open = false;
         self.vmm.early.clear();
         self.vmm.share = 100;
@@ -45,6 +46,12 @@ impl World {
     }
 
     pub fn sender_step(&mut self) -> Check {
+        if self.storage.as_ref().is_some_and(|(at, _)| *at <= self.now)
+            && let Some((_, action)) = self.storage.take()
+        {
+            self.say(format!("the storage answers: {action:?}"));
+            return self.storage_answers(action);
+        }
         let mut action = self.sender.next(self.now);
         self.sender.take_notes();
         if let Action::Wait(until) = action {
@@ -57,7 +64,20 @@ impl World {
             self.event(Event::Hook(VetoCall::Veto, Ok(())));
             action = Action::Wait(self.now);
         }
+        let of_the_vmm = !matches!(
+            action,
+            Action::Wait(_) | Action::Connect | Action::Send(..) | Action::Disconnect | Action::Hook(_)
+        ) && !matches!(action, Action::AnswerHandOver(_) | Action::Quit | Action::Detach);
+        if self.storage.is_some() && of_the_vmm {
+            return Err(format!("{action:?} while the VMM waits for its storage"));
+        }
         match action {
+            Action::SealDisks(_) | Action::Committed(_)
+                if self.vmm.disks && self.troubled && self.random.one_in(20) && self.sabotage == Sabotage::None =>
+            {
+                let silence = Duration::from_millis(self.random.below(6000));
+                self.storage = Some((self.now + silence, action));
+            }
             Action::Wait(_) => {}
             Action::Attach => {
                 if self.vmm.quit || self.vmm.handed_over {
@@ -133,7 +153,7 @@ impl World {
                 self.event(Event::Captured(captured));
             }
             Action::SendPiece(captured) => self.send_piece(captured),
-            Action::SealDisks(epoch) => return self.seal_disks(epoch),
+            Action::SealDisks(_) | Action::Committed(_) => return self.storage_answers(action),
             Action::BeginCopies => return self.begin_copies(),
             Action::CopyDisks => self.copy_disks(),
             Action::SendDisks => return self.send_disks(),
@@ -146,20 +166,6 @@ impl World {
                     frames.into_iter().filter(|frame| frame.epoch > after && frame.epoch <= self.vmm.cut).collect();
                 let sent = frames.into_iter().all(|frame| self.transmit(frame));
                 self.event(if sent { Event::Resent } else { Event::PeerLost("broken".into()) });
-            }
-            Action::Committed(epoch) => {
-                if epoch > self.vmm.cut || epoch <= self.vmm.committed {
-                    let (cut, committed) = (self.vmm.cut, self.vmm.committed);
-                    return Err(format!("epoch {epoch} is called committed, {cut} was cut, {committed} committed"));
-                }
-                self.vmm.committed = epoch;
-                if let Some(mirror) = &mut self.vmm.mirror {
-                    mirror.committed(epoch.0);
-                }
-                self.kept.retain(|frame| frame.epoch > epoch);
-                self.vmm.released = self.vmm.released.max(self.vmm.snapshots[&epoch.0].1);
-                self.vmm.handed_over |= self.vmm.last && epoch == self.vmm.cut;
-                self.event(Event::VmmDone);
             }
             Action::GateOpen => {
                 if !matches!(self.vmm.share, 0 | 100) {
@@ -204,6 +210,30 @@ impl World {
                 }
             }
         }
+        Ok(())
+    }
+
+    fn storage_answers(&mut self, action: Action) -> Check {
+        match action {
+            Action::SealDisks(epoch) => self.seal_disks(epoch),
+            Action::Committed(epoch) => self.commit(epoch),
+            other => Err(format!("{other:?} is nothing for storage")),
+        }
+    }
+
+    fn commit(&mut self, epoch: Epoch) -> Check {
+        if epoch > self.vmm.cut || epoch <= self.vmm.committed {
+            let (cut, committed) = (self.vmm.cut, self.vmm.committed);
+            return Err(format!("epoch {epoch} is called committed, {cut} was cut, {committed} committed"));
+        }
+        self.vmm.committed = epoch;
+        if let Some(mirror) = &mut self.vmm.mirror {
+            mirror.committed(epoch.0);
+        }
+        self.kept.retain(|frame| frame.epoch > epoch);
+        self.vmm.released = self.vmm.released.max(self.vmm.snapshots[&epoch.0].1);
+        self.vmm.handed_over |= self.vmm.last && epoch == self.vmm.cut;
+        self.event(Event::VmmDone);
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use understudy_replicator::codec::{BatchWriter, EpochDigest, PAGE};
 use understudy_replicator::durable::{Durable, RamIdentity};
 use understudy_replicator::message::Message;
 use understudy_replicator::receiver::{Conn, Receiver, Standing};
-use understudy_replicator::sender::{Event, Sender, SenderConfig, SlowLink, SlowPolicy, VetoCall};
+use understudy_replicator::sender::{Action, Event, Sender, SenderConfig, SlowLink, SlowPolicy, VetoCall};
 
 use super::content::PAGES;
 use super::disk::{Disk, Volatile};
@@ -93,6 +93,8 @@ pub struct World {
     pub cursor: u64,
     pub bitmap: BTreeSet<u64>,
     pub hooks: VecDeque<VetoCall>,
+    /// The VMM waits for its storage until then, with this.
+    pub storage: Option<(Instant, Action)>,
     pub sessions: u64,
     /// The copy was brought into step once: the VMM knows what it lacks.
     pub copy_known: bool,
@@ -152,6 +154,7 @@ impl World {
             cursor: 0,
             bitmap: BTreeSet::new(),
             hooks: VecDeque::new(),
+            storage: None,
             sessions: 0,
             copy_known: false,
             flushes: 0,

@@ -295,12 +295,13 @@ impl World {
         self.wait("nothing waits any more", |_| status(self).is_ok_and(|disk| disk.held == 0))
     }
 
-    /// The storage does not answer for a while. The guest's requests wait, the status says so, and nothing else happens to it.
+    /// The storage does not answer for a while. The guest's requests wait, the status says so, and nothing else happens to it: it stays protected.
     pub fn go_silent(&mut self) -> Result<()> {
         let problem = |this: &Self| -> Result<_> {
             let disk = this.sides[this.primary].vmm()?.disks.into_iter().next().context("the machine shows no disk")?;
             Ok(disk.problem.filter(|_| disk.in_flight > 0))
         };
+        let losses = self.sides[self.primary].replicator()?.losses;
         self.storage.pull()?;
         let said = wait_for("requests that wait for the storage", BOUND, || problem(self));
         if said.is_ok() {
@@ -310,7 +311,10 @@ impl World {
         self.storage.plug()?;
         let (said, meanwhile) = (said?, meanwhile?);
         ensure!(meanwhile.is_some(), "first the status says \"{said}\", and {} s later nothing", GONE_FOR.as_secs());
-        self.wait("nothing waits any more", |_| problem(self).is_ok_and(|said| said.is_none()))
+        self.wait("nothing waits any more", |_| problem(self).is_ok_and(|said| said.is_none()))?;
+        let status = self.sides[self.primary].replicator()?;
+        ensure!(status.losses == losses, "the silence of the storage cost protection: {}", status.note);
+        Ok(())
     }
 
     /// Hosts that are off come back, and the machine is protected again. If it ran nowhere it boots first, without a standby.
