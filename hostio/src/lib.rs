@@ -16,4 +16,4 @@ pub mod plain;
 pub mod ring;
 
 pub use buffer::Buffer;
-pub use ring::{Op, Ring};
+pub use ring::{After, Op, Ring};

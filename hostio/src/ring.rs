@@ -3,6 +3,7 @@
 //! ```text
 //!  queue(op, done) ─► slot (owns buffer, file, done) ─► submission queue ── submit() ─► kernel
 //!  done(result, buffer) ◄── reaper, or the submitter itself ◄── completion queue
+//!  after()              ◄── the same, when it has called `done` of everything that had ended together
 //! ```
 //! What must hold: a buffer and its file belong to the slot from before the kernel hears of them until it said that it is through with them. So nothing that
 //! is called from outside can free them, and [`Ring`] does not go away before everything has ended.
@@ -13,7 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -46,6 +47,9 @@ pub enum Op {
 /// the buffer.
 pub type Done = Box<dyn FnOnce(io::Result<usize>, Buffer) + Send>;
 
+/// See [`Ring::after`].
+pub type After = Arc<dyn Fn() + Send + Sync>;
+
 /// What the kernel has.
 struct Slot {
     buffer: Buffer,
@@ -70,6 +74,7 @@ struct Shared {
     under_way: AtomicUsize,
     /// There is something of which the kernel has not heard.
     queued: AtomicBool,
+    after: OnceLock<After>,
 }
 
 /// See the [module](self).
@@ -101,10 +106,17 @@ impl Ring {
             begun: Condvar::new(),
             under_way: AtomicUsize::new(0),
             queued: AtomicBool::new(false),
+            after: OnceLock::new(),
         });
         let theirs = shared.clone();
         let reaper = std::thread::Builder::new().name("disk-ring".into()).spawn(move || theirs.run())?;
         Ok(Self { shared, reaper: Some(reaper) })
+    }
+
+    /// Call this whenever something has ended, after the `done` of each: what costs the same for one and for many is done once. False: another was said before, which
+    /// stays.
+    pub fn after(&self, after: After) -> bool {
+        self.shared.after.set(after).is_ok()
     }
 
     /// Queue it. The kernel hears of it at the next [`Ring::submit`]: of many at once, which costs one call and lets neighbours be merged. What cannot be queued
@@ -208,6 +220,7 @@ impl Shared {
         let ended: Vec<(u64, i32)> =
             unsafe { self.ring.completion_shared() }.map(|entry| (entry.user_data(), entry.result())).collect();
         drop(reaping);
+        let mut any = false;
         for (slot, result) in ended {
             if slot == WAKE {
                 continue;
@@ -223,7 +236,11 @@ impl Shared {
                 Ok(result.unsigned_abs() as usize)
             };
             done(result, buffer);
+            any = true;
             self.under_way.fetch_sub(1, Ordering::AcqRel);
+        }
+        if let Some(after) = self.after.get().filter(|_| any) {
+            after();
         }
     }
 
@@ -306,6 +323,26 @@ mod tests {
         let all: Vec<_> = read.try_iter().collect();
         assert_eq!(all.len() as u64, COUNT, "dropping the ring waits for all");
         assert!(all.iter().all(|&(i, n, first, last)| n == 4096 && first == i as u8 && last == i as u8));
+    }
+
+    #[test]
+    fn after_what_has_ended_somebody_is_told_once() {
+        let Some(ring) = ring() else { return };
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let (done, (sender, told)) = (Arc::new(AtomicUsize::new(0)), mpsc::channel());
+        let seen = done.clone();
+        assert!(ring.after(Arc::new(move || sender.send(seen.load(Ordering::SeqCst)).unwrap())));
+        assert!(!ring.after(Arc::new(|| ())), "it stays");
+        for i in 0..32 {
+            let done = done.clone();
+            let op = Op::Write { at: i * 4096, from: Buffer::new(4096) };
+            let count: Done = Box::new(move |_, _| {
+                done.fetch_add(1, Ordering::SeqCst);
+            });
+            assert!(ring.queue(&file, op, count).is_ok());
+        }
+        ring.submit();
+        assert!(told.iter().any(|done| done == 32), "the last is told of");
     }
 
     #[test]

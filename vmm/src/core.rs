@@ -125,7 +125,7 @@ impl Core {
         }
         if !hardware.frozen {
             hardware.settle(self.env());
-            self.timer.notify_all();
+            self.arm(&mut hardware);
         }
         hardware.nics.get_mut(nic).is_some_and(Nic::has_room)
     }
@@ -135,7 +135,7 @@ impl Core {
         let mut hardware = self.hardware();
         if !hardware.frozen {
             hardware.settle(self.env());
-            self.timer.notify_all();
+            self.arm(&mut hardware);
         }
     }
 
@@ -191,7 +191,8 @@ impl Core {
         }
     }
 
-    /// After a guest access: wake the timer if a device wants to be ticked before it wakes by itself.
+    /// The devices have worked: wake the timer if one wants to be ticked before it wakes by itself. (To wake it every time would cost a request more than
+    /// the rest of its way.)
     fn arm(&self, hardware: &mut Hardware) {
         if let Some(deadline) = hardware.deadline()
             && hardware.armed.is_some_and(|armed| deadline < armed)

@@ -200,8 +200,7 @@ impl Storage {
                 if let Some(note) = how.note {
                     eprintln!("note: disk {}: {note}", spec.name);
                 }
-                let bench =
-                    Bench { lane: lane.clone(), disk: served, complaint: complaint.clone(), core: core.clone() };
+                let bench = Bench::new(lane.clone(), served, complaint.clone(), core.clone());
                 let workers = start_workers(WORKERS, &bench)?;
                 let merger = disk.clone().map(Merger::start).transpose()?;
                 Ok(Open { disk, base, complaint, workers, merger })

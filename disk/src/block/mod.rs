@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::reservation::Reservations;
 
 pub use understudy_hostio::iscsi::present as iscsi_is_possible;
-pub use understudy_hostio::{Buffer, Op};
+pub use understudy_hostio::{After, Buffer, Op};
 
 /// Called with the outcome of what was begun: the buffer, of a read with what was read.
 pub type Ended = Box<dyn FnOnce(Result<Buffer>) + Send>;
@@ -211,11 +211,27 @@ pub trait Block: Send + Sync {
         Some((op, ended))
     }
 
+    /// `after` is called when what was begun has ended, after each `ended`, or once after several. False: nobody does that here; it is kept only the first time.
+    fn after_ended(&self, _after: After) -> bool {
+        false
+    }
+
     /// The storage need hear of what was begun only now: many requests at once cost less. To be called after the last one, before waiting for anything.
     fn submit(&self) {}
 
     /// Whether [`Block::begin`] is worth a try now, for a read or for a write. Cheap.
     fn begins(&self, _write: bool) -> bool {
+        false
+    }
+
+    /// Whether a read (with [`Block::read_now`]) or a write needs no more than this host's memory, as a rule. Cheap.
+    fn quick(&self, _write: bool) -> bool {
+        false
+    }
+
+    /// Read all of `to` if that is to be had without waiting for storage. False: it is not, or not as a whole; what is in `to` then means nothing, and
+    /// [`Block::read_at`] reads it, or says why not.
+    fn read_now(&self, _at: u64, _to: &mut [u8]) -> bool {
         false
     }
 

@@ -10,7 +10,7 @@
 //! itself is not used: what reads back after it is the device's choice, and must be the same on every node.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Seek, SeekFrom};
+use std::io::{IoSliceMut, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,9 +19,11 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use rustix::io::ReadWriteFlags;
 use understudy_hostio::{Buffer, Op, Ring, device};
 
-use super::{Aio, Block, Cache, Ended, How, SECTOR, Tuning, admit, scsi};
+use super::{After, Aio, Block, Cache, Ended, How, SECTOR, Tuning, admit, scsi};
 use crate::error::{Doing, Error, Result};
 use crate::reservation::{Held, Key, Reservations, parse_held, parse_keys};
 
@@ -33,6 +35,8 @@ pub struct Raw {
     device: bool,
     /// Opened with `O_DIRECT`.
     direct: bool,
+    /// Its file system has no storage (and no `RWF_NOWAIT`).
+    in_memory: bool,
     ring: Option<Ring>,
     /// Why it is not as it was to be.
     note: Option<String>,
@@ -108,7 +112,19 @@ impl Raw {
         }
         let note = (!notes.is_empty()).then(|| format!("{name}: {}", notes.join("; ")));
         let size = Arc::new(AtomicU64::new(size));
-        Ok(Raw { path: path.to_owned(), name, file: Arc::new(file), device, direct, ring, note, read_only, size })
+        let in_memory = fstatfs(&file).is_ok_and(|on| on.filesystem_type() == TMPFS_MAGIC);
+        Ok(Raw {
+            path: path.to_owned(),
+            name,
+            file: Arc::new(file),
+            device,
+            direct,
+            in_memory,
+            ring,
+            note,
+            read_only,
+            size,
+        })
     }
 
     /// Make a new file of zeroes, which takes no room yet.
@@ -208,6 +224,10 @@ impl Block for Raw {
         }
     }
 
+    fn after_ended(&self, after: After) -> bool {
+        self.ring.as_ref().is_some_and(|ring| ring.after(after))
+    }
+
     fn submit(&self) {
         if let Some(ring) = &self.ring {
             ring.submit();
@@ -216,6 +236,17 @@ impl Block for Raw {
 
     fn begins(&self, _write: bool) -> bool {
         self.ring.is_some()
+    }
+
+    fn quick(&self, _write: bool) -> bool {
+        !self.direct && !self.device
+    }
+
+    fn read_now(&self, at: u64, to: &mut [u8]) -> bool {
+        let flags = if self.in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
+        let wanted = to.len();
+        let mut read = || rustix::io::preadv2(&*self.file, &mut [IoSliceMut::new(to)], at, flags);
+        self.quick(false) && admit(self, at, wanted as u64).is_ok() && read() == Ok(wanted)
     }
 
     fn reservations(&self) -> Option<Arc<dyn Reservations>> {

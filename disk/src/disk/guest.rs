@@ -1,7 +1,7 @@
 //! The guest's side: what devices do with a disk. Reads find the newest slice over older ones over the base; writes go where the disk's mode says.
 
 use super::*;
-use crate::block::{Buffer, Ended, How, Op};
+use crate::block::{After, Buffer, Ended, How, Op};
 
 impl Block for Disk {
     fn name(&self) -> &str {
@@ -89,12 +89,34 @@ impl Block for Disk {
         self.begin_in_base(op, ended)
     }
 
+    fn after_ended(&self, after: After) -> bool {
+        self.base.after_ended(after)
+    }
+
     fn submit(&self) {
         self.base.submit();
     }
 
     fn begins(&self, write: bool) -> bool {
         (!write || self.plainly_direct(*read(&self.mode))) && self.base.begins(write)
+    }
+
+    fn quick(&self, write: bool) -> bool {
+        match (write, *read(&self.mode)) {
+            (true, Mode::Protected { .. }) => true,
+            // What has come to its bound is made durable by the writer.
+            (true, Mode::Solo | Mode::Follows) => false,
+            (true, Mode::Direct) | (false, _) => self.base.quick(write),
+        }
+    }
+
+    fn read_now(&self, at: u64, to: &mut [u8]) -> bool {
+        let (first, sectors) = (at / SECTOR, to.len() as u64 / SECTOR);
+        let in_base = |pieces: Vec<Piece>| pieces.iter().all(|piece| matches!(piece.source, Source::Base));
+        admit(self, at, to.len() as u64).is_ok()
+            && self.alive().is_ok()
+            && in_base(read(&self.index).lookup(first, sectors))
+            && self.base.read_now(at, to)
     }
 
     fn how(&self) -> How {

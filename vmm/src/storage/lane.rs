@@ -68,6 +68,8 @@ struct State {
     before: usize,
     /// Of both, those that change the disk.
     changing: usize,
+    /// Workers that wait for something to do.
+    idle: usize,
     closed: bool,
     stop: bool,
 }
@@ -75,6 +77,14 @@ struct State {
 impl State {
     fn may_begin(&self) -> bool {
         self.before == 0 && self.done_bytes < DONE_BYTES
+    }
+    fn ready(&self, job: &Job) -> bool {
+        !(self.closed && job.changes())
+    }
+    /// Somebody could do something who does nothing.
+    fn wants_worker(&self) -> bool {
+        let mut waiting = self.held.iter().map(|(_, job)| job).chain(&self.jobs);
+        self.idle > 0 && self.may_begin() && waiting.any(|job| self.ready(job))
     }
 }
 
@@ -84,8 +94,10 @@ pub struct Lane {
     /// The disk's name.
     pub name: String,
     state: Mutex<State>,
-    /// A worker may have something to do, or the intake is drained.
-    changed: Condvar,
+    /// A worker may have something to do.
+    work: Condvar,
+    /// Somebody who waits for what is under way may have waited long enough.
+    ended: Condvar,
 }
 
 /// The intake is closed as long as this lives.
@@ -95,7 +107,7 @@ pub struct Closed<'a>(&'a Lane);
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         self.0.state().closed = false;
-        self.0.changed.notify_all();
+        self.0.work.notify_all();
     }
 }
 
@@ -113,7 +125,7 @@ pub struct Load {
 impl Lane {
     /// An empty one.
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), state: Mutex::default(), changed: Condvar::new() }
+        Self { name: name.to_owned(), state: Mutex::default(), work: Condvar::new(), ended: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -131,16 +143,25 @@ impl Lane {
             state.done_bytes = 0;
             state.before += std::mem::take(&mut state.running);
         }
-        let full = state.done_bytes >= DONE_BYTES;
-        let news = !requests.is_empty();
         state.jobs.extend(requests.into_iter().map(|request| Job { request, life, number: 0 }));
         state.done_bytes = 0;
         let done = std::mem::take(&mut state.done);
-        drop(state);
-        if news || full {
-            self.changed.notify_all();
-        }
+        self.wake_worker(state);
         done
+    }
+
+    /// One is enough: it wakes the next before it does anything that takes long ([`Lane::share`]).
+    fn wake_worker(&self, state: MutexGuard<'_, State>) {
+        let wanted = state.wants_worker();
+        drop(state);
+        if wanted {
+            self.work.notify_one();
+        }
+    }
+
+    /// This worker will be away: what else there is to do is for another.
+    pub fn share(&self) {
+        self.wake_worker(self.state());
     }
 
     /// The next thing to do, if there is one now.
@@ -161,13 +182,15 @@ impl Lane {
             }
             let may_begin = state.may_begin();
             let due = state.held.iter().map(|(at, _)| *at).min().filter(|_| may_begin && !state.closed);
+            state.idle += 1;
             state = match due {
                 Some(at) => {
                     let wait = at.saturating_duration_since(now).max(Duration::from_millis(1));
-                    self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0
+                    self.work.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
+            state.idle -= 1;
         }
     }
 
@@ -175,11 +198,9 @@ impl Lane {
         if state.stop || !state.may_begin() {
             return None;
         }
-        let closed = state.closed;
-        let ready = |job: &Job| !(closed && job.changes());
-        let mut job = match state.held.iter().position(|(at, job)| *at <= now && ready(job)) {
+        let mut job = match state.held.iter().position(|(at, job)| *at <= now && state.ready(job)) {
             Some(at) => state.held.remove(at).map(|(_, job)| job),
-            None => state.jobs.iter().position(ready).and_then(|at| state.jobs.remove(at)),
+            None => state.jobs.iter().position(|job| state.ready(job)).and_then(|at| state.jobs.remove(at)),
         }?;
         job.number = state.next;
         state.next += 1;
@@ -214,10 +235,13 @@ impl Lane {
             state.done_bytes += if let Outcome::Done(bytes) = &outcome { bytes.len() } else { 0 };
             state.done.push((job.request.id, outcome));
         }
-        let waited_for = state.closed || state.before == 0 && !current;
+        let (closed, last_of_before) = (state.closed, state.before == 0 && !current);
         drop(state);
-        if waited_for {
-            self.changed.notify_all();
+        if closed {
+            self.ended.notify_all();
+        }
+        if last_of_before {
+            self.work.notify_all();
         }
     }
 
@@ -228,7 +252,8 @@ impl Lane {
             state.held.push_back((Instant::now() + AGAIN, job));
         }
         drop(state);
-        self.changed.notify_all();
+        self.ended.notify_all();
+        self.work.notify_all();
     }
 
     /// Let nothing more begin that changes the disk, and wait until what was begun has ended. `None`: that took longer than `patience`.
@@ -244,7 +269,7 @@ impl Lane {
                 drop(state);
                 return None;
             }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(state);
         Some(closed)
@@ -267,7 +292,7 @@ impl Lane {
     /// End the workers; what they have begun they end.
     pub fn stop(&self) {
         self.state().stop = true;
-        self.changed.notify_all();
+        self.work.notify_all();
     }
 }
 
@@ -316,6 +341,39 @@ mod tests {
         lane.finish(&first, Some(Outcome::Failed));
         assert_eq!(lane.exchange(0, vec![]), [(1, Outcome::Failed)]);
         assert_eq!(lane.load(), Load { in_flight: 0, held: 0, slowest: None });
+    }
+
+    /// One worker is woken for any number of requests, and shares before it is away.
+    #[test]
+    fn who_is_away_leaves_the_rest_to_others() {
+        let lane = Arc::new(Lane::new("a"));
+        let (sender, got) = std::sync::mpsc::channel();
+        let workers: Vec<_> = (0..2)
+            .map(|_| {
+                let (lane, sender) = (lane.clone(), sender.clone());
+                std::thread::spawn(move || {
+                    while let Some(job) = lane.next() {
+                        lane.share();
+                        sender.send(job).unwrap();
+                        // Away until the test ends it.
+                        while !lane.state().stop {
+                            std::thread::park_timeout(SHORT);
+                        }
+                    }
+                })
+            })
+            .collect();
+        while lane.state().idle < 2 {
+            std::thread::yield_now();
+        }
+        lane.exchange(0, vec![read(1), read(2)]);
+        let mut ids = [(); 2].map(|()| got.recv_timeout(Duration::from_secs(10)).unwrap().request.id);
+        ids.sort_unstable();
+        assert_eq!(ids, [1, 2]);
+        lane.stop();
+        for worker in workers {
+            worker.join().unwrap();
+        }
     }
 
     #[test]

@@ -234,12 +234,7 @@ impl Drives {
             all.push((name.clone(), found));
             drive.lane.start();
             let served: Arc<dyn Block> = drive.tray.clone();
-            let bench = Bench {
-                lane: drive.lane.clone(),
-                disk: served,
-                complaint: drive.complaint.clone(),
-                core: core.clone(),
-            };
+            let bench = Bench::new(drive.lane.clone(), served, drive.complaint.clone(), core.clone());
             let workers = super::start_workers(WORKERS, &bench)?;
             self.workers().extend(workers);
         }

@@ -1,5 +1,8 @@
 //! The threads of a disk: each takes a request from the lane, does it, and leaves the outcome. What the storage can begin by itself (io_uring, iSCSI) is
 //! only begun here; its outcome is left by whoever hears of it, and the thread takes the next request.
+//!
+//! To hand an outcome in means to take the device lock, and perhaps an interrupt: as much work as a request that the host's memory answers. So the outcomes
+//! of several such requests are handed in together; but nothing waits for somebody who waits for storage.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -53,6 +56,39 @@ impl Complaint {
     }
 }
 
+/// What was done and the device was not told of.
+#[derive(Default)]
+struct Untold {
+    /// Of the first.
+    since: Option<Instant>,
+    /// How long it took to tell, last time.
+    telling: Duration,
+}
+
+/// Untold outcomes wait so many times as long as it takes to tell of them,
+const PATIENCE: u32 = 4;
+/// and no shorter and no longer than this.
+const PATIENCE_BOUNDS: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(1));
+
+impl Untold {
+    fn tell(&mut self, core: &Core) {
+        if self.since.take().is_some() {
+            let begun = Instant::now();
+            core.settle();
+            self.telling = begun.elapsed();
+        }
+    }
+
+    /// One more; tell if the first has waited long enough.
+    fn add(&mut self, core: &Core) {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let (least, most) = PATIENCE_BOUNDS;
+        if since.elapsed() >= (self.telling * PATIENCE).clamp(least, most) {
+            self.tell(core);
+        }
+    }
+}
+
 /// What a request needs until its outcome is handed in; those that end later take it along.
 #[derive(Clone)]
 pub struct Bench {
@@ -64,23 +100,55 @@ pub struct Bench {
     pub complaint: Arc<Complaint>,
     /// Where outcomes go.
     pub core: Arc<Core>,
+    /// The disk says when the device is to be told of what was begun and has ended.
+    batched: bool,
 }
 
 impl Bench {
+    /// Of a disk that was just opened.
+    pub fn new(lane: Arc<Lane>, disk: Arc<dyn Block>, complaint: Arc<Complaint>, core: Arc<Core>) -> Self {
+        let theirs = core.clone();
+        let batched = disk.after_ended(Arc::new(move || theirs.settle()));
+        Self { lane, disk, complaint, core, batched }
+    }
+
     /// Work until the lane is stopped.
     pub fn work(&self) {
+        let mut untold = Untold::default();
         loop {
             // What was begun goes to the storage together, before this thread waits for anything.
             let next = self.lane.try_next().or_else(|| {
                 self.disk.submit();
+                untold.tell(&self.core);
                 self.lane.next()
             });
             let Some(job) = next else { return };
-            if let Some(job) = self.begin(job) {
-                self.disk.submit();
-                let result = perform(&job, &self.lane, &*self.disk, &self.core.ram.mem);
-                self.conclude(job, result);
+            let Some(job) = self.begin(job) else { continue };
+            self.disk.submit();
+            let result = self.at_once(&job).unwrap_or_else(|| {
+                untold.tell(&self.core);
+                self.lane.share();
+                perform(&job, &self.lane, &*self.disk, &self.core.ram.mem)
+            });
+            if self.conclude(&job, result) {
+                untold.add(&self.core);
+            } else {
+                self.lane.hold(job);
             }
+        }
+    }
+
+    /// Do it, if nothing need be waited for.
+    fn at_once(&self, job: &Job) -> Option<Result<Option<Vec<u8>>, Error>> {
+        match &job.request.kind {
+            Kind::Read { at, len } if self.disk.quick(false) => {
+                let mut bytes = vec![0; *len];
+                self.disk.read_now(*at, &mut bytes).then_some(Ok(Some(bytes)))
+            }
+            Kind::Write { durable: false, .. } if self.disk.quick(true) => {
+                Some(perform(job, &self.lane, &*self.disk, &self.core.ram.mem))
+            }
+            _ => None,
         }
     }
 
@@ -103,13 +171,20 @@ impl Bench {
         let ended = Box::new(move |result: Result<Buffer, Error>| {
             let Some(job) = theirs.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
             let read = matches!(job.request.kind, Kind::Read { .. });
-            bench.conclude(job, result.map(|bytes| Some(if read { bytes.to_vec() } else { Vec::new() })));
+            let concluded =
+                bench.conclude(&job, result.map(|bytes| Some(if read { bytes.to_vec() } else { Vec::new() })));
+            match (concluded, bench.batched) {
+                (true, true) => {}
+                (true, false) => bench.core.settle(),
+                (false, _) => bench.lane.hold(job),
+            }
         });
         let _given_back = self.disk.begin(op, ended)?;
         job.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn conclude(&self, job: Job, result: Result<Option<Vec<u8>>, Error>) {
+    /// Leave the outcome, of which the device is still to be told. False: it cannot be done now.
+    fn conclude(&self, job: &Job, result: Result<Option<Vec<u8>>, Error>) -> bool {
         let outcome = match result {
             Ok(None) => None,
             Ok(Some(bytes)) => {
@@ -120,8 +195,7 @@ impl Bench {
             }
             Err(e) if e.is_temporary() => {
                 self.complaint.note(&self.lane.name, &format!("{e}; the guest's request waits"));
-                self.lane.hold(job);
-                return;
+                return false;
             }
             Err(Error::Superseded { theirs, .. }) => {
                 self.core.tell(Event::Fenced(theirs));
@@ -132,8 +206,8 @@ impl Bench {
                 Some(Outcome::Failed)
             }
         };
-        self.lane.finish(&job, outcome);
-        self.core.settle();
+        self.lane.finish(job, outcome);
+        true
     }
 }
 

@@ -120,6 +120,8 @@ pub struct Out<T> {
 pub struct Requests<T> {
     /// With the owner, or about to be.
     pub(super) out: BTreeMap<u64, Out<T>>,
+    /// How many of them each queue has.
+    of_queue: BTreeMap<u16, usize>,
     next_id: u64,
     /// For the owner of this unit to take.
     fresh: Vec<(usize, Request)>,
@@ -136,6 +138,7 @@ impl<T> Default for Requests<T> {
     fn default() -> Self {
         Self {
             out: BTreeMap::new(),
+            of_queue: BTreeMap::new(),
             next_id: 0,
             fresh: Vec::new(),
             again: VecDeque::new(),
@@ -149,7 +152,7 @@ impl<T> Default for Requests<T> {
 impl<T> Requests<T> {
     /// A driver cannot have more under way in a queue than the queue holds.
     pub(super) fn admit(&self, at: u16, queue: &VirtQueue) -> Result<(), Broken> {
-        if self.out.values().filter(|out| out.queue == at).count() >= usize::from(queue.size()) {
+        if self.of_queue.get(&at).is_some_and(|out| *out >= usize::from(queue.size())) {
             return Err(Broken("more requests are under way than the queue can hold"));
         }
         Ok(())
@@ -159,6 +162,7 @@ impl<T> Requests<T> {
     pub(super) fn give(&mut self, queue: u16, chain: Chain, unit: usize, kind: Kind, what: T) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
+        *self.of_queue.entry(queue).or_default() += 1;
         self.out.insert(id, Out { queue, chain, reads: kind.reads(), what });
         self.fresh.push((unit, Request { id, kind }));
         id
@@ -167,7 +171,15 @@ impl<T> Requests<T> {
     /// It is out no more, and its owner need not do it if it has not been taken.
     pub(super) fn recall(&mut self, id: u64) -> Option<Out<T>> {
         self.fresh.retain(|(_, request)| request.id != id);
-        self.out.remove(&id)
+        self.remove(id)
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Out<T>> {
+        let out = self.out.remove(&id)?;
+        if let Some(left) = self.of_queue.get_mut(&out.queue) {
+            *left -= 1;
+        }
+        Some(out)
     }
 
     fn take(&mut self, unit: usize) -> Vec<Request> {
@@ -178,6 +190,7 @@ impl<T> Requests<T> {
     pub(super) fn forget(&mut self) {
         self.life += 1;
         self.out.clear();
+        self.of_queue.clear();
         self.fresh.clear();
         self.again.clear();
         self.done.clear();
@@ -255,7 +268,7 @@ pub(super) fn work<D: Disks>(device: &mut D, queues: &mut [VirtQueue], ram: &Gue
     }
     for (id, outcome) in std::mem::take(&mut device.requests_mut().done) {
         // Unknown: of another life.
-        if let Some(out) = device.requests_mut().out.remove(&id) {
+        if let Some(out) = device.requests_mut().remove(id) {
             device.finish(id, out, outcome, queues, ram)?;
         }
     }
