@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
+use understudy_monitor::matrix::Row;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
 pub use crate::estate::{Alert, AlertKind, Approval, Automation, Evacuation, Mode, Network, Performance, Plane};
@@ -47,6 +48,9 @@ pub struct Policy {
     pub alerts: Vec<Alert>,
     /// What semi-automatic evacuation does with answers. Not acted on yet.
     pub approval: Option<Approval>,
+    /// Rows of the fault matrix: what follows from what is seen of a machine and its host.
+    #[serde(default)]
+    pub matrix: Vec<Spanned<Row>>,
 }
 
 /// `[cluster]`.
