@@ -47,6 +47,8 @@ pub trait Cluster {
     fn members(&self, deadline: Deadline) -> Result<Vec<Member>>;
     /// Store a permanent attribute of `node`.
     fn set_node_attribute(&self, node: &str, name: &str, value: &str, deadline: Deadline) -> Result<()>;
+    /// Set a transient attribute of this node (it is gone when the node restarts), or delete it.
+    fn set_transient_attribute(&self, name: &str, value: Option<&str>, deadline: Deadline) -> Result<()>;
     /// Create a constraint or change it to this.
     fn put_constraint(&self, xml: &str, deadline: Deadline) -> Result<()>;
     /// Remove a location constraint; it is no error if it is not there.

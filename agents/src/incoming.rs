@@ -15,6 +15,7 @@ use crate::process::write_durably;
 use crate::service::Observed;
 use crate::vmm::Vmm;
 use crate::vmm::machine::Machine;
+use crate::vmm::room::{self, Sharing};
 
 /// The listener's directories.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +72,13 @@ pub fn prepare(
         }
     }
     place.end().map_err(|e| e.to_string())?;
-    place.launch(super::vmm::parameters::Run::Standby).map_err(|e| e.to_string())?;
+    if let Some(sharing) = Sharing::of(&place).map_err(|e| e.to_string())? {
+        sharing.enter().map_err(|e| e.to_string())?;
+    }
+    place.launch(super::vmm::parameters::Run::Standby).map_err(|e| {
+        room::forget(&place);
+        e.to_string()
+    })?;
     let pid = place.pid().ok_or_else(|| format!("the VMM of {machine} has ended as soon as it was started"))?;
     let mark = place.layout.incoming_mark();
     write_durably(&mark, &format!("{pid}\n")).map_err(|e| format!("cannot write {}: {e}", mark.display()))
@@ -99,6 +106,7 @@ pub fn forget(
     };
     if ours {
         place.end().map_err(|e| e.to_string())?;
+        room::forget(&place);
     }
     crate::process::remove(&mark).map_err(|e| format!("cannot remove {}: {e}", mark.display()))
 }

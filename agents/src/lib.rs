@@ -14,7 +14,7 @@
 //! |---|---|
 //! | [`vmm`], [`replicator`], [`serial`], [`migrations`] | the agents |
 //! | [`hook`], [`veto`], [`incoming`] | what the replicator asks of the cluster and of this node |
-//! | [`rules`] | scores, generations, what a machine runs from, how it leaves: functions of values |
+//! | [`rules`], [`sharing`] | scores, generations, what a machine runs from, how it leaves, who waits for whom: functions of values |
 //! | [`cluster`], [`pacemaker`] | the cluster as a trait, and through Pacemaker's tools |
 //! | [`service`], [`process`], [`daemon`] | processes that outlive the agent: started, asked, ended for certain |
 #![deny(unsafe_code)]
@@ -35,6 +35,7 @@ pub mod run_lock;
 pub mod score_lock;
 pub mod serial;
 pub mod service;
+pub mod sharing;
 pub mod veto;
 pub mod vmm;
 pub mod xml;

@@ -101,6 +101,14 @@ impl Cluster for Pacemaker<'_> {
         self.ask(&format!("store {name}={value} for node {node}"), "crm_attribute", &arguments, deadline).map(drop)
     }
 
+    fn set_transient_attribute(&self, name: &str, value: Option<&str>, deadline: Deadline) -> Result<()> {
+        let (doing, arguments) = match value {
+            Some(value) => (format!("set {name}={value}"), vec!["--name", name, "--update", value]),
+            None => (format!("delete {name}"), vec!["--name", name, "--delete"]),
+        };
+        self.ask(&doing, "attrd_updater", &arguments, deadline.within(STEP)).map(drop)
+    }
+
     fn put_constraint(&self, xml: &str, deadline: Deadline) -> Result<()> {
         let arguments = ["--modify", "--allow-create", "--scope", "constraints", "--xml-text", xml];
         self.ask("store the constraint", "cibadmin", &arguments, deadline).map(drop)

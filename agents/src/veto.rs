@@ -290,6 +290,10 @@ mod tests {
             self.stored.borrow_mut().push(format!("{node} {name} {value}"));
             Ok(())
         }
+        fn set_transient_attribute(&self, name: &str, value: Option<&str>, _: Deadline) -> ClusterResult<()> {
+            self.stored.borrow_mut().push(format!("{name} {value:?}"));
+            Ok(())
+        }
         fn put_constraint(&self, xml: &str, _: Deadline) -> ClusterResult<()> {
             *self.constraint.borrow_mut() = xml.to_owned();
             Ok(())

@@ -17,6 +17,7 @@ use crate::placement::{Placed, place};
 use crate::policy::{Machine, Policy, Spanned};
 
 mod estate;
+mod monitoring;
 
 /// How bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -155,6 +156,7 @@ pub fn check(policy: &Policy, text: &str) -> Vec<Finding> {
     fencing(&mut c, policy);
     names(&mut c, policy);
     estate::check(&mut c, policy);
+    monitoring::check(&mut c, policy);
     let ports = Ports::assign(policy);
     // Placement trusts names and numbers; what it would say of wrong ones is of no use.
     let sound = c.findings.iter().all(|f| f.severity != Severity::Error);

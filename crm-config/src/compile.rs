@@ -27,7 +27,7 @@ use crate::model::{
     Role, Score, Test,
 };
 use crate::placement::{self, HOME, Placed, STICKINESS, Target};
-use crate::policy::{Board, Fencing, Machine, Mode, Node, Policy};
+use crate::policy::{Board, Fencing, LoadSharing, Machine, Mode, Node, Policy};
 
 /// Score of every other node than the primary for the role Promoted. Must not exceed the distance between the agents'
 /// scores for "runs here" and "up to date", or machines would move back by themselves; must not be positive, see above.
@@ -58,6 +58,20 @@ impl Policy {
         let of = |n: &Node| {
             n.replication_address()?;
             Some(format!("{}={}", n.name.get_ref(), endpoints(n, self.cluster.migration_port)))
+        };
+        self.nodes.iter().filter_map(of).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Whether machines are paused for others where processors are short.
+    pub fn pauses(&self) -> bool {
+        self.cluster.load_sharing.as_ref().is_some_and(|sharing| *sharing.get_ref() == LoadSharing::Pause)
+    }
+
+    /// What nodes have for machines, as the vmm agent's parameter has it. A node without `cpus` has as many as it has.
+    fn host_room(&self) -> String {
+        let of = |n: &Node| {
+            let memory = n.memory.map(|memory| format!("/{memory}")).unwrap_or_default();
+            n.cpus.map(|cpus| format!("{}={cpus}{memory}", n.name.get_ref()))
         };
         self.nodes.iter().filter_map(of).collect::<Vec<_>>().join(" ")
     }
@@ -417,6 +431,12 @@ fn vmm_parameters(policy: &Policy, machine: &Machine, index: usize, ports: &Port
     }
     if let Some(shutdown) = machine.shutdown {
         parameters.push(pair("shutdown_mode", shutdown.as_str()));
+    }
+    if policy.pauses() {
+        parameters.push(pair("load_sharing", "pause"));
+        parameters.extend(machine.priority.as_ref().map(|priority| pair("priority", priority.get_ref())));
+        let rooms = policy.host_room();
+        parameters.extend((!rooms.is_empty()).then(|| pair("host_room", rooms)));
     }
     parameters
 }

@@ -90,6 +90,17 @@ pub enum Automation {
     Automatic,
 }
 
+/// What happens where the machines that run on a node have more vCPUs than it has processors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LoadSharing {
+    /// They share them, whatever their priority.
+    #[default]
+    Off,
+    /// Machines of lower priority are paused until there is room. They keep their memory, and are degraded, not failed.
+    Pause,
+}
+
 /// What a network is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

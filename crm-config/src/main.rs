@@ -17,6 +17,7 @@ use understudy_crm::simulate::{Scheduler, settled};
 use understudy_crm::svg::picture;
 use understudy_crm::xml::Element;
 use understudy_crm::{cib, crm, live, pcs, planes};
+use understudy_monitor::matrix::Matrix;
 
 /// From a policy file to a Pacemaker configuration.
 #[derive(Parser)]
@@ -67,6 +68,14 @@ enum Command {
         file: PathBuf,
         /// The machine.
         machine: String,
+    },
+    /// Print the fault matrix: what follows from what is seen of a machine, its host and both networks.
+    Matrix {
+        /// With the rows of this policy; without it, the default rows.
+        file: Option<PathBuf>,
+        /// Print it as JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Print the configuration that a policy becomes.
     #[command(visible_alias = "export")]
@@ -152,6 +161,22 @@ fn run(command: &Command) -> Result<ExitCode> {
         }
         Command::Schema => {
             println!("{}", serde_json::to_string_pretty(&Policy::schema())?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Matrix { file, json } => {
+            let matrix = match file {
+                Some(file) => {
+                    let (policy, _) = configuration(file)?;
+                    let rows: Vec<_> = policy.matrix.iter().map(|row| row.get_ref().clone()).collect();
+                    Matrix::with(&rows)?.0
+                }
+                None => Matrix::standard()?,
+            };
+            if *json {
+                println!("{}", serde_json::to_string_pretty(&matrix.list())?);
+            } else {
+                print!("{}", matrix.table());
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Plan { file, faults, cib, json, svg } => plans(file, faults, cib.as_deref(), *json, svg.as_deref()),

@@ -15,9 +15,12 @@ use std::ops::Range;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
+use understudy_monitor::matrix::Row;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
-pub use crate::estate::{Alert, AlertKind, Approval, Automation, Evacuation, Mode, Network, Performance, Plane};
+pub use crate::estate::{
+    Alert, AlertKind, Approval, Automation, Evacuation, LoadSharing, Mode, Network, Performance, Plane,
+};
 pub use crate::span::Spanned;
 
 /// The whole file.
@@ -47,6 +50,9 @@ pub struct Policy {
     pub alerts: Vec<Alert>,
     /// What semi-automatic evacuation does with answers. Not acted on yet.
     pub approval: Option<Approval>,
+    /// Rows of the fault matrix: what follows from what is seen of a machine and its host.
+    #[serde(default)]
+    pub matrix: Vec<Spanned<Row>>,
 }
 
 /// `[cluster]`.
@@ -69,6 +75,8 @@ pub struct Cluster {
     pub migration_port: u16,
     /// Who decides that machines are started elsewhere when their host has died.
     pub automation: Option<Spanned<Automation>>,
+    /// What happens where the machines that run on a node have more vCPUs than it has processors.
+    pub load_sharing: Option<Spanned<LoadSharing>>,
     /// How many nodes of each tier a machine may go to besides its home, 1 to 64. Only where the policy places machines.
     pub candidates: Spanned<usize>,
 }
@@ -84,6 +92,7 @@ impl Default for Cluster {
             serial_port: 7800,
             migration_port: 7780,
             automation: None,
+            load_sharing: None,
             candidates: Spanned::new(0..0, 8),
         }
     }

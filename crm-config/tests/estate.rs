@@ -54,7 +54,7 @@ fn what_is_not_acted_on_yet_is_said() {
         None,
         "[approval] is not acted on yet",
     );
-    says(EXAMPLE, Severity::Note, Some("priority = 100"), "pausing them is not there yet");
+    says(EXAMPLE, Severity::Note, Some("priority = 100"), "Pacemaker stops machines of lower priority");
 }
 
 #[test]

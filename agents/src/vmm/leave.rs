@@ -9,6 +9,7 @@ use understudy_protocol::control::{ControlError, HandedOver, ReplicatorRequest, 
 use super::machine::Machine;
 use super::migrate;
 use super::parameters::{Run, SHUTDOWN_MODE};
+use super::room::{self, Sharing};
 use crate::cluster::{ended_attribute, veto_id};
 use crate::machine_runs as runs;
 use crate::rules::{self, Leaving, SCORE_COLD};
@@ -40,7 +41,11 @@ pub fn demote(machine: &Machine<'_>) -> ocf::Result {
     machine.end()?;
     machine.unmark_promoted();
     machine.set_score(Some(SCORE_COLD));
-    machine.launch(Run::Standby)
+    let launched = machine.launch(Run::Standby);
+    if let Ok(Some(sharing)) = Sharing::of(machine) {
+        sharing.settle();
+    }
+    launched
 }
 
 fn leave(machine: &Machine<'_>, status: &VmmStatus) {
@@ -167,6 +172,7 @@ pub fn stop(machine: &Machine<'_>) -> ocf::Result {
     }
     machine.unmark_promoted();
     machine.set_score(None);
+    room::leave(machine);
     context.log.info(format!("{} is not on this node", machine.name));
     Ok(())
 }

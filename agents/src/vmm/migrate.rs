@@ -22,6 +22,7 @@ use understudy_protocol::control::{PromoteFrom, VmmRequest, VmmState, VmmStatus}
 use super::machine::Machine;
 use super::parameters::{MIGRATION_KEY, MIGRATION_PAUSE_MS, MIGRATION_PEERS};
 use super::promote::{self, REPLICATOR, Whose};
+use super::room::{self, Sharing};
 use crate::binaries;
 use crate::cluster::generation_attribute;
 use crate::daemon;
@@ -50,6 +51,8 @@ pub fn migrate_to(machine: &Machine<'_>) -> ocf::Result {
     };
     match status.state {
         VmmState::Running => {}
+        // It may have room where it goes.
+        VmmState::Paused if room::waits(machine) => room::go_on(machine),
         // An earlier call was cut off after the machine had left.
         VmmState::HandedOver if !status.replicated => return Ok(()),
         state => {
@@ -183,6 +186,10 @@ pub fn migrate_from(machine: &Machine<'_>) -> ocf::Result {
         .ok_or_else(|| Failure::generic(format!("the image of {name} is not in its VMM's memory any more")))?;
     context.log.info(format!("{name} goes on from epoch {} of generation {}", image.epoch, image.generation));
     let from = PromoteFrom::Image { state_file: image.state_file, epoch: image.epoch };
+    let sharing = Sharing::of(machine)?;
+    if let Some(sharing) = &sharing {
+        sharing.arrive()?;
+    }
     let patience = context.deadline.remaining().max(Duration::from_secs(1));
     machine
         .tell::<()>(&VmmRequest::Promote { generation, from }, patience)
@@ -192,6 +199,9 @@ pub fn migrate_from(machine: &Machine<'_>) -> ocf::Result {
         .tell::<()>(&VmmRequest::GateOpen, patience)
         .map_err(|e| Failure::generic(format!("{name} runs, but its outputs cannot leave: {e}")))?;
     machine.unmark_incoming();
+    if let Some(sharing) = &sharing {
+        sharing.settle();
+    }
     context.log.info(format!("{name} runs here as generation {generation}"));
     Ok(())
 }

@@ -12,6 +12,7 @@ mod migrate;
 mod nics;
 pub mod parameters;
 mod promote;
+pub mod room;
 
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;
@@ -30,6 +31,7 @@ use crate::rules::Fitness;
 use crate::service::Observed;
 use machine::{Machine, PROGRAM};
 use parameters::{INITRD, KERNEL, REPORT_DEGRADED, Run, SHUTDOWN_MODE, UNPROTECTED_AFTER};
+use room::Sharing;
 
 const LONG: &str = "\
 A virtual machine that survives the death of its host: as a promotable clone, the promoted instance runs the machine and every \
@@ -39,6 +41,9 @@ the last checkpoint when it is promoted.
 Configure it as a clone with promotable=true promoted-max=1 clone-node-max=1 interleave=true notify=true (without notify, a demote \
 cannot see whether another node is to be promoted). Let the replicator's Promoted role follow this one's, never the other way \
 round: a fault of the replicator must not stop the machine.
+
+With load_sharing=pause a node whose processors are not enough for all machines that run there pauses those of lower priority \
+(parameters priority and host_room).
 
 The timeouts of demote and stop are the time that the guest has to shut down: ten seconds of them are kept for the agent.
 
@@ -143,14 +148,15 @@ impl Agent for Vmm {
                 Observed::Gone => {}
             }
             machine.unmark_promoted();
-            let run = if machine.promotable {
-                Run::Standby
-            } else {
-                // Only migrate_from goes on from what was received here.
-                migrate::discard_image(machine);
-                Run::Boot(promote::number(machine)?)
-            };
-            machine.launch(run)?;
+            let sharing = Sharing::of(machine)?;
+            if let Some(sharing) = &sharing {
+                sharing.enter()?;
+            }
+            let launched = launch(machine, sharing.as_ref());
+            if launched.is_err() {
+                room::leave(machine);
+            }
+            launched?;
             let replicator = machine.replicator(Duration::from_secs(1));
             machine.set_score(Fitness::new(false, replicator.as_ref()).score());
             Ok(())
@@ -204,8 +210,27 @@ impl Agent for Vmm {
 
     fn reload_agent(&self, context: &Context) -> ocf::Result {
         // The reloadable parameters are the agent's own: the next action reads them.
-        context.parameters.get(&SHUTDOWN_MODE).map(drop)
+        context.parameters.get(&SHUTDOWN_MODE)?;
+        Self::on(context, room::changed)
     }
+}
+
+fn launch(machine: &Machine<'_>, sharing: Option<&Sharing<'_>>) -> ocf::Result {
+    if machine.promotable {
+        return machine.launch(Run::Standby);
+    }
+    // Only migrate_from goes on from what was received here.
+    migrate::discard_image(machine);
+    let generation = promote::number(machine)?;
+    if let Some(sharing) = sharing {
+        sharing.arrive()?;
+    }
+    machine.launch(Run::Boot(generation))?;
+    // It may be the one for whom there is no room.
+    if let Some(sharing) = sharing {
+        sharing.settle();
+    }
+    Ok(())
 }
 
 fn own_score(machine: &Machine<'_>, status: &VmmStatus) -> Option<i32> {
@@ -216,7 +241,17 @@ fn own_score(machine: &Machine<'_>, status: &VmmStatus) -> Option<i32> {
 /// What a VMM that answers means to the cluster.
 fn judge(machine: &Machine<'_>, status: &VmmStatus) -> ocf::Result<Status> {
     let name = &machine.name;
-    match (status.state, machine.promotable) {
+    let mut state = status.state;
+    if state == VmmState::Running {
+        room::catch_up(machine);
+    }
+    if state == VmmState::Paused && room::waits(machine) {
+        state = room::look_again(machine);
+        if state == VmmState::Paused && room::cluster_knows_degraded(machine) {
+            return Ok(if machine.promotable { Status::DegradedPromoted } else { Status::Degraded });
+        }
+    }
+    match (state, machine.promotable) {
         (VmmState::Standby, true) => Ok(Status::Running),
         (VmmState::Running, false) => Ok(Status::Running),
         (VmmState::Paused, false) => {

@@ -126,6 +126,28 @@ pub static UNPROTECTED_AFTER: Param<Duration> =
         "With report_degraded: how long the running machine may have been without a complete standby before that is reported.",
     );
 
+/// Load sharing by priority.
+pub static LOAD_SHARING: Param<String> =
+    Param::choice("load_sharing", &["off", "pause"]).default("off").reloadable().short("Load sharing by priority").long(
+        "pause: where the vCPUs of the machines that run on a node are more than its processors (host_room), those of lower priority are \
+         paused, until there is room again. A paused machine is reported as degraded, not as failed, and keeps its memory; a machine whose \
+         memory does not fit is not started. off: the machine neither pauses others nor is paused, and is not counted.",
+    );
+/// Who is paused for whom.
+pub static PRIORITY: Param<u64> =
+    Param::integer("priority", 0, 10_000).default("0").reloadable().short("Priority in load sharing").long(
+        "With load_sharing=pause: machines of lower priority are paused for this one where processors are short. The meta attribute \
+         priority is Pacemaker's own: where memory is short, it stops machines of lower priority.",
+    );
+/// What nodes have for machines.
+pub static HOST_ROOM: Param<String> = Param::text("host_room").check(host_room).reloadable().short("What nodes have for machines").long(
+    "With load_sharing=pause: NODE=CPUS or NODE=CPUS/MIB for each node, separated by blanks. A node that is not named has the processors \
+     that it has, and no limit of memory.",
+);
+fn host_room(value: &str) -> Result<(), String> {
+    crate::sharing::rooms(value).map(drop)
+}
+
 /// Where machines are received.
 pub static MIGRATION_PEERS: Param<String> =
     Param::text("migration_peers").check(crate::replicator::peers).reloadable().short("Where nodes receive migrations").long(
@@ -179,6 +201,9 @@ pub fn declarations() -> Vec<&'static Declaration> {
         SHUTDOWN_MODE.declaration(),
         REPORT_DEGRADED.declaration(),
         UNPROTECTED_AFTER.declaration(),
+        LOAD_SHARING.declaration(),
+        PRIORITY.declaration(),
+        HOST_ROOM.declaration(),
         MIGRATION_PEERS.declaration(),
         MIGRATION_KEY.declaration(),
         MIGRATION_PAUSE_MS.declaration(),

@@ -17,6 +17,7 @@ use understudy_protocol::control::{
 use understudy_protocol::ids::Generation;
 
 use super::machine::Machine;
+use super::room::Sharing;
 use crate::binaries;
 use crate::cluster::{Cib, ClusterError, ended_attribute, generation_attribute};
 use crate::process::Identity;
@@ -170,6 +171,19 @@ fn change_replicator(machine: &Machine<'_>, request: &ReplicatorRequest) {
 }
 
 fn run(machine: &Machine<'_>, generation: Generation, from: PromoteFrom) -> ocf::Result {
+    let sharing = Sharing::of(machine)?;
+    if let Some(sharing) = &sharing {
+        sharing.arrive()?;
+    }
+    let done = run_now(machine, generation, from);
+    // It may be the one for whom there is no room; or, if it did not come up, those that were paused for it go on.
+    if let Some(sharing) = &sharing {
+        sharing.settle();
+    }
+    done
+}
+
+fn run_now(machine: &Machine<'_>, generation: Generation, from: PromoteFrom) -> ocf::Result {
     machine.mark_promoted(generation)?;
     // Before the machine runs: the scheduler looks at the scores as soon as this action has ended, and must not find another
     // node's initial preference higher than that of the node which runs it. After the mark, by which a hook that comes now

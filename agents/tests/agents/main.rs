@@ -10,6 +10,7 @@ mod migration;
 mod node;
 mod replicator;
 mod serial;
+mod sharing;
 mod vmm;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -27,6 +28,7 @@ fn main() {
         ("replicator", replicator::TESTS),
         ("serial", serial::TESTS),
         ("migration", migration::TESTS),
+        ("sharing", sharing::TESTS),
     ] {
         for (title, test) in tests {
             trials.push(Trial::test(format!("{module}: {title}"), || {

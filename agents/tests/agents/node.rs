@@ -77,7 +77,7 @@ impl Node {
 
     /// In a cluster whose CIB is this, on node n1, run by Pacemaker.
     pub fn in_a_cluster(self, cib: Option<&str>) -> Self {
-        for name in ["crm_attribute", "cibadmin", "crm_node"] {
+        for name in ["crm_attribute", "cibadmin", "crm_node", "attrd_updater"] {
             symlink(std::env::current_exe().unwrap(), self.path("tools").join(name)).unwrap();
         }
         if let Some(cib) = cib {
@@ -202,8 +202,8 @@ pub fn gone(pid: Pid) -> bool {
 impl Drop for Node {
     fn drop(&mut self) {
         // Only processes whose pid files are in our own directory, and only if they are this very executable.
-        let files =
-            ["run/m1", "run/.migrations"].into_iter().filter_map(|dir| fs::read_dir(self.path(dir)).ok()).flatten();
+        let dirs = fs::read_dir(self.path("run")).into_iter().flatten().flatten();
+        let files = dirs.filter_map(|dir| fs::read_dir(dir.path()).ok()).flatten();
         for file in files.flatten().map(|f| f.path()).filter(|f| f.extension().is_some_and(|e| e == "pid")) {
             let Ok(pid) = fs::read_to_string(&file).unwrap_or_default().trim().parse::<i32>() else { continue };
             if fs::read_link(format!("/proc/{pid}/exe")).ok() == std::env::current_exe().ok() {

@@ -32,15 +32,6 @@ pub fn check(c: &mut Checker, policy: &Policy) {
             "nobody is asked yet: semi is as manual, and the operator has to release what shall leave its home",
         );
     }
-    if let Some(priority) = policy.machines.iter().find_map(|m| m.priority.as_ref())
-        && policy.places()
-        && policy.knows_capacity()
-    {
-        c.note(
-            priority,
-            "where memory is short, Pacemaker stops machines of lower priority; pausing them is not there yet",
-        );
-    }
     if policy.places() && !policy.knows_capacity() && policy.nodes.iter().any(|n| n.memory.is_some()) {
         let without = policy.nodes.iter().filter(|n| n.memory.is_none());
         let names: Vec<&str> = without.map(|n| n.name.get_ref().as_str()).collect();

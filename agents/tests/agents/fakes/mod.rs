@@ -17,7 +17,7 @@ pub fn by_name(name: &str) -> Option<fn() -> i32> {
         "understudy-vmm" => Some(vmm),
         "understudy-replicator" => Some(replicator),
         "understudy-serial" => Some(serial),
-        "crm_attribute" | "cibadmin" | "crm_node" => Some(cluster_tool),
+        "crm_attribute" | "cibadmin" | "crm_node" | "attrd_updater" => Some(cluster_tool),
         _ => None,
     }
 }
@@ -123,6 +123,17 @@ fn vmm() -> i32 {
             if behaviour("guest-ignores-power-button").is_none() {
                 state = "shut-down";
             }
+            Answer::Ok(Value::Null)
+        }
+        Some("pause") => match behaviour("vmm-does-not-pause") {
+            Some(why) => Answer::No(why.trim().to_owned()),
+            None => {
+                state = "paused";
+                Answer::Ok(Value::Null)
+            }
+        },
+        Some("resume") => {
+            state = "running";
             Answer::Ok(Value::Null)
         }
         Some("quit") if behaviour("ignores-quit").is_none() => Answer::Exit,
