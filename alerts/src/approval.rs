@@ -31,6 +31,9 @@ pub const MAX_RECORD: usize = 32 * 1024;
 /// What the names of our properties begin with.
 pub const PREFIX: &str = "understudy-approval-";
 
+/// The approver that is always there: whoever can read the cluster's key on a node and computes the code from it.
+pub const CONSOLE: &str = "console";
+
 /// The property that holds the question of this id.
 pub fn property(id: &str) -> String {
     format!("{PREFIX}{id}")
@@ -122,6 +125,9 @@ pub struct Record {
     pub revision: u32,
     /// What is asked.
     pub request: Request,
+    /// Whether the messages to the approvers have been queued. A controller that died before says them again.
+    #[serde(default)]
+    pub told: bool,
     /// Wrong codes so far.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub wrong: u32,
@@ -193,18 +199,14 @@ pub enum BadRecord {
 const NOBODY: &str = "nobody";
 
 impl Record {
-    /// A question that has just been asked. A summary that is too long is cut.
+    /// A question that has just been asked. A summary that is too long is cut; [`CONSOLE`] may answer too.
     pub fn ask(mut request: Request) -> Result<Self, BadRecord> {
         check_id(&request.id)?;
-        if request.summary.len() > MAX_SUMMARY {
-            let mut end = MAX_SUMMARY - '…'.len_utf8();
-            while !request.summary.is_char_boundary(end) {
-                end -= 1;
-            }
-            request.summary.truncate(end);
-            request.summary.push('…');
+        request.summary = crate::alarm::cut(request.summary, MAX_SUMMARY);
+        if !request.approvers.iter().any(|name| name == CONSOLE) {
+            request.approvers.push(CONSOLE.into());
         }
-        Ok(Self { revision: 1, request, wrong: 0, decision: None })
+        Ok(Self { revision: 1, request, told: false, wrong: 0, decision: None })
     }
 
     /// Read a property's value.
@@ -217,15 +219,32 @@ impl Record {
         Ok(record)
     }
 
-    /// The property's value.
+    /// The property's value. In ASCII: cibadmin refuses anything else in the locale in which Pacemaker's children run (tried with
+    /// Pacemaker 3.0: `Invalid byte sequence in conversion input`).
     pub fn to_json(&self) -> String {
         // Plain data: it serialises.
-        serde_json::to_string(self).unwrap_or_default()
+        let json = serde_json::to_string(self).unwrap_or_default();
+        let mut ascii = String::with_capacity(json.len());
+        for c in json.chars() {
+            if c.is_ascii() {
+                ascii.push(c);
+                continue;
+            }
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                ascii.push_str(&format!("\\u{unit:04x}"));
+            }
+        }
+        ascii
     }
 
     /// What a value of this revision begins with, and no value of another one.
     pub fn revision_prefix(revision: u32) -> String {
         format!("{{\"revision\":{revision},")
+    }
+
+    /// The same after the approvers' messages have been queued.
+    pub fn after_telling(&self) -> Self {
+        Self { told: true, ..self.changed() }
     }
 
     fn changed(&self) -> Self {

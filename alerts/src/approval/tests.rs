@@ -157,6 +157,9 @@ fn a_record_is_read_back_and_begins_with_its_revision() {
         assert!(record.to_json().starts_with(&Record::revision_prefix(record.revision)));
         assert!(!record.to_json().starts_with(&Record::revision_prefix(record.revision * 10)));
     }
+    let foreign = Record::ask(Request { summary: "läuft 🐎".into(), ..request() }).unwrap();
+    assert!(foreign.to_json().is_ascii());
+    assert_eq!(Record::parse(&foreign.to_json()).unwrap(), foreign);
     let long = Record::ask(Request { summary: "ä".repeat(MAX_SUMMARY), ..request() }).unwrap();
     assert!(long.request.summary.len() <= MAX_SUMMARY && long.request.summary.ends_with('…'));
     assert!(Record::ask(Request { id: "a'b".into(), ..request() }).is_err());
