@@ -17,6 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
+pub use crate::alerts::{Hooks, Mail, Sms};
 pub use crate::estate::{Alert, AlertKind, Approval, Automation, Evacuation, Mode, Network, Performance, Plane};
 pub use crate::span::Spanned;
 
@@ -42,10 +43,16 @@ pub struct Policy {
     /// The networks.
     #[serde(default)]
     pub networks: Vec<Network>,
-    /// Who is told when something happens. Not acted on yet.
+    /// Who is told when something happens.
     #[serde(default)]
     pub alerts: Vec<Alert>,
-    /// What semi-automatic evacuation does with answers. Not acted on yet.
+    /// The mail server.
+    pub mail: Option<Mail>,
+    /// The way to telephones.
+    pub sms: Option<Sms>,
+    /// What webhooks need.
+    pub hooks: Option<Hooks>,
+    /// What semi-automatic evacuation does with answers.
     pub approval: Option<Approval>,
 }
 
