@@ -8,7 +8,7 @@ PREFIX     ?= /usr
 LIBEXECDIR ?= $(PREFIX)/libexec/understudy
 OCFROOT    ?= /usr/lib/ocf
 SBINDIR    ?= $(PREFIX)/sbin
-TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm understudy-disk
+TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm understudy-disk understudy-alert
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab-test bench fuzz lint build lab-root lab-guest lab-disk install clean prerequisites needs-root
@@ -78,6 +78,8 @@ install: prerequisites ## executables and agents into the system (PREFIX, DESTDI
 	for tool in understudy-ocf $(TOOLS); do \
 	  install -m 755 $(dir $(BIN))release/$$tool $(DESTDIR)$(LIBEXECDIR)/$$tool || exit 1; done
 	for tool in $(TOOLS); do ln -sf $(LIBEXECDIR)/$$tool $(DESTDIR)$(SBINDIR)/$$tool || exit 1; done
+	# The queue of alerts is Pacemaker's user's; packages for a DESTDIR make it when they are installed.
+	if [ -z "$(DESTDIR)" ] && id hacluster >/dev/null 2>&1; then install -d -o hacluster -g haclient -m 0770 /var/spool/understudy/alerts; fi
 	$(dir $(BIN))release/understudy-ocf install --ocf-root $(DESTDIR)$(OCFROOT) --executable $(LIBEXECDIR)/understudy-ocf
 
 clean: ## everything that was built, the lab included

@@ -16,6 +16,7 @@ use crate::compile::Ports;
 use crate::placement::{Placed, place};
 use crate::policy::{Machine, Policy, Spanned};
 
+mod alerts;
 mod estate;
 mod monitoring;
 
@@ -157,6 +158,7 @@ pub fn check(policy: &Policy, text: &str) -> Vec<Finding> {
     names(&mut c, policy);
     estate::check(&mut c, policy);
     monitoring::check(&mut c, policy);
+    alerts::check(&mut c, policy);
     let ports = Ports::assign(policy);
     // Placement trusts names and numbers; what it would say of wrong ones is of no use.
     let sound = c.findings.iter().all(|f| f.severity != Severity::Error);

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use crate::alerts::{AGENT, ALERT, Alert};
 use crate::model::{Agent, Configuration, Constraint, NodeSettings, Operation, Pair, Primitive, Resource, Role, Score};
 use crate::policy::Policy;
 use crate::xml::Element;
@@ -88,7 +89,22 @@ pub fn sections(configuration: &Configuration) -> Element {
         all.children.push(topology);
     }
     all.children.push(Element::new("rsc_defaults").and(set("meta_attributes", DEFAULTS, &configuration.defaults)));
+    if let Some(alert) = &configuration.alerts {
+        all.children.push(Element::new("alerts").and(self::alert(alert)));
+    }
     all.and(Element::new("tags").and(tag(configuration)))
+}
+
+/// Nodes, fencing and resources are what an alert is about without a `select`.
+fn alert(alert: &Alert) -> Element {
+    let attributes = |id: &str, pairs: &[Pair]| set("instance_attributes", &format!("{id}-instance_attributes"), pairs);
+    let mut element = Element::new("alert").with("id", ALERT).with("path", AGENT);
+    element.children.push(attributes(ALERT, &alert.attributes));
+    for recipient in &alert.recipients {
+        let to = Element::new("recipient").with("id", &recipient.id).with("value", &recipient.value);
+        element.children.push(to.and(attributes(&recipient.id, &recipient.attributes)));
+    }
+    element
 }
 
 /// The tag with the ids of our resources.

@@ -176,6 +176,7 @@ pub fn compile(policy: &Policy) -> Configuration {
             pair("start-failure-is-fatal", "false"),
         ],
         defaults: vec![pair("resource-stickiness", policy.cluster.stickiness)],
+        alerts: crate::alerts::compile(policy),
         ..Configuration::default()
     };
     for device in &policy.fencing {

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use crate::alerts::{AGENT, ALERT};
 use crate::cib::{DEFAULTS, PROPERTIES, TAG};
 use crate::model::{Agent, Configuration, Constraint, Pair, Primitive, Resource, Role};
 
@@ -27,6 +28,14 @@ pub fn text(configuration: &Configuration) -> String {
     }
     line(&mut out, &format!("property {PROPERTIES}:"), &[pairs(&configuration.properties)]);
     line(&mut out, &format!("rsc_defaults {DEFAULTS}:"), &[pairs(&configuration.defaults)]);
+    if let Some(alert) = &configuration.alerts {
+        let mut parts = vec![section("attributes", &alert.attributes)];
+        for recipient in &alert.recipients {
+            let value = quoted(&recipient.value);
+            parts.push(format!("to {{ {value} {} }}", section("attributes", &recipient.attributes)));
+        }
+        line(&mut out, &format!("alert {ALERT} {AGENT}"), &parts);
+    }
     let ids: Vec<&str> = configuration.resources.iter().map(Resource::id).collect();
     if !ids.is_empty() {
         line(&mut out, &format!("tag {TAG}: {}", ids.join(" ")), &[]);

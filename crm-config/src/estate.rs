@@ -6,6 +6,7 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::alerts::{Severity, default_window};
 use crate::policy::{Seconds, Spanned};
 
 /// What happens to a machine when its host dies.
@@ -139,7 +140,7 @@ pub enum AlertKind {
     Command,
 }
 
-/// `[[alerts]]`: who is told. (Not acted on yet.)
+/// `[[alerts]]`: who is told.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Alert {
@@ -152,9 +153,15 @@ pub struct Alert {
     /// Whether this recipient may answer questions of semi-automatic evacuation.
     #[serde(default)]
     pub approves: bool,
+    /// He is told what is at least as bad.
+    #[serde(default)]
+    pub severity: Severity,
+    /// The same alarm is told once in this time, then once more with the number of those in between; 0 tells each.
+    #[serde(default = "default_window")]
+    pub window: Seconds,
 }
 
-/// `[approval]`: what semi-automatic evacuation does with the answers. (Not acted on yet.)
+/// `[approval]`: what semi-automatic evacuation does with the answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Approval {

@@ -12,6 +12,8 @@
 //! languages. The merge touches only what it owns: see [`merge`].
 #![forbid(unsafe_code)]
 
+pub mod alerts;
+pub mod approvals;
 pub mod check;
 pub mod cib;
 pub mod compile;

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Error, Result, bail};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use understudy_alerts::approval::Answer;
 use understudy_crm::check::{self, Finding, Severity};
 use understudy_crm::compile::compile;
 use understudy_crm::explain::explain;
@@ -16,8 +17,9 @@ use understudy_crm::policy::Policy;
 use understudy_crm::simulate::{Scheduler, settled};
 use understudy_crm::svg::picture;
 use understudy_crm::xml::Element;
-use understudy_crm::{cib, crm, live, pcs, planes};
+use understudy_crm::{approvals, cib, crm, live, pcs, planes};
 use understudy_monitor::matrix::Matrix;
+use understudy_protocol::key::DEFAULT_KEY_FILE;
 
 /// From a policy file to a Pacemaker configuration.
 #[derive(Parser)]
@@ -94,11 +96,41 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         cib: Option<PathBuf>,
     },
+    /// List the questions of semi-automatic evacuation, and what was decided.
+    Approvals {
+        /// Show the code with which this console may answer (reads the cluster's key).
+        #[arg(long)]
+        code: bool,
+        /// The cluster's key.
+        #[arg(long, value_name = "FILE", default_value = DEFAULT_KEY_FILE)]
+        key: PathBuf,
+        /// Print them as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say yes to a question: what it asks for is done. Exit status 2 and a sentence if the answer does not count.
+    Approve(Answering),
+    /// Say no to a question: nothing is done.
+    Refuse(Answering),
     /// Put the configuration into the cluster. Touches only what it owns; safe to repeat.
     Apply {
         /// The policy.
         file: PathBuf,
     },
+}
+
+#[derive(Args)]
+struct Answering {
+    /// The question.
+    id: String,
+    /// The code from the message, or from `approvals --code`.
+    code: String,
+    /// Who answers, for the record [default: the user that called sudo, or this one].
+    #[arg(long = "as", value_name = "NAME")]
+    name: Option<String>,
+    /// The cluster's key.
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_KEY_FILE)]
+    key: PathBuf,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -199,6 +231,12 @@ fn run(command: &Command) -> Result<ExitCode> {
             changes.iter().for_each(print_change);
             Ok(if changes.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
+        Command::Approvals { code, key, json } => {
+            print!("{}", approvals::list(code.then_some(key.as_path()), *json)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Approve(answering) => answer(Answer::Approve, answering),
+        Command::Refuse(answering) => answer(Answer::Refuse, answering),
         Command::Apply { file } => {
             let (_, configuration) = configuration(file)?;
             let current = live::query()?;
@@ -212,6 +250,13 @@ fn run(command: &Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+fn answer(answer: Answer, Answering { id, code, name, key }: &Answering) -> Result<ExitCode> {
+    let name = name.clone().or_else(approvals::who);
+    let decision = approvals::answer(answer, id, code, name.as_deref(), key)?;
+    println!("question {id} is {} by {}", decision.answer, decision.by);
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A configuration from a file.

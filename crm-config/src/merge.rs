@@ -1,12 +1,13 @@
 //! Our configuration into a cluster's: what is ours is replaced, everything else stays as it is.
 //!
 //! *Ours* are: the resources that the tag `understudy` lists and those of the policy; constraints and fencing levels whose
-//! ids begin with one of [`PREFIXES`]; node attributes whose names begin with `understudy-`; the defaults set `understudy-defaults`; of the cluster's properties, those that
+//! ids begin with one of [`PREFIXES`]; node attributes whose names begin with `understudy-`; the defaults set `understudy-defaults`; the alert `understudy-alert`; of the cluster's properties, those that
 //! the policy sets. Not ours, though the names are near: the vetoes (`understudy-veto-…`) that running machines write,
 //! and what `crm resource move`, `ban`, `stop` or `maintenance` leave behind.
 
 use std::collections::{BTreeSet, HashMap};
 
+use crate::alerts::ALERT;
 use crate::cib::{DEFAULTS, PROPERTIES, TAG, node_sets, sections};
 use crate::compile::{CLUSTER, HIGH_PERFORMANCE, MEMORY, PROMOTION, RACK, WISH};
 use crate::model::{Configuration, NodeSettings};
@@ -49,12 +50,12 @@ pub fn merge(cib: &Element, configuration: &Configuration) -> (Element, Vec<Chan
     objects(live.child_or_new("resources"), section("resources"), &|e| owned.contains(e.id()), &mut changes);
     let by_prefix = |e: &Element| PREFIXES.iter().any(|p| e.id().starts_with(p));
     objects(live.child_or_new("constraints"), section("constraints"), &by_prefix, &mut changes);
-    for name in ["fencing-topology", "rsc_defaults", "tags"] {
+    for name in ["fencing-topology", "rsc_defaults", "alerts", "tags"] {
         let wanted = section(name);
         if live.child(name).is_none() && wanted.is_empty() {
             continue;
         }
-        let is_ours = |e: &Element| by_prefix(e) || e.id() == DEFAULTS || e.id() == TAG;
+        let is_ours = |e: &Element| by_prefix(e) || [DEFAULTS, TAG, ALERT].contains(&e.id());
         objects(live.child_or_new(name), wanted, &is_ours, &mut changes);
     }
     (cib, changes)

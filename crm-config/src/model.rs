@@ -18,6 +18,8 @@ pub struct Configuration {
     pub constraints: Vec<Constraint>,
     /// Fencing levels: only where a node has devices of several levels.
     pub levels: Vec<FencingLevel>,
+    /// Who is told of events: only where the policy says it.
+    pub alerts: Option<crate::alerts::Alert>,
     /// What the cluster's nodes are told: only where the policy places machines.
     pub nodes: Vec<NodeSettings>,
 }

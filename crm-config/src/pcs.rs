@@ -1,5 +1,6 @@
 //! The configuration as pcs commands, a shell script that can be read line by line.
 
+use crate::alerts::{AGENT, ALERT};
 use crate::cib::{DEFAULTS, TAG};
 use crate::model::{Agent, Configuration, Constraint, Operation, Pair, Primitive, Resource, Role, Score};
 
@@ -31,6 +32,14 @@ pub fn script(configuration: &Configuration) -> String {
     }
     if !configuration.defaults.is_empty() {
         lines.push(format!("pcs resource defaults set create id={DEFAULTS} meta {}", pairs(&configuration.defaults)));
+    }
+    if let Some(alert) = &configuration.alerts {
+        lines.push(format!("pcs alert create id={ALERT} path={AGENT} options {}", pairs(&alert.attributes)));
+        for recipient in &alert.recipients {
+            let value = quoted(&format!("value={}", recipient.value));
+            let options = pairs(&recipient.attributes);
+            lines.push(format!("pcs alert recipient add {ALERT} {value} id={} options {options}", recipient.id));
+        }
     }
     let ids: Vec<&str> = configuration.resources.iter().map(Resource::id).collect();
     if !ids.is_empty() {

@@ -18,6 +18,7 @@ use serde::{Deserialize, Deserializer};
 use understudy_monitor::matrix::Row;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
+pub use crate::alerts::{Hooks, Mail, Sms};
 pub use crate::estate::{
     Alert, AlertKind, Approval, Automation, Evacuation, LoadSharing, Mode, Network, Performance, Plane,
 };
@@ -45,10 +46,16 @@ pub struct Policy {
     /// The networks.
     #[serde(default)]
     pub networks: Vec<Network>,
-    /// Who is told when something happens. Not acted on yet.
+    /// Who is told when something happens.
     #[serde(default)]
     pub alerts: Vec<Alert>,
-    /// What semi-automatic evacuation does with answers. Not acted on yet.
+    /// The mail server.
+    pub mail: Option<Mail>,
+    /// The way to telephones.
+    pub sms: Option<Sms>,
+    /// What webhooks need.
+    pub hooks: Option<Hooks>,
+    /// What semi-automatic evacuation does with answers.
     pub approval: Option<Approval>,
     /// Rows of the fault matrix: what follows from what is seen of a machine and its host.
     #[serde(default)]

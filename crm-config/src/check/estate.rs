@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::{Checker, Severity};
-use crate::estate::{AlertKind, Automation, Evacuation, Mode, Plane};
+use crate::estate::{Automation, Evacuation, Mode, Plane};
 use crate::placement::{Place, Placed};
 use crate::policy::{Machine, Policy, Protection, Spanned};
 
@@ -24,7 +24,6 @@ pub fn check(c: &mut Checker, policy: &Policy) {
         }
     }
     networks(c, policy);
-    alerts(c, policy);
     let asked = policy.cluster.automation.iter().chain(policy.machines.iter().filter_map(|m| m.automation.as_ref()));
     if let Some(semi) = asked.into_iter().find(|a| *a.get_ref() == Automation::Semi) {
         c.note(
@@ -226,28 +225,4 @@ fn prefix(address: IpAddr, bits: u32) -> (bool, u128) {
         IpAddr::V6(a) => (a.to_bits(), 128),
     };
     (address.is_ipv4(), number.checked_shr(width - bits.min(width)).unwrap_or(0))
-}
-
-fn alerts(c: &mut Checker, policy: &Policy) {
-    for alert in &policy.alerts {
-        let to = alert.to.get_ref();
-        let (good, form) = match alert.kind {
-            AlertKind::Mail => (to.split_once('@').is_some_and(|(a, b)| !a.is_empty() && !b.is_empty()), "NAME@HOST"),
-            AlertKind::Sms => (
-                to.len() > 3 && to.strip_prefix('+').unwrap_or(to).chars().all(|d| d.is_ascii_digit()),
-                "a number such as +4930123456",
-            ),
-            AlertKind::Webhook => (to.starts_with("https://") || to.starts_with("http://"), "https://HOST/PATH"),
-            AlertKind::Command => (to.starts_with('/'), "an absolute path"),
-        };
-        if !good || to.contains(char::is_whitespace) {
-            c.error(&alert.to, format!("{to:?} is not where a {:?} goes: write {form}", alert.kind).to_lowercase());
-        }
-    }
-    if let Some(first) = policy.alerts.first() {
-        c.note(&first.name, "[[alerts]] is not acted on yet: nobody is told anything");
-    }
-    if policy.approval.is_some() {
-        c.whole(Severity::Note, "[approval] is not acted on yet: there is nothing that asks");
-    }
 }
