@@ -9,28 +9,25 @@
 //! Any number of connections; requests on one connection are answered in order. A line is at most [`MAX_LINE`] bytes.
 //! Every reply is either `{"ok": …}` or `{"error": "sentence"}`.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::time::Duration;
-
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::disk::DiskBus;
 use crate::ids::{Epoch, Generation};
-use crate::nic::Mac;
 use crate::statistics::{DiskVerifyStatus, Statistics, VerifyStatus};
 
+mod board;
+mod devices;
+mod line;
 mod mirror;
+mod shape;
 
+pub use board::{BoardRequest, BoardStatus};
+pub use devices::{CdromStatus, DiskStatus, NicStatus, SerialStatus};
+pub use line::{ControlClient, ControlError, MAX_LINE, Reply, call_once, encode_line, read_line};
 pub use mirror::{
     DiskCompared, DiskQuestion, DiskVerifyStep, MirrorBegun, MirrorDurable, MirrorPiece, MirrorPieces, MirrorWhat,
     Sealed,
 };
-
-/// Longest line either side accepts, in bytes.
-pub const MAX_LINE: usize = 1 << 20;
+pub use shape::{CdromShape, DiskShape, MachineShape, NicShape};
 
 /// A request to `understudy-vmm`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -181,66 +178,6 @@ pub enum VmmRequest {
         /// Longest wait in ms, at most 10,000.
         timeout_ms: u64,
     },
-}
-
-/// Reply to [`VmmRequest::Shape`]: all in which two machines must agree for one to run from the other's image. What is behind the
-/// devices is not part of it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MachineShape {
-    /// RAM in MiB.
-    pub memory_mib: u64,
-    /// vCPUs.
-    pub vcpus: u32,
-    /// Serial ports, 0 to 4.
-    pub serial_ports: u32,
-    /// Whether there is a virtio console.
-    pub console: bool,
-    /// Disks, in the order of their places on the bus.
-    #[serde(default)]
-    pub disks: Vec<DiskShape>,
-    /// CD-ROM drives.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub cdroms: Vec<CdromShape>,
-    /// Network cards, in the order of their places on the bus.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub nics: Vec<NicShape>,
-}
-
-/// A network card in [`MachineShape`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NicShape {
-    /// Its name.
-    pub name: String,
-    /// Its address.
-    pub mac: Mac,
-    /// Pairs of queues.
-    pub queues: u16,
-    /// The guest may leave checksums and segmentation to it.
-    pub offloads: bool,
-    /// The MTU that the guest is told.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mtu: Option<u16>,
-}
-
-/// A CD-ROM drive in [`MachineShape`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CdromShape {
-    /// Its name, which the guest sees as its serial number.
-    pub name: String,
-}
-
-/// A disk in [`MachineShape`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskShape {
-    /// Its name, which the guest sees as its id.
-    pub name: String,
-    /// How the guest sees it.
-    #[serde(default, skip_serializing_if = "DiskBus::is_default")]
-    pub bus: DiskBus,
-    /// Its queues, or its controller's.
-    pub queues: u16,
-    /// The guest can only read it.
-    pub read_only: bool,
 }
 
 /// A vCPU in the reply to [`VmmRequest::Positions`].
@@ -419,109 +356,6 @@ pub struct VmmStatus {
     /// The network cards.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<NicStatus>,
-}
-
-/// A network card in [`VmmStatus`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NicStatus {
-    /// Its name.
-    pub name: String,
-    /// Its address, as the machine is configured.
-    pub mac: Mac,
-    /// All of its configuration, as in [`crate::nic`].
-    pub spec: String,
-    /// What is behind it.
-    pub backend: String,
-    /// `up`: packets come and go. `down`: the machine has no authority to speak here (standby, handed over, fenced, switched off), and the port is down.
-    pub link: String,
-    /// Packets and bytes (frames, without the virtio header) that left, and that the guest was given.
-    pub out_packets: u64,
-    /// See `out_packets`.
-    pub out_bytes: u64,
-    /// See `out_packets`.
-    pub in_packets: u64,
-    /// See `out_packets`.
-    pub in_bytes: u64,
-    /// Packets that wait: for their commit, or for room behind the card.
-    pub held_packets: u64,
-    /// Their bytes.
-    pub held_bytes: u64,
-    /// Most bytes that may wait.
-    pub held_limit: u64,
-    /// Times that the bound was reached, and the guest had to wait or packets were dropped.
-    pub bound_reached: u64,
-    /// Packets that were dropped: reason and number.
-    #[serde(default)]
-    pub dropped: std::collections::BTreeMap<String, u64>,
-    /// What is wrong with it.
-    pub problem: Option<String>,
-}
-
-/// A CD-ROM drive in [`VmmStatus`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CdromStatus {
-    /// Its name.
-    pub name: String,
-    /// What lies in it.
-    pub file: Option<String>,
-    /// Its size.
-    pub size_bytes: u64,
-    /// The guest has locked it.
-    pub locked: bool,
-    /// The guest has opened its tray.
-    pub open: bool,
-    /// What is wrong with it.
-    pub problem: Option<String>,
-}
-
-/// One disk in [`VmmStatus`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskStatus {
-    /// Its name.
-    pub name: String,
-    /// Its base.
-    pub file: String,
-    /// All of its configuration, as in [`crate::disk`].
-    #[serde(default)]
-    pub spec: String,
-    /// `direct`: unprotected, writes go to the base. `solo`: to slices that count at the guest's flush. `protected`: to slices that count with their
-    /// checkpoint. `read-only`; `closed` on a standby.
-    pub mode: String,
-    /// How the base is read and written: `cache=none,aio=io_uring`; empty if it is not open.
-    #[serde(default)]
-    pub io: String,
-    /// What a shared device itself does against an earlier owner's writes; empty: it is no device, or not open.
-    #[serde(default)]
-    pub fence: String,
-    /// Its size, 0 while it is closed.
-    pub size_bytes: u64,
-    /// Bytes in slices that are not merged into the base.
-    pub backlog_bytes: u64,
-    /// Requests that are under way.
-    pub in_flight: u64,
-    /// Of these, those that wait until there is room.
-    pub held: u64,
-    /// What is wrong with it.
-    pub problem: Option<String>,
-}
-
-/// One serial port in [`VmmStatus`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SerialStatus {
-    /// `com1` … `com4`.
-    pub port: String,
-    /// What is behind it: `board ADDRESS/DEVICE`, `file PATH`, `none`.
-    pub backend: String,
-    /// `connected`, `connecting`, `fenced`, `local`.
-    pub link: String,
-    /// Bytes that the guest has sent since it was first booted.
-    pub tx_bytes: u64,
-    /// Of these, acknowledged by the board.
-    pub tx_acked: u64,
-    /// Bytes not yet released by the gate.
-    pub tx_held: u64,
-    /// Bytes delivered into the guest's UART since it was first booted.
-    pub rx_bytes: u64,
 }
 
 /// Reply to [`VmmRequest::Attach`].
@@ -808,185 +642,10 @@ pub struct IncomingStatus {
     pub progress: f64,
 }
 
-/// A request to a board service, e.g. `understudy-serial`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "cmd", rename_all = "kebab-case")]
-pub enum BoardRequest {
-    /// Reply: [`BoardStatus`].
-    Status,
-    /// End the service in order: nothing is uncertain afterwards. Reply: `null`, then the socket closes.
-    Quit,
-}
-
-/// Reply to [`BoardRequest::Status`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BoardStatus {
-    /// The machine that it serves.
-    pub machine: String,
-    /// The device's name.
-    pub device: String,
-    /// What the line is, as on the command line: `tty:/dev/ttyS0,115200`.
-    pub line: String,
-    /// Whether the line is open. While it is not, output waits.
-    pub line_open: bool,
-    /// Address and port that sessions are accepted on.
-    pub listen: String,
-    /// Which run of the service this is.
-    pub incarnation: u64,
-    /// Highest generation seen; lower ones are refused.
-    pub generation: Generation,
-    /// The generation that booted the machine whose streams these are.
-    pub life: Generation,
-    /// Address of the owner's host, if one is attached.
-    pub owner: Option<String>,
-    /// Time since the owner was last heard, ms; `None` if none is attached.
-    pub last_heard_ms: Option<u64>,
-    /// Output bytes that the line has taken, since the machine's cold boot.
-    pub applied: u64,
-    /// Output bytes that wait for the line.
-    pub pending: u64,
-    /// Oldest input offset kept for the machine.
-    pub input_base: u64,
-    /// Input bytes read from the line, since the machine's cold boot.
-    pub input_end: u64,
-    /// Most input bytes kept.
-    pub input_capacity: u64,
-    /// Connections, attached or not.
-    pub sessions: u64,
-    /// Attaches agreed to since the service started.
-    pub attaches: u64,
-    /// Connections refused since the service started: stale generation, wrong key, ….
-    pub refusals: u64,
-    /// The newest events, oldest first, as sentences.
-    pub events: Vec<String>,
-}
-
-/// A reply as it stands on the line.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reply<T> {
-    /// Done; what was asked for.
-    Ok(T),
-    /// Not done; a sentence that says why and what to do.
-    Error(String),
-}
-
-/// Why a control call failed.
-#[derive(Debug, thiserror::Error)]
-pub enum ControlError {
-    /// Nothing answers on the socket.
-    #[error("cannot talk to {socket}: {source}")]
-    Io {
-        /// The socket's path.
-        socket: String,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The other side answered with something else than the protocol.
-    #[error("{socket} answered something that is not a reply: {why}")]
-    Garbled {
-        /// The socket's path.
-        socket: String,
-        /// What was wrong.
-        why: String,
-    },
-    /// The other side said no.
-    #[error("{0}")]
-    Refused(String),
-}
-
-/// A connection to a control socket.
-#[derive(Debug)]
-pub struct ControlClient {
-    socket: String,
-    reader: BufReader<UnixStream>,
-}
-
-impl ControlClient {
-    /// Connect; every later call takes at most `timeout` for writing and for reading.
-    pub fn connect(socket: impl AsRef<Path>, timeout: Duration) -> Result<Self, ControlError> {
-        let name = socket.as_ref().display().to_string();
-        let io_error = |source| ControlError::Io { socket: name.clone(), source };
-        let stream = UnixStream::connect(socket.as_ref()).map_err(io_error)?;
-        stream.set_read_timeout(Some(timeout)).map_err(io_error)?;
-        stream.set_write_timeout(Some(timeout)).map_err(io_error)?;
-        Ok(Self { reader: BufReader::new(stream), socket: name })
-    }
-
-    /// Change the timeout of later calls.
-    pub fn set_timeout(&mut self, timeout: Duration) -> Result<(), ControlError> {
-        let io_error = |source| ControlError::Io { socket: self.socket.clone(), source };
-        self.reader.get_ref().set_read_timeout(Some(timeout)).map_err(io_error)?;
-        self.reader.get_ref().set_write_timeout(Some(timeout)).map_err(io_error)
-    }
-
-    /// A handle whose `shutdown` ends a call that waits in another thread.
-    pub fn stream(&self) -> &UnixStream {
-        self.reader.get_ref()
-    }
-
-    /// Send one request and wait for its reply.
-    pub fn call<Q: Serialize, R: DeserializeOwned>(&mut self, request: &Q) -> Result<R, ControlError> {
-        let line = encode_line(request);
-        let timeout = self.reader.get_ref().read_timeout().ok().flatten();
-        let io_error = |mut source: io::Error| {
-            if let (io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut, Some(after)) = (source.kind(), timeout) {
-                let why = format!(
-                    "no answer for {} s: it waits for something itself, its status says for what",
-                    after.as_secs()
-                );
-                source = io::Error::new(source.kind(), why);
-            }
-            ControlError::Io { socket: self.socket.clone(), source }
-        };
-        self.reader.get_mut().write_all(&line).map_err(io_error)?;
-        let reply = read_line(&mut self.reader).map_err(io_error)?;
-        let Some(reply) = reply else {
-            return Err(io_error(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection")));
-        };
-        let garbled = |why: String| ControlError::Garbled { socket: self.socket.clone(), why };
-        match serde_json::from_slice::<Reply<R>>(&reply).map_err(|e| garbled(e.to_string()))? {
-            Reply::Ok(value) => Ok(value),
-            Reply::Error(why) => Err(ControlError::Refused(why)),
-        }
-    }
-}
-
-/// Connect, call once, close.
-pub fn call_once<Q: Serialize, R: DeserializeOwned>(
-    socket: impl AsRef<Path>,
-    request: &Q,
-    timeout: Duration,
-) -> Result<R, ControlError> {
-    ControlClient::connect(socket, timeout)?.call(request)
-}
-
-/// One message as a line, newline included. (Types that serde_json cannot write are a bug of ours; they become an error
-/// reply rather than a panic.)
-pub fn encode_line<T: Serialize>(message: &T) -> Vec<u8> {
-    let mut line = serde_json::to_vec(message)
-        .unwrap_or_else(|e| format!("{{\"error\":\"unwritable message: {e}\"}}").into_bytes());
-    line.push(b'\n');
-    line
-}
-
-/// Read one line of at most [`MAX_LINE`] bytes, without its newline; `None` at end of stream.
-pub fn read_line(reader: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
-    let mut line = Vec::new();
-    let n = reader.by_ref().take(MAX_LINE as u64 + 1).read_until(b'\n', &mut line)?;
-    if n == 0 {
-        return Ok(None);
-    }
-    if line.last() != Some(&b'\n') {
-        let kind = if n > MAX_LINE { io::ErrorKind::InvalidData } else { io::ErrorKind::UnexpectedEof };
-        return Err(io::Error::new(kind, format!("a control line ended after {n} bytes without a newline")));
-    }
-    line.pop();
-    Ok(Some(line))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::{self, BufReader};
+
     use super::*;
 
     #[test]
