@@ -118,6 +118,11 @@ pub const TARGETS: &[Target] = &[
         about: "frames that a guest sends and that arrive for it: filters, and whose addresses they are",
         run: targets::net::frames,
     },
+    Target {
+        name: "stream",
+        about: "a switch at the other end of a card's stream socket, in pieces of any size",
+        run: targets::net::stream,
+    },
     Target { name: "journal", about: "a board's journal after a crash", run: targets::cluster::journal },
 ];
 

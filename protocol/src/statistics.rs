@@ -1,9 +1,13 @@
-//! What the replicator has measured, as it stands in its status.
+//! What replicator and VMM have measured, as it stands in their status.
 //!
 //! A histogram travels as its non-empty buckets with their upper bounds, so that a reader of another version, which may
 //! know other bounds, still counts right.
 
 use serde::{Deserialize, Serialize};
+
+mod recorder;
+
+pub use recorder::{RANGES, Recorder, SIZES, TIMES_US};
 
 /// How often a value fell into which range, since the process started.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -103,6 +103,10 @@ pub(crate) mod testing {
                 tx_held: 1,
                 rx_bytes: 5,
             }],
+            "nics": [{
+                "name": "net0", "mac": "02:00:00:00:00:01", "spec": "", "backend": "none", "link": "up", "out_packets": 0, "out_bytes": 0,
+                "in_packets": 0, "in_bytes": 0, "held_packets": 0, "held_bytes": 0, "held_limit": 0, "bound_reached": 0, "problem": null,
+            }],
         });
         Sample { at: Instant::now(), replicator: Ok(replicator), vmm: Ok(serde_json::from_value(vmm).unwrap()) }
     }

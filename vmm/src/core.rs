@@ -117,17 +117,19 @@ impl Core {
         self.hardware().nics.get_mut(nic).map(f)
     }
 
-    /// Packets arrived for a network card, by this pair of its queues. False: it takes no more now.
-    pub fn arrived(&self, nic: usize, pair: u16, packets: Vec<Vec<u8>>) -> bool {
+    /// Packets arrived for a network card, by this pair of its queues; left are buffers to be used again. False: it takes no more now.
+    pub fn arrived(&self, nic: usize, pair: u16, packets: &mut Vec<Vec<u8>>) -> bool {
         let mut hardware = self.hardware();
         if let Some(nic) = hardware.nics.get_mut(nic) {
-            nic.arrived(pair, packets.into_iter());
+            nic.arrived(pair, packets.drain(..));
         }
         if !hardware.frozen {
             hardware.settle(self.env());
             self.arm(&mut hardware);
         }
-        hardware.nics.get_mut(nic).is_some_and(Nic::has_room)
+        let Some(nic) = hardware.nics.get_mut(nic) else { return false };
+        *packets = nic.taken();
+        nic.has_room(pair)
     }
 
     /// Something outside has changed; let the devices see it (unless they are frozen: then the thaw does).

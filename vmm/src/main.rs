@@ -486,6 +486,14 @@ fn readable(s: &VmmStatus) -> String {
             n.held_limit >> 10,
             n.bound_reached
         );
+        if n.held_us.count > 0 {
+            let [half, most] = [0.5, 0.99].map(|rank| n.held_us.quantile(rank));
+            let (all, packets) = (n.held_us.max, n.held_us.count);
+            let _ = writeln!(
+                out,
+                "    waited for their checkpoint: {packets} packets, half of them up to {half} µs, 99 of 100 up to {most} µs, all up to {all} µs"
+            );
+        }
         if !n.dropped.is_empty() {
             let dropped: Vec<_> = n.dropped.iter().map(|(why, packets)| format!("{packets} {why}")).collect();
             let _ = writeln!(out, "    dropped: {}", dropped.join(", "));

@@ -104,6 +104,23 @@ pub fn bzimage(bytes: &[u8]) {
     });
 }
 
+/// Write a descriptor: address, length, flags, the next one (virtio 1.2, 2.7.5).
+fn describe(ram: &GuestRam, at: u64, (addr, len, flags, next): (u64, u32, u16, u16)) {
+    // What lies outside of RAM is not there; so it is for a guest.
+    let _ = ram.write_obj(addr, GuestAddress(at));
+    let _ = ram.write_obj(len, GuestAddress(at + 8));
+    let _ = ram.write_obj(flags, GuestAddress(at + 12));
+    let _ = ram.write_obj(next, GuestAddress(at + 14));
+}
+
+/// Put a chain into the available ring of the queue whose descriptor table is here.
+fn offer(ram: &GuestRam, table: u64, head: u16) {
+    let ring = table + 0x400;
+    let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
+    let _ = ram.write_obj(head, GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
+    let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+}
+
 /// A guest that puts anything into RAM, rings and registers, and a host that hands in and takes out.
 pub fn virtio(bytes: &[u8]) {
     let (mut bus, ram) = bus();
@@ -135,10 +152,8 @@ pub fn virtio(bytes: &[u8]) {
                 let _ = ram.write_slice(input.bytes(8), GuestAddress(descriptor + 8));
             }
             6 => {
-                let ring = table(slot, u64::from(input.byte() % 2)) + 0x400;
-                let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
-                let _ = ram.write_obj(u16::from(input.byte()), GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
-                let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+                let queue = u64::from(input.byte() % 2);
+                offer(&ram, table(slot, queue), u16::from(input.byte()));
             }
             7 => {
                 let queue = u64::from(input.byte() % 2);
@@ -212,15 +227,9 @@ pub fn virtio_blk(bytes: &[u8]) {
                     (0x8100, 1, 2 ^ u16::from(flags >> 6), 0),
                 ];
                 for (i, (addr, len, flags, next)) in (0u64..).zip(descriptors) {
-                    let _ = ram.write_obj::<u64>(addr, GuestAddress(at_table + 16 * i));
-                    let _ = ram.write_obj::<u32>(len, GuestAddress(at_table + 16 * i + 8));
-                    let _ = ram.write_obj::<u16>(flags, GuestAddress(at_table + 16 * i + 12));
-                    let _ = ram.write_obj::<u16>(next, GuestAddress(at_table + 16 * i + 14));
+                    describe(&ram, at_table + 16 * i, (addr, len, flags, next));
                 }
-                let ring = at_table + 0x400;
-                let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
-                let _ = ram.write_obj(0u16, GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
-                let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+                offer(&ram, at_table, 0);
                 let _ = bus.mmio_write(BARS + 0x3000 + 4 * queue, &(queue as u16).to_le_bytes(), &ctx);
             }
             4 | 5 => {
@@ -317,17 +326,11 @@ pub fn virtio_scsi(bytes: &[u8]) {
                 ];
                 let at_table = table(0, queue);
                 for (i, (addr, len, flags, next)) in (0u64..).zip(descriptors) {
-                    let _ = ram.write_obj::<u64>(addr, GuestAddress(at_table + 16 * i));
-                    let _ = ram.write_obj::<u32>(len, GuestAddress(at_table + 16 * i + 8));
-                    let _ = ram.write_obj::<u16>(flags, GuestAddress(at_table + 16 * i + 12));
-                    let _ = ram.write_obj::<u16>(next, GuestAddress(at_table + 16 * i + 14));
+                    describe(&ram, at_table + 16 * i, (addr, len, flags, next));
                 }
                 // An event needs no header.
                 let head = if queue == 1 { 3u16 } else { 0 };
-                let ring = at_table + 0x400;
-                let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
-                let _ = ram.write_obj(head, GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
-                let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+                offer(&ram, at_table, head);
                 let _ = bus.mmio_write(BARS + 0x3000 + 4 * queue, &(queue as u16).to_le_bytes(), &ctx);
             }
             5 => {
@@ -469,15 +472,9 @@ pub fn virtio_net(bytes: &[u8]) {
                     let flags = u16::from(!last) | u16::from(writes) << 1;
                     let (addr, len) = (0x8000 + 0x800 * i, input.odd_number());
                     let _ = ram.write_slice(input.piece(), GuestAddress(addr));
-                    let _ = ram.write_obj::<u64>(addr, GuestAddress(at_table + 16 * i));
-                    let _ = ram.write_obj::<u32>(len as u32, GuestAddress(at_table + 16 * i + 8));
-                    let _ = ram.write_obj::<u16>(flags, GuestAddress(at_table + 16 * i + 12));
-                    let _ = ram.write_obj::<u16>(i as u16 + 1, GuestAddress(at_table + 16 * i + 14));
+                    describe(&ram, at_table + 16 * i, (addr, len as u32, flags, i as u16 + 1));
                 }
-                let ring = at_table + 0x400;
-                let next: u16 = ram.read_obj(GuestAddress(ring + 2)).unwrap_or(0);
-                let _ = ram.write_obj(0u16, GuestAddress(ring + 4 + 2 * u64::from(next % SIZE)));
-                let _ = ram.write_obj(next.wrapping_add(1), GuestAddress(ring + 2));
+                offer(&ram, at_table, 0);
                 let _ = bus.mmio_write(BARS + 0x3000 + 4 * queue, &(queue as u16).to_le_bytes(), &ctx);
             }
             4 => {
@@ -497,7 +494,9 @@ pub fn virtio_net(bytes: &[u8]) {
             6 => {
                 let room = input.byte() % 4 > 0;
                 let Some(card) = bus.get_mut::<VirtioPci<Net>>(4) else { return };
-                card.take_packets(room, &ctx).iter().for_each(sound);
+                let packets = card.take_packets(room, &ctx);
+                packets.iter().for_each(sound);
+                card.device_mut().give_back(packets.into_iter().map(|packet| packet.frame));
             }
             _ => {
                 let saved = bus.save_payloads();

@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use understudy_protocol::nic_filter::FilterSpec;
+use understudy_vmm::devices::virtio::net::FRAME;
 use understudy_vmm::devices::{Snapshot, VmTime};
 use understudy_vmm::net::addresses::Addresses;
 use understudy_vmm::net::announce::Announcer;
 use understudy_vmm::net::filter::Filter;
 use understudy_vmm::net::frame::look;
+use understudy_vmm::net::framed::{Framed, prefix};
 use understudy_vmm::net::packet::{HEADER, Packet};
 
 use crate::input::Input;
@@ -59,6 +61,43 @@ pub fn frames(bytes: &[u8]) {
                 }
                 addresses = restored;
             }
+        }
+    }
+}
+
+/// A switch at the other end of a stream socket that says anything: frames, and bytes that are none. What comes out is what was said, byte for byte, up to
+/// the first length that no frame has; after that nothing comes.
+pub fn stream(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let (mut framed, mut said, mut heard) = (Framed::default(), Vec::new(), Vec::new());
+    while !input.is_empty() {
+        let how = input.byte();
+        let mut piece = input.piece().to_vec();
+        if how & 1 == 0 {
+            piece.splice(..0, prefix(&piece));
+        }
+        // Also cut in two, at any place.
+        let (first, second) = piece.split_at(usize::from(how >> 1) % (piece.len() + 1));
+        for part in [first, second] {
+            framed.push(part);
+            said.extend_from_slice(part);
+            loop {
+                match framed.pull() {
+                    Ok(Some(frame)) => {
+                        assert!(frame.len() <= FRAME);
+                        heard.extend(prefix(frame));
+                        heard.extend(frame);
+                    }
+                    Ok(None) => break,
+                    Err(_) => {
+                        assert!(framed.pull().is_err(), "what is no frame does not become one");
+                        assert!(said.starts_with(&heard));
+                        return;
+                    }
+                }
+            }
+            assert!(said.starts_with(&heard) && said.len() == heard.len() + framed.kept());
+            assert!(framed.kept() < FRAME + 4);
         }
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::nic::Mac;
+use crate::statistics::Histogram;
 
 /// One disk in [`super::VmmStatus`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +82,9 @@ pub struct NicStatus {
     pub held_bytes: u64,
     /// Most bytes that may wait.
     pub held_limit: u64,
+    /// How long packets waited for their commit, µs, since the process started. Those that did not have to wait are not in it.
+    #[serde(default)]
+    pub held_us: Histogram,
     /// Times that the bound was reached, and the guest had to wait or packets were dropped.
     pub bound_reached: u64,
     /// Packets that were dropped: reason and number.

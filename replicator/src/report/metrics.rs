@@ -9,13 +9,12 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use understudy_protocol::control::{
-    Gate, PathStatus, ReplicaState, ReplicatorStatus, Role, SourceState, VmmState, VmmStatus,
+    Gate, NicStatus, PathStatus, ReplicaState, ReplicatorStatus, Role, SerialStatus, SourceState, VmmState, VmmStatus,
 };
 use understudy_protocol::layout::Layout;
-use understudy_protocol::statistics::Histogram;
+use understudy_protocol::statistics::{Histogram, RANGES, SIZES, TIMES_US};
 
 use super::Sample;
-use crate::stats::{RANGES, SIZES, TIMES_US};
 
 /// What the text is, for HTTP.
 const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -158,10 +157,10 @@ fn replicator(out: &mut Exposition, status: &ReplicatorStatus) {
         ),
     ];
     for (name, help, histogram) in times {
-        out.histogram(&format!("understudy_replicator_{name}"), help, histogram, &TIMES_US, 1e6);
+        out.histogram(&format!("understudy_replicator_{name}"), help, &[(None, histogram)], &TIMES_US, 1e6);
     }
     let help = "Bytes of an epoch on the wire.";
-    out.histogram("understudy_replicator_epoch_bytes", help, &statistics.epoch_bytes, &SIZES, 1.0);
+    out.histogram("understudy_replicator_epoch_bytes", help, &[(None, &statistics.epoch_bytes)], &SIZES, 1.0);
 }
 
 fn vmm(out: &mut Exposition, status: &VmmStatus) {
@@ -199,15 +198,40 @@ fn vmm(out: &mut Exposition, status: &VmmStatus) {
     for (name, help, value) in gauges {
         out.gauge(&format!("understudy_vmm_{name}"), help, value as f64);
     }
-    let ports = |value: fn(&understudy_protocol::control::SerialStatus) -> u64| {
-        status.serial.iter().map(move |port| (port.port.clone(), value(port) as f64))
-    };
+    let ports =
+        |value: fn(&SerialStatus) -> u64| status.serial.iter().map(move |port| (port.port.clone(), value(port) as f64));
     let family = "understudy_vmm_serial_sent_bytes_total";
     out.labelled(family, "counter", "Bytes that the guest has sent.", "port", ports(|port| port.tx_bytes));
     let family = "understudy_vmm_serial_received_bytes_total";
     out.labelled(family, "counter", "Bytes that the guest was given.", "port", ports(|port| port.rx_bytes));
     let family = "understudy_vmm_serial_held_bytes";
     out.labelled(family, "gauge", "Bytes that wait for their commit.", "port", ports(|port| port.tx_held));
+    if !status.nics.is_empty() {
+        nics(out, &status.nics);
+    }
+}
+
+/// A family of a card's: the end of its name, its kind, its help, its value.
+type NicFamily = (&'static str, &'static str, &'static str, fn(&NicStatus) -> u64);
+
+fn nics(out: &mut Exposition, nics: &[NicStatus]) {
+    let families: [NicFamily; 8] = [
+        ("up", "gauge", "Whether the machine may speak by this card here.", |nic| u64::from(nic.link == "up")),
+        ("sent_packets_total", "counter", "Packets that left.", |nic| nic.out_packets),
+        ("sent_bytes_total", "counter", "Bytes of frames that left.", |nic| nic.out_bytes),
+        ("received_packets_total", "counter", "Packets that the guest was given.", |nic| nic.in_packets),
+        ("received_bytes_total", "counter", "Bytes of frames that the guest was given.", |nic| nic.in_bytes),
+        ("held_bytes", "gauge", "Bytes that wait for their commit.", |nic| nic.held_bytes),
+        ("bound_reached_total", "counter", "Times that as much waited as may.", |nic| nic.bound_reached),
+        ("dropped_packets_total", "counter", "Packets dropped, for whatever reason.", |nic| nic.dropped.values().sum()),
+    ];
+    for (name, kind, help, value) in families {
+        let values = nics.iter().map(|nic| (nic.name.clone(), value(nic) as f64));
+        out.labelled(&format!("understudy_vmm_nic_{name}"), kind, help, "nic", values);
+    }
+    let held: Vec<_> = nics.iter().map(|nic| (Some(("nic", nic.name.as_str())), &nic.held_us)).collect();
+    let help = "How long packets waited for their commit.";
+    out.histogram("understudy_vmm_nic_held_seconds", help, &held, &TIMES_US, 1e6);
 }
 
 struct Exposition {
@@ -221,24 +245,22 @@ impl Exposition {
         let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    fn line(&mut self, name: &str, label: Option<(&str, &str)>, value: impl Display) {
-        let machine = &self.machine;
-        let _ = match label {
-            Some((label, of)) => {
-                writeln!(self.text, "{name}{{machine=\"{machine}\",{label}=\"{}\"}} {value}", escape(of))
-            }
-            None => writeln!(self.text, "{name}{{machine=\"{machine}\"}} {value}"),
-        };
+    fn line(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
+        let _ = write!(self.text, "{name}{{machine=\"{}\"", self.machine);
+        for (label, of) in labels {
+            let _ = write!(self.text, ",{label}=\"{}\"", escape(of));
+        }
+        let _ = writeln!(self.text, "}} {value}");
     }
 
     fn gauge(&mut self, name: &str, help: &str, value: f64) {
         self.family(name, "gauge", help);
-        self.line(name, None, value);
+        self.line(name, &[], value);
     }
 
     fn counter(&mut self, name: &str, help: &str, value: f64) {
         self.family(name, "counter", help);
-        self.line(name, None, value);
+        self.line(name, &[], value);
     }
 
     fn labelled(
@@ -251,7 +273,7 @@ impl Exposition {
     ) {
         self.family(name, kind, help);
         for (of, value) in values {
-            self.line(name, Some((label, &of)), value);
+            self.line(name, &[(label, &of)], value);
         }
     }
 
@@ -260,16 +282,30 @@ impl Exposition {
         self.labelled(name, "gauge", help, label, values);
     }
 
-    fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram, bounds: &[u64; RANGES], unit: f64) {
+    /// One of a machine, or several that a label tells apart.
+    fn histogram(
+        &mut self,
+        name: &str,
+        help: &str,
+        histograms: &[(Option<(&str, &str)>, &Histogram)],
+        bounds: &[u64; RANGES],
+        unit: f64,
+    ) {
         self.family(name, "histogram", help);
         let bucket = format!("{name}_bucket");
-        for bound in bounds {
-            let le = (*bound as f64 / unit).to_string();
-            self.line(&bucket, Some(("le", &le)), histogram.count_up_to(*bound));
+        for (label, histogram) in histograms {
+            let mut range = |le: &str, count: u64| {
+                let labels: Vec<_> = label.iter().copied().chain([("le", le)]).collect();
+                self.line(&bucket, &labels, count);
+            };
+            for bound in bounds {
+                range(&(*bound as f64 / unit).to_string(), histogram.count_up_to(*bound));
+            }
+            range("+Inf", histogram.count);
+            let label = label.as_slice();
+            self.line(&format!("{name}_sum"), label, histogram.sum as f64 / unit);
+            self.line(&format!("{name}_count"), label, histogram.count);
         }
-        self.line(&bucket, Some(("le", "+Inf")), histogram.count);
-        self.line(&format!("{name}_sum"), None, histogram.sum as f64 / unit);
-        self.line(&format!("{name}_count"), None, histogram.count);
     }
 }
 

@@ -89,15 +89,10 @@ pub fn status(status: &ReplicatorStatus, vmm: Option<&VmmStatus>) -> String {
 fn path_lines(paths: &[PathStatus]) -> Vec<String> {
     let mut lines = Vec::new();
     for path in paths {
-        let since = time(path.since_ms * 1000);
-        let state = match (path.works, path.active) {
-            (true, true) => format!("carries the data, up for {since}"),
-            (true, false) => format!("ready, up for {since}"),
-            (false, _) => format!("MISSING for {since}: {}", path.why),
-        };
         lines.push(format!(
-            "  path       {} {state}; round trip {}, {} sent, {} of it again, {} received, {} losses",
+            "  path       {} {}; round trip {}, {} sent, {} of it again, {} received, {} losses",
             path.address,
+            path_state(path),
             time(path.rtt_us),
             size(path.sent_bytes),
             size(path.again_bytes),
@@ -105,11 +100,24 @@ fn path_lines(paths: &[PathStatus]) -> Vec<String> {
             path.losses
         ));
     }
-    let missing = paths.iter().filter(|path| !path.works).count();
-    if missing > 0 {
-        lines.push(format!("  ALARM      {missing} of {} paths to the other node missing", paths.len()));
-    }
+    lines.extend(path_alarm(paths).map(|alarm| format!("  ALARM      {alarm}")));
     lines
+}
+
+/// Whether a path works, what it does, and since when.
+pub fn path_state(path: &PathStatus) -> String {
+    let since = time(path.since_ms * 1000);
+    match (path.works, path.active) {
+        (true, true) => format!("carries the data, up for {since}"),
+        (true, false) => format!("ready, up for {since}"),
+        (false, _) => format!("MISSING for {since}: {}", path.why),
+    }
+}
+
+/// What there is to be alarmed about, if a path is missing.
+pub fn path_alarm(paths: &[PathStatus]) -> Option<String> {
+    let missing = paths.iter().filter(|path| !path.works).count();
+    (missing > 0).then(|| format!("{missing} of {} paths to the other node missing", paths.len()))
 }
 
 /// How checkpoints are captured: what was asked for, what the last cut chose and why.

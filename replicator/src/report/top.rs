@@ -9,12 +9,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crossterm::event::{Event, KeyCode, KeyEventKind, KeyModifiers, poll, read};
 use crossterm::{cursor, execute, queue, style, terminal};
-use understudy_protocol::control::{ReplicatorStatus, Role, VmmStatus};
+use understudy_protocol::control::{NicStatus, PathStatus, ReplicatorStatus, Role, VmmStatus};
 use understudy_protocol::layout::Layout;
 use understudy_protocol::statistics::{Bucket, Histogram};
 
 use super::Sample;
-use super::text::{capture_line, role, size, time, verify};
+use super::text::{capture_line, path_alarm, path_state, role, size, time, verify};
 use crate::log;
 
 /// The histograms show so much of the past.
@@ -191,6 +191,10 @@ fn line(before: &Sample, now: &Sample) -> String {
     if let Some(rate) = between.rate(|s| s.epochs) {
         line += &format!(" epochs/s={rate:.1}");
     }
+    if !status.paths.is_empty() {
+        let work = status.paths.iter().filter(|path| path.works).count();
+        line += &format!(" paths={work}/{}", status.paths.len());
+    }
     if pause.count > 0 {
         line +=
             &format!(" pause-p50={} pause-p99={}", tight(time(pause.quantile(0.5))), tight(time(pause.quantile(0.99))));
@@ -214,7 +218,7 @@ fn tight(number: String) -> String {
 pub fn draw(before: &Sample, now: &Sample, width: usize, height: usize) -> Vec<String> {
     let mut lines = match Between::new(before, now) {
         Some(between) => {
-            let mut lines = head(&between, now);
+            let mut lines = head(&between, before, now);
             let bars = histograms(&between);
             let room = height.saturating_sub(lines.len() + 2);
             lines.extend(beside(&bars, width, room));
@@ -231,7 +235,7 @@ pub fn draw(before: &Sample, now: &Sample, width: usize, height: usize) -> Vec<S
     lines.into_iter().map(|line| line.chars().take(width).collect()).collect()
 }
 
-fn head(between: &Between<'_>, now: &Sample) -> Vec<String> {
+fn head(between: &Between<'_>, before: &Sample, now: &Sample) -> Vec<String> {
     let (status, statistics) = (between.now, &between.now.statistics);
     let mut state = format!("{:?}, {:?}", status.replica, status.source);
     if status.role == Role::Sender {
@@ -245,6 +249,23 @@ fn head(between: &Between<'_>, now: &Sample) -> Vec<String> {
         format!("understudy  {}  {}  generation {}", status.machine, role(status.role), status.generation),
         format!("state    {state}"),
         format!("peer     {peer}, {connected}   losses {}", status.losses),
+    ];
+    for (at, path) in status.paths.iter().enumerate() {
+        let of = |count: fn(&PathStatus) -> u64| {
+            between.bytes(move |s| s.paths.get(at).filter(|p| p.address == path.address).map_or(0, count))
+        };
+        lines.push(format!(
+            "path     {} {}   round trip {}   out {}   in {}   losses {}",
+            path.address,
+            path_state(path),
+            time(path.rtt_us),
+            of(|p| p.sent_bytes),
+            of(|p| p.received_bytes),
+            path.losses
+        ));
+    }
+    lines.extend(path_alarm(&status.paths).map(|alarm| format!("ALARM    {alarm}")));
+    lines.extend([
         format!(
             "epochs   committed {}   current {}   in flight {}   lag {}{rate}",
             status.committed,
@@ -253,7 +274,8 @@ fn head(between: &Between<'_>, now: &Sample) -> Vec<String> {
             time(status.lag_ms * 1000)
         ),
         vmm_line(now.vmm.as_ref()),
-    ];
+    ]);
+    lines.extend(cards(before, now, between.seconds));
     let mut stages = Vec::new();
     if status.role == Role::Sender {
         stages.push(format!("captured {}", between.bytes(|s| s.statistics.bytes.captured)));
@@ -282,6 +304,33 @@ fn vmm_line(vmm: Result<&VmmStatus, &String>) -> String {
         Ok(status) => format!("machine  {}   capture {}", machine(status), capture_line(&status.capture)),
         Err(why) => format!("machine  {why}"),
     }
+}
+
+/// The machine's network cards: what went each way, and how long packets waited for their checkpoint.
+fn cards(before: &Sample, now: &Sample, seconds: f64) -> Vec<String> {
+    let nics = |sample: &'_ Sample| sample.vmm.as_ref().map_or_else(|_| Vec::new(), |vmm| vmm.nics.clone());
+    let earlier = nics(before);
+    let one = |nic: &NicStatus| {
+        // As in [`Between::new`].
+        let same =
+            |e: &&NicStatus| e.name == nic.name && e.out_bytes <= nic.out_bytes && e.held_us.count <= nic.held_us.count;
+        let earlier = earlier.iter().find(same);
+        let rate = |count: fn(&NicStatus) -> u64| match earlier {
+            Some(e) if seconds > 0.0 => {
+                format!("{}/s", size((count(nic).saturating_sub(count(e)) as f64 / seconds) as u64))
+            }
+            _ => "–".into(),
+        };
+        let held = earlier.map_or_else(|| nic.held_us.clone(), |e| difference(&nic.held_us, &e.held_us));
+        let waited = match held.count {
+            0 => String::new(),
+            _ => format!("   waited p50 ≤ {}  p99 ≤ {}", time(held.quantile(0.5)), time(held.quantile(0.99))),
+        };
+        let (out, into) = (rate(|n| n.out_bytes), rate(|n| n.in_bytes));
+        let (name, link, held) = (&nic.name, &nic.link, size(nic.held_bytes));
+        format!("card     {name} {link}   out {out}   in {into}   held {held}{waited}")
+    };
+    nics(now).iter().map(one).collect()
 }
 
 fn machine(status: &VmmStatus) -> String {
@@ -386,6 +435,43 @@ mod tests {
             line.contains("epochs/s=40.0") && line.contains("pause-p99=2.5ms") && line.contains("wire=1.5MB/s"),
             "{line}"
         );
+    }
+
+    #[test]
+    fn the_paths_to_the_peer_and_the_cards_are_shown() {
+        let before = {
+            let mut sample = sender();
+            let path = |address: &str, works| PathStatus {
+                address: address.into(),
+                works,
+                active: works,
+                since_ms: 3200,
+                why: if works { String::new() } else { "it is silent".into() },
+                rtt_us: 210,
+                ..PathStatus::default()
+            };
+            sample.replicator.as_mut().unwrap().paths = vec![path("10.0.1.2:1", true), path("10.0.2.2:1", false)];
+            sample
+        };
+        let mut now = later(sender(), &before, 2);
+        now.replicator.as_mut().unwrap().paths = before.replicator.as_ref().unwrap().paths.clone();
+        now.replicator.as_mut().unwrap().paths[0].sent_bytes = 2_000_000;
+        let mut nic = before.vmm.as_ref().unwrap().nics[0].clone();
+        nic.out_bytes = 4_000_000;
+        let buckets = vec![Bucket { up_to: Some(3000), count: 9 }];
+        nic.held_us = Histogram { count: 9, sum: 9000, max: 2900, buckets };
+        now.vmm.as_mut().unwrap().nics = vec![nic];
+        let screen = draw(&before, &now, 160, 40).join("\n");
+        for shown in [
+            "path     10.0.1.2:1 carries the data, up for 3.2 s   round trip 210 µs   out 1.0 MB/s   in 0 B/s",
+            "path     10.0.2.2:1 MISSING for 3.2 s: it is silent",
+            "ALARM    1 of 2 paths",
+            "card     net0 up   out 2.0 MB/s   in 0 B/s   held 0 B   waited p50 ≤ 2.9 ms  p99 ≤ 2.9 ms",
+        ] {
+            assert!(screen.contains(shown), "{shown:?} is not in\n{screen}");
+        }
+        assert!(line(&before, &now).contains(" paths=1/2"));
+        assert!(!draw(&sender(), &later(sender(), &before, 2), 160, 40).join("\n").contains("path "));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! The network back end alone, on this host: packets through the gate and a card's port into a tap, and out of one, beside plain reads and writes of the same tap. No guest and no KVM.
 //!
 //! Two taps are in a bridge, in a network namespace of their own. One thread writes into the first as a vCPU does with an open gate (`passed`), or as a card's
-//! worker does after each commit (`released`: held, sealed and committed in epochs of 256 packets, bursts of 256 KiB); or writes plainly. Another reads the second; what it counts is the figure, so that
-//! whatever bridge and taps drop does not count. (`sent` is the writer's own count: on two processors the reader is often the slower.)
-//! For `in` the ends are exchanged: our reader does what a worker does up to the device. Cases take turns; medians count.
+//! worker does after each commit (`released`: held, sealed and committed in epochs of 256 packets, written by the worker's own bursts); or writes plainly. Another reads the second; what
+//! it counts is the figure, so that whatever bridge and taps drop does not count. (`sent` is the writer's own count: on two processors the reader is often the slower.)
+//! For `in` the ends are exchanged: the worker's own reader brings packets as far as the device. Cases take turns; medians count.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -18,16 +18,17 @@ use understudy_protocol::ids::Epoch;
 use understudy_protocol::nic::{Mac, NicSpec};
 use understudy_vmm::devices::virtio::net::{FRAME, Offloads};
 use understudy_vmm::net::backend::{self, Sent};
+use understudy_vmm::net::burst::{self, BURST, Reader};
 use understudy_vmm::net::gate::{Bound, PacketGate};
 use understudy_vmm::net::packet::{HEADER, Packet};
+use understudy_vmm::net::pool::Pool;
 use understudy_vmm::net::port::NetPort;
 
 use super::rows::{Bar, Report, Row};
 
 const OFFLOADS: Offloads = Offloads { csum: true, tso4: true, tso6: true, ecn: true };
-/// Packets of an epoch, bytes of a burst.
+/// Packets of an epoch.
 const EPOCH: usize = 256;
-const BURST: usize = 256 << 10;
 
 /// What goes into the report.
 #[derive(Debug, Serialize)]
@@ -150,11 +151,12 @@ fn run(way: Way, from: &NetPort, to: &Arc<NetPort>, packet: &Packet, time: Durat
     let sent = match way {
         Way::Released => released(from, packet, time)?,
         Way::Passed => {
-            let mut sent = 0u64;
+            let (mut sent, mut pool) = (0u64, Pool::default());
             while began.elapsed() < time {
                 for _ in 0..32 {
-                    // What a vCPU's exit does: the frame is copied out of the guest, and goes.
-                    sent += u64::from(gone(from.send(&packet.clone()))?);
+                    let copy = out_of_the_guest(packet, &mut pool);
+                    sent += u64::from(gone(from.send(&copy))?);
+                    pool.give(copy.frame);
                 }
             }
             sent
@@ -184,14 +186,21 @@ fn gone(sent: Option<Sent>) -> Result<bool> {
     }
 }
 
+/// A packet as a vCPU's exit makes one of what the guest sends.
+fn out_of_the_guest(packet: &Packet, pool: &mut Pool) -> Packet {
+    let mut frame = pool.take(packet.frame.len());
+    frame.copy_from_slice(&packet.frame);
+    Packet { frame, ..*packet }
+}
+
 /// Held, sealed, committed; then as a card's worker does it.
 fn released(port: &NetPort, packet: &Packet, time: Duration) -> Result<u64> {
-    let mut gate = PacketGate::new(Bound::default());
+    let (mut gate, mut pool) = (PacketGate::new(Bound::default()), Pool::default());
     let (mut epoch, mut sent) = (0, 0);
     let began = Instant::now();
     while began.elapsed() < time {
         for _ in 0..EPOCH {
-            gate.push(packet.clone());
+            gate.push(out_of_the_guest(packet, &mut pool));
         }
         epoch += 1;
         gate.seal(Epoch(epoch));
@@ -201,36 +210,43 @@ fn released(port: &NetPort, packet: &Packet, time: Duration) -> Result<u64> {
             if burst.is_empty() {
                 break;
             }
-            for packet in burst {
-                sent += u64::from(gone(port.send(&packet))?);
+            let written = burst::write(port, burst);
+            if let Some(e) = written.why {
+                return Err(e).context("the tap refuses a packet");
             }
-            gate.written();
+            sent += written.packets;
+            gate.put_back(written.rest);
+            written.spent.into_iter().for_each(|buffer| pool.give(buffer));
         }
     }
     Ok(sent)
 }
 
-/// Count what arrives. `ours`: as a worker does up to the device, with a copy of each.
+/// Count what arrives. `ours`: as a card's worker does it, up to the device; otherwise plainly.
 fn read(port: &NetPort, stop: &AtomicBool, ours: bool, len: usize) -> u64 {
+    let (mut reader, mut batch) = (Reader::new(0), Vec::new());
     let mut buffer = vec![0; HEADER + FRAME];
-    let (mut arrived, mut batch) = (0, Vec::new());
+    let mut arrived = 0;
     loop {
-        match port.backend().receive(0, &mut buffer) {
-            Ok(Some(n)) => {
-                arrived += u64::from(n == len);
-                if ours {
-                    batch.push(buffer[..n].to_vec());
-                    if batch.len() == 64 {
-                        batch.clear();
-                    }
-                }
-            }
-            _ if stop.load(Ordering::Acquire) => return arrived,
-            _ => {
-                if let Some(fd) = port.backend().waits_on(0) {
-                    let _ = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10u8));
-                }
-            }
+        let some = if ours {
+            let _ = reader.read(port.backend(), &mut batch);
+            arrived += batch.iter().filter(|packet| packet.len() == len).count() as u64;
+            let some = !batch.is_empty();
+            reader.give_back(batch.drain(..));
+            some
+        } else {
+            let read = port.backend().receive(0, &mut buffer);
+            arrived += u64::from(matches!(read, Ok(Some(n)) if n == len));
+            matches!(read, Ok(Some(_)))
+        };
+        if some {
+            continue;
+        }
+        if stop.load(Ordering::Acquire) {
+            return arrived;
+        }
+        if let Some(fd) = port.backend().waits_on(0) {
+            let _ = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10u8));
         }
     }
 }

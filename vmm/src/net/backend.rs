@@ -29,8 +29,10 @@ pub enum Sent {
 pub trait NetBackend: Send + Sync + Debug {
     /// For status and errors.
     fn describe(&self) -> String;
-    /// Pairs of queues.
-    fn queues(&self) -> u16;
+    /// Pairs of queues, 1 to 8.
+    fn queues(&self) -> u16 {
+        1
+    }
     /// Send a packet by its queue.
     fn send(&self, packet: &Packet) -> Sent;
     /// What of a packet could not be sent at once. False: there is still something.
@@ -43,8 +45,10 @@ pub trait NetBackend: Send + Sync + Debug {
     fn waits_on(&self, queue: u16) -> Option<BorrowedFd<'_>>;
     /// Switch the port on or off. After it was switched off nothing leaves.
     fn set_up(&self, up: bool) -> io::Result<()>;
-    /// What the guest takes.
-    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+    /// What the guest takes. Of a back end that carries bare frames: nothing to be said, it never leaves anything to the guest.
+    fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Open what is behind a card; its port is down.
@@ -69,9 +73,6 @@ impl NetBackend for Nothing {
     fn describe(&self) -> String {
         "none".into()
     }
-    fn queues(&self) -> u16 {
-        1
-    }
     fn send(&self, _packet: &Packet) -> Sent {
         Sent::Gone
     }
@@ -82,9 +83,6 @@ impl NetBackend for Nothing {
         None
     }
     fn set_up(&self, _up: bool) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
         Ok(())
     }
 }

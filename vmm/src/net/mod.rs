@@ -6,21 +6,26 @@
 //! | what passes: senders, VLAN, rates, storms (pure) | [`filter`] |
 //! | output commit of packets (pure) | [`gate`] |
 //! | what the guest's addresses are, and telling the network after a takeover (pure) | [`addresses`], [`announce`], [`frame`] |
-//! | a card under the device lock: device, gate, port | [`nic`] |
-//! | whether the machine may speak; its threads | [`port`], [`worker`] |
-//! | what is behind a card | [`backend`], [`tap`], [`socket`]; system calls in [`sys`] |
+//! | a card under the device lock: device, gate, port | [`nic`], [`arrived`] |
+//! | whether the machine may speak; its threads | [`port`], [`worker`], [`burst`] |
+//! | memory of packets, used again | [`pool`] |
+//! | what is behind a card | [`backend`], [`tap`], [`socket`] with [`framed`]; system calls in [`sys`] |
 //!
 //! A packet that the guest sends goes: vCPU exit → [`crate::hardware`] → device ([`crate::devices::virtio::net`]) → [`nic`] → [`gate`] → (cut, commit) → [`worker`] → [`port`] → [`backend`];
 //! with an open gate from [`nic`] straight to the [`port`].
 
 pub mod addresses;
 pub mod announce;
+pub mod arrived;
 pub mod backend;
+pub mod burst;
 pub mod filter;
 pub mod frame;
+pub mod framed;
 pub mod gate;
 pub mod nic;
 pub mod packet;
+pub mod pool;
 pub mod port;
 pub mod socket;
 pub mod sys;

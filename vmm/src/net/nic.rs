@@ -9,9 +9,9 @@
 //! anything of the guest's leaves.
 //!
 //! [`Nic::settle`] is called after every access to the machine's devices, as for all of them. While the devices are frozen nobody calls it: what arrives waits
-//! in `arrived`, and when that is full in the kernel.
+//! in [`Arrived`], and when that is full in the kernel.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,10 +22,13 @@ use understudy_protocol::nic_filter::FilterSpec;
 
 use super::addresses::Addresses;
 use super::announce::Announcer;
+use super::arrived::Arrived;
 use super::backend::Sent;
+use super::burst::Written;
 use super::filter::Filter;
-use super::gate::{AtBound, Bound, PacketGate};
+use super::gate::{Bound, PacketGate};
 use super::packet::{HEADER, Packet};
+use super::pool::SMALLEST;
 use super::port::NetPort;
 use crate::devices::virtio::net::{Offloads, Received};
 use crate::devices::virtio::{Net, VirtioPci};
@@ -33,11 +36,6 @@ use crate::devices::{Ctx, VmTime};
 
 /// Rounds of work in one settling; what is left comes with the next access or tick.
 const ROUNDS: usize = 16;
-/// Bytes and packets that may have arrived and not be taken by the guest.
-const ARRIVED_BYTES: usize = 1 << 20;
-const ARRIVED_PACKETS: usize = 512;
-/// Least that a waiting packet takes of the memory that the gate's bound stands for.
-const LEAST: usize = 256;
 
 /// Packets and bytes of frames.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -73,10 +71,11 @@ pub struct Nic {
     timed: bool,
     /// See [`Nic::leak`].
     leaks: bool,
-    arrived: VecDeque<(u16, Vec<u8>)>,
-    arrived_bytes: usize,
-    /// Threads wait until there is room in `arrived`.
-    full: bool,
+    arrived: Arrived,
+    /// Buffers of packets that the guest has taken, for those who read.
+    taken: Vec<Vec<u8>>,
+    /// Buffers of packets that have left, for the device.
+    spent: Vec<Vec<u8>>,
     /// What the port was told last.
     offloads: Option<Offloads>,
     since: Instant,
@@ -99,9 +98,9 @@ impl Nic {
             began: Instant::now(),
             timed: false,
             leaks: false,
-            arrived: VecDeque::new(),
-            arrived_bytes: 0,
-            full: false,
+            arrived: Arrived::default(),
+            taken: Vec::new(),
+            spent: Vec::new(),
             offloads: None,
             since: Instant::now(),
             sent: Count::default(),
@@ -125,13 +124,18 @@ impl Nic {
     /// What the device has sent goes; what has arrived, it is given.
     pub fn settle(&mut self, device: &mut VirtioPci<Net>, ctx: &Ctx) {
         for _ in 0..ROUNDS {
-            let room = self.gate.ask_room() && !self.must_wait();
+            let now = self.since.elapsed();
+            let room = self.gate.ask_room() && !self.must_wait(now);
+            device.device_mut().give_back(self.spent.drain(..));
             let packets = device.take_packets(room, ctx);
             if packets.is_empty() {
                 break;
             }
+            self.gate.set_time(now);
             for packet in packets {
-                self.transmit(packet, ctx.now);
+                if let Some(Packet { frame, .. }) = self.transmit(packet, now, ctx.now) {
+                    self.spent.push(frame);
+                }
             }
         }
         let offloads = device.device().offloads();
@@ -145,8 +149,8 @@ impl Nic {
     }
 
     /// Whether a rate keeps the guest's next packet; then the worker comes back when it does not.
-    fn must_wait(&mut self) -> bool {
-        let waits = !self.filter.is_idle() && self.filter.wait_out(self.since.elapsed()).is_some();
+    fn must_wait(&mut self, now: Duration) -> bool {
+        let waits = !self.filter.is_idle() && self.filter.wait_out(now).is_some();
         if waits
             && !self.timed
             && let Some(port) = &self.port
@@ -157,34 +161,41 @@ impl Nic {
         waits
     }
 
-    fn transmit(&mut self, mut packet: Packet, now: VmTime) {
-        if let Err(reason) = self.filter.outbound(&packet.frame, self.since.elapsed()) {
-            return self.drop(reason.name());
+    /// The guest sent this. What comes back is done with: it has left, or never will.
+    fn transmit(&mut self, mut packet: Packet, now: Duration, vm_time: VmTime) -> Option<Packet> {
+        if let Err(reason) = self.filter.outbound(&packet.frame, now) {
+            self.drop(reason.name());
+            return Some(packet);
         }
-        self.addresses.sent(&packet.frame, now);
+        self.addresses.sent(&packet.frame, vm_time);
         self.filter.tag(&mut packet);
-        let frame = packet.frame.len();
-        let Some(port) = &self.port else { return };
-        if self.gate.passes() {
-            match port.send(&packet) {
-                Some(Sent::Full) => {
-                    // The first of a row: its worker waits until it can go.
-                    self.gate.push(packet);
-                    port.wake(0);
-                    return;
-                }
-                Some(Sent::InPart) => port.wake(0),
-                Some(Sent::Gone) => {}
-                Some(Sent::Lost(_)) => return self.drop("refused by the host"),
-                None => return self.drop("silent"),
-            }
-            self.gate.passed(1);
-            self.sent.add(frame);
-            return;
+        let Some(port) = &self.port else { return Some(packet) };
+        if !self.gate.passes() {
+            self.gate.push(packet);
+            self.tell();
+            return None;
         }
-        self.gate.set_time(self.since.elapsed());
-        self.gate.push(packet);
-        self.tell();
+        match port.send(&packet) {
+            Some(Sent::Full) => {
+                // The first of a row: its worker waits until it can go.
+                port.wake(0);
+                self.gate.push(packet);
+                return None;
+            }
+            Some(Sent::InPart) => port.wake(0),
+            Some(Sent::Gone) => {}
+            Some(Sent::Lost(_)) => {
+                self.drop("refused by the host");
+                return Some(packet);
+            }
+            None => {
+                self.drop("silent");
+                return Some(packet);
+            }
+        }
+        self.gate.passed(1);
+        self.sent.add(packet.frame.len());
+        Some(packet)
     }
 
     /// Wake the worker if packets may leave.
@@ -198,55 +209,59 @@ impl Nic {
 
     fn deliver(&mut self, device: &mut VirtioPci<Net>, ctx: &Ctx) {
         let mut given = false;
-        while let Some((pair, packet)) = self.arrived.front_mut() {
-            let frame = packet.len().saturating_sub(HEADER);
-            let why = match device.receive(*pair, packet, ctx) {
-                Received::NoBuffers => break,
-                Received::Taken => {
-                    given = true;
-                    self.received.add(frame);
-                    None
+        for pair in 0..self.arrived.pairs() {
+            while let Some(packet) = self.arrived.front(pair) {
+                let frame = packet.len().saturating_sub(HEADER);
+                let why = match device.receive(pair, packet, ctx) {
+                    Received::NoBuffers => break,
+                    Received::Taken => {
+                        given = true;
+                        self.received.add(frame);
+                        None
+                    }
+                    Received::NoDriver => Some("no driver"),
+                    Received::Filtered => Some("not for the guest"),
+                    Received::Unfit => Some("does not fit"),
+                };
+                self.taken.extend(self.arrived.pop(pair));
+                if let Some(why) = why {
+                    self.drop(why);
                 }
-                Received::NoDriver => Some("no driver"),
-                Received::Filtered => Some("not for the guest"),
-                Received::Unfit => Some("does not fit"),
-            };
-            self.arrived_bytes -= frame + HEADER;
-            self.arrived.pop_front();
-            if let Some(why) = why {
-                self.drop(why);
+            }
+            if self.arrived.drained(pair)
+                && let Some(port) = &self.port
+            {
+                port.wake(pair);
             }
         }
         if given {
             device.process(ctx.ram);
         }
-        if self.full && self.arrived.is_empty() {
-            self.full = false;
-            if let Some(port) = &self.port {
-                port.wake_all();
-            }
-        }
     }
 
-    /// Packets arrived by this pair. False: no more until [`Nic::deliver`] wakes the threads.
-    pub fn arrived(&mut self, pair: u16, packets: impl Iterator<Item = Vec<u8>>) -> bool {
+    /// Packets arrived by this pair.
+    pub fn arrived(&mut self, pair: u16, packets: impl Iterator<Item = Vec<u8>>) {
+        let now = self.since.elapsed();
         for mut packet in packets {
-            if let Err(reason) = self.filter.inbound(&mut packet, self.since.elapsed()) {
+            if let Err(reason) = self.filter.inbound(&mut packet, now) {
                 self.drop(reason.name());
+                self.taken.push(packet);
                 continue;
             }
             self.addresses.heard(packet.get(HEADER..).unwrap_or_default());
-            self.arrived_bytes += packet.len().max(HEADER);
-            self.arrived.push_back((pair, packet));
+            self.arrived.push(pair, packet);
         }
-        self.has_room()
     }
 
-    /// Whether more may be taken from the port.
-    pub fn has_room(&mut self) -> bool {
-        self.full = self.arrived_bytes >= ARRIVED_BYTES || self.arrived.len() >= ARRIVED_PACKETS;
+    /// Whether more may be taken from the port for this pair. False: no more until its thread is woken, or what is due next ([`Nic::next_due`]).
+    pub fn has_room(&mut self, pair: u16) -> bool {
         let waits = !self.filter.is_idle() && self.filter.wait_in(self.since.elapsed()).is_some();
-        !self.full && !waits
+        self.arrived.has_room(pair) && !waits
+    }
+
+    /// Buffers of packets that had arrived and are not needed any more.
+    pub fn taken(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.taken)
     }
 
     /// After how long the threads have to look at it again, if nothing else wakes them: an announcement, or a rate.
@@ -287,18 +302,19 @@ impl Nic {
 
     /// Released packets to be written, by the worker; those before have been.
     pub fn take_released(&mut self, bytes: usize) -> Vec<Packet> {
-        self.gate.written();
         self.gate.take(bytes)
     }
 
-    /// So much of it was written; the rest could not be, and some could never be.
-    pub fn wrote(&mut self, packets: u64, bytes: u64, lost: u64, rest: Vec<Packet>) {
+    /// What became of them.
+    pub fn wrote(&mut self, written: Written) {
+        let Written { packets, bytes, lost, why: _, rest, spent } = written;
         self.sent.packets += packets;
         self.sent.bytes += bytes;
         if lost > 0 {
             *self.dropped.entry("refused by the host").or_default() += lost;
         }
         self.gate.put_back(rest);
+        self.spent.extend(spent);
     }
 
     /// Close or open the gate.
@@ -324,8 +340,6 @@ impl Nic {
         self.gate.discard();
         self.announcer = Announcer::default();
         self.arrived.clear();
-        self.arrived_bytes = 0;
-        self.full = false;
         self.offloads = None;
     }
 
@@ -344,7 +358,6 @@ impl Nic {
             port.silence();
         }
         self.arrived.clear();
-        self.arrived_bytes = 0;
     }
 
     /// For the status.
@@ -372,6 +385,7 @@ impl Nic {
             held_packets: (self.gate.held_packets() + self.gate.released_waiting()) as u64,
             held_bytes: self.gate.held_bytes() as u64,
             held_limit: spec.hold,
+            held_us: stats.held.histogram(),
             bound_reached: stats.waits + stats.dropped,
             dropped,
             problem: self.port.as_ref().and_then(|port| port.problem()),
@@ -382,148 +396,8 @@ impl Nic {
 /// The gate's bound as it is configured.
 fn bound(spec: &NicSpec) -> Bound {
     let bytes = usize::try_from(spec.hold).unwrap_or(usize::MAX);
-    let at = match spec.at_bound {
-        understudy_protocol::nic::AtBound::Wait => AtBound::Wait,
-        understudy_protocol::nic::AtBound::Drop => AtBound::Drop,
-    };
-    Bound { bytes, packets: bytes / LEAST, at }
+    Bound { bytes, packets: bytes / SMALLEST, at: spec.at_bound }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io;
-    use std::os::fd::BorrowedFd;
-    use std::sync::Mutex;
-
-    use etherparse::PacketBuilder;
-
-    use super::*;
-    use crate::net::backend::NetBackend;
-
-    const MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
-    const NOW: VmTime = VmTime(0);
-
-    /// What has happened behind the card.
-    #[derive(Debug, Default, Clone)]
-    struct Wire(Arc<Mutex<Vec<String>>>);
-
-    impl Wire {
-        fn note(&self, what: String) {
-            self.0.lock().unwrap().push(what);
-        }
-        fn happened(&self) -> Vec<String> {
-            std::mem::take(&mut self.0.lock().unwrap())
-        }
-    }
-
-    impl NetBackend for Wire {
-        fn describe(&self) -> String {
-            "wire".into()
-        }
-        fn queues(&self) -> u16 {
-            1
-        }
-        fn send(&self, packet: &Packet) -> Sent {
-            let frame = &packet.frame;
-            self.note(match frame[12..14] {
-                [0x08, 0x00] => format!("packet {}", frame[frame.len() - 1]),
-                [0x81, 0x00] => format!("tag {} of {:02x}{:02x}", frame[15], frame[16], frame[17]),
-                _ => format!("{:02x}{:02x}", frame[12], frame[13]),
-            });
-            Sent::Gone
-        }
-        fn receive(&self, _queue: u16, _buffer: &mut [u8]) -> io::Result<Option<usize>> {
-            Ok(None)
-        }
-        fn waits_on(&self, _queue: u16) -> Option<BorrowedFd<'_>> {
-            None
-        }
-        fn set_up(&self, up: bool) -> io::Result<()> {
-            self.note(if up { "up" } else { "down" }.into());
-            Ok(())
-        }
-        fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    /// A card that runs here, as after a takeover.
-    fn nic(words: &str) -> (Nic, Wire) {
-        let wire = Wire::default();
-        let port = Arc::new(NetPort::new(Box::new(wire.clone())).unwrap());
-        let mut nic = Nic::new(17);
-        nic.connect(&format!("name=net0,tap=t{words}").parse().unwrap(), MAC, port.clone());
-        nic.begin();
-        nic.set_gate(Gate::Hold);
-        port.speak().unwrap();
-        (nic, wire)
-    }
-
-    fn packet(number: u8) -> Packet {
-        let mut frame = Vec::new();
-        let builder = PacketBuilder::ethernet2(MAC.0, [9; 6]).ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64).udp(1, 2);
-        builder.write(&mut frame, &[number]).unwrap();
-        Packet { frame, ..Packet::default() }
-    }
-
-    fn work(nic: &mut Nic) {
-        for packet in nic.take_released(usize::MAX) {
-            let port = nic.port.clone().unwrap();
-            port.send(&packet);
-        }
-    }
-
-    #[test]
-    fn the_network_is_told_before_anything_of_the_guests_leaves_and_in_the_cards_vlan() {
-        let (mut a, wire) = nic("");
-        a.announce(NOW);
-        a.set_gate(Gate::Open);
-        a.transmit(packet(1), NOW);
-        assert_eq!(wire.happened(), ["up", "8035", "packet 1"]);
-        let (mut b, wire) = nic(",vlan=12");
-        b.addresses = a.addresses.clone();
-        b.announce(NOW);
-        assert_eq!(wire.happened(), ["up", "tag 12 of 8035", "tag 12 of 0806", "tag 12 of 0806"]);
-        assert!(b.next_due().is_some_and(|due| due <= Duration::from_millis(50)));
-    }
-
-    #[test]
-    fn a_fenced_machine_says_nothing_more_whether_held_or_released() {
-        let (mut n, wire) = nic("");
-        n.transmit(packet(1), NOW);
-        n.gate.seal(Epoch(1));
-        n.transmit(packet(2), NOW);
-        n.commit(Epoch(1));
-        assert_eq!((n.gate.released_waiting(), n.gate.held_packets()), (1, 1));
-        n.announce(NOW);
-        wire.happened();
-        n.silence(false);
-        assert_eq!(wire.happened(), ["down"]);
-        n.set_gate(Gate::Open);
-        n.transmit(packet(3), NOW);
-        work(&mut n);
-        n.announce_due();
-        assert_eq!(wire.happened(), [""; 0]);
-        assert_eq!(n.next_due(), None);
-    }
-
-    #[test]
-    fn a_machine_that_was_handed_over_says_what_its_last_checkpoint_released_and_no_more() {
-        let (mut n, wire) = nic("");
-        n.transmit(packet(1), NOW);
-        n.gate.seal(Epoch(1));
-        n.transmit(packet(2), NOW);
-        n.commit(Epoch(1));
-        n.silence(true);
-        assert_eq!(wire.happened(), ["up", "packet 1", "down"]);
-    }
-
-    #[test]
-    fn a_rate_keeps_the_guest_waiting_and_the_worker_comes_back_for_it() {
-        let (mut n, _wire) = nic(",rate-out=131072,burst=1514");
-        assert!(!n.must_wait());
-        (0..60).for_each(|number| n.transmit(packet(number), NOW));
-        assert!(n.must_wait() && n.timed);
-        assert!(n.next_due().is_some_and(|due| due < Duration::from_secs(1)));
-    }
-}
+mod tests;

@@ -1,5 +1,5 @@
-//! Unix sockets behind a card: bare frames, for tests and for switches in user space. The framing is that of QEMU's `-netdev stream` (length in front, 4 bytes, big
-//! endian) and `-netdev dgram` (a datagram each).
+//! Unix sockets behind a card: bare frames, for tests and for switches in user space. The framing is that of QEMU's `-netdev stream` ([`super::framed`])
+//! and `-netdev dgram` (a datagram each).
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,10 +11,11 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result};
 
 use super::backend::{NetBackend, Sent};
+use super::framed::{Framed, prefix};
 use super::packet::{HEADER, Packet};
-use crate::devices::virtio::net::{FRAME, Offloads};
 
-const LENGTH: usize = 4;
+/// Bytes that are read at once.
+const PIECE: usize = 16 << 10;
 
 /// Frames over a stream.
 #[derive(Debug)]
@@ -23,8 +24,7 @@ pub struct Stream {
     socket: UnixStream,
     /// The rest of a frame that was sent in part.
     rest: Mutex<Vec<u8>>,
-    /// What arrived and is not whole.
-    arrived: Mutex<Vec<u8>>,
+    arrived: Mutex<Framed>,
 }
 
 impl Stream {
@@ -57,28 +57,9 @@ impl Stream {
     }
 }
 
-/// The first whole frame of what arrived: its length, if it is here.
-fn whole(arrived: &[u8]) -> io::Result<Option<usize>> {
-    let Some((length, rest)) = arrived.split_first_chunk::<LENGTH>() else { return Ok(None) };
-    let length = u32::from_be_bytes(*length) as usize;
-    if length > FRAME {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!(
-                "the other end announces a frame of {length} bytes: it does not speak frames with their length in front"
-            ),
-        ));
-    }
-    Ok((rest.len() >= length).then_some(length))
-}
-
 impl NetBackend for Stream {
     fn describe(&self) -> String {
         format!("stream {}", self.path)
-    }
-
-    fn queues(&self) -> u16 {
-        1
     }
 
     fn send(&self, packet: &Packet) -> Sent {
@@ -88,8 +69,7 @@ impl NetBackend for Stream {
             Ok(false) => return Sent::Full,
             Err(e) => return Sent::Lost(e),
         }
-        // A frame is shorter than 4 GiB.
-        rest.extend((packet.frame.len() as u32).to_be_bytes());
+        rest.extend(prefix(&packet.frame));
         rest.extend(&packet.frame);
         match self.push(&mut rest) {
             Ok(true) => Sent::Gone,
@@ -106,19 +86,20 @@ impl NetBackend for Stream {
     fn receive(&self, _queue: u16, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some(length) = whole(&arrived)? {
-                let taken = length.min(buffer.len().saturating_sub(HEADER));
-                buffer[..HEADER].fill(0);
-                buffer[HEADER..HEADER + taken].copy_from_slice(&arrived[LENGTH..LENGTH + taken]);
-                arrived.drain(..LENGTH + length);
+            let frame = arrived.pull().map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+            if let Some(frame) = frame {
+                let Some((header, room)) = buffer.split_first_chunk_mut::<HEADER>() else { return Ok(None) };
+                *header = [0; HEADER];
+                let taken = frame.len().min(room.len());
+                room[..taken].copy_from_slice(&frame[..taken]);
                 return Ok(Some(HEADER + taken));
             }
-            let mut piece = [0; 16384];
+            let mut piece = [0; PIECE];
             match (&self.socket).read(&mut piece) {
                 Ok(0) => {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other end has closed the socket"));
                 }
-                Ok(n) => arrived.extend(&piece[..n]),
+                Ok(n) => arrived.push(&piece[..n]),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(e) => return Err(e),
             }
@@ -130,10 +111,6 @@ impl NetBackend for Stream {
     }
 
     fn set_up(&self, _up: bool) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
         Ok(())
     }
 }
@@ -172,10 +149,6 @@ impl NetBackend for Dgram {
         format!("dgram {} to {}", self.local.display(), self.remote.display())
     }
 
-    fn queues(&self) -> u16 {
-        1
-    }
-
     fn send(&self, packet: &Packet) -> Sent {
         match self.socket.send_to(&packet.frame, &self.remote) {
             Ok(_) => Sent::Gone,
@@ -199,10 +172,6 @@ impl NetBackend for Dgram {
     }
 
     fn set_up(&self, _up: bool) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
         Ok(())
     }
 }

@@ -10,17 +10,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::backend::Sent;
-use super::packet::{HEADER, Packet};
+use super::burst::{self, BURST, Reader};
 use super::port::NetPort;
 use crate::core::Core;
-use crate::devices::virtio::net::FRAME;
-
-/// Packets and bytes that are taken from the port before the device is given them.
-const BATCH: usize = 64;
-const BATCH_BYTES: usize = 256 << 10;
-/// Bytes that are taken from the gate at once: a burst, after which others have their turn.
-const BURST: usize = 256 << 10;
 
 /// A card's threads. They end when this goes.
 #[derive(Debug)]
@@ -70,7 +62,7 @@ struct Worker {
 
 impl Worker {
     fn main(&self) {
-        let mut buffer = vec![0; HEADER + FRAME];
+        let mut reader = Reader::new(self.queue);
         // Whether there is something that did not go, and room for what arrives.
         let (mut blocked, mut room, mut reads) = (false, true, true);
         while !self.stop.load(Ordering::Acquire) {
@@ -86,7 +78,7 @@ impl Worker {
             if self.queue == 0 {
                 blocked = !self.port.flush() || !self.write();
             }
-            (room, reads) = self.read(&mut buffer, reads);
+            (room, reads) = self.read(&mut reader, reads);
         }
     }
 
@@ -118,29 +110,12 @@ impl Worker {
             if packets.is_empty() {
                 return true;
             }
-            let (mut sent, mut bytes, mut lost) = (0, 0, 0);
-            let mut packets = packets.into_iter();
-            let mut rest: Vec<Packet> = Vec::new();
-            while let Some(packet) = packets.next() {
-                match self.port.send(&packet) {
-                    Some(Sent::Gone | Sent::InPart) => {
-                        sent += 1;
-                        bytes += packet.frame.len() as u64;
-                    }
-                    Some(Sent::Full) => {
-                        rest.push(packet);
-                        rest.extend(&mut packets);
-                    }
-                    Some(Sent::Lost(e)) => {
-                        lost += 1;
-                        self.complain(&e);
-                    }
-                    // Silent: it was discarded from the gate already.
-                    None => break,
-                }
+            let mut written = burst::write(&self.port, packets);
+            if let Some(e) = written.why.take() {
+                self.complain(&e);
             }
-            let blocked = !rest.is_empty();
-            self.core.with_nic(self.nic, |nic| nic.wrote(sent, bytes, lost, rest));
+            let blocked = !written.rest.is_empty();
+            self.core.with_nic(self.nic, |nic| nic.wrote(written));
             // Room in the gate may be what the guest waits for.
             self.core.settle();
             if blocked {
@@ -150,39 +125,29 @@ impl Worker {
     }
 
     /// Bring what has arrived to the device. Whether there is room for more, and whether the port can still be read.
-    fn read(&self, buffer: &mut [u8], reads: bool) -> (bool, bool) {
+    fn read(&self, reader: &mut Reader, reads: bool) -> (bool, bool) {
         if !reads {
             return (false, false);
         }
-        let Some(mut room) = self.core.with_nic(self.nic, |nic| nic.has_room()) else { return (false, false) };
-        let mut reads = true;
-        while room && reads {
-            let mut batch = Vec::new();
-            let mut bytes = 0;
-            while batch.len() < BATCH && bytes < BATCH_BYTES {
-                match self.port.backend().receive(self.queue, buffer) {
-                    Ok(Some(n)) => {
-                        bytes += n;
-                        batch.push(buffer[..n].to_vec());
-                    }
-                    Ok(None) => break,
-                    // A tap whose port is down says so at each read, until it is up again.
-                    Err(e) if e.raw_os_error() == Some(libc::EIO) && !self.port.live() => break,
-                    Err(e) => {
-                        self.complain(&e);
-                        reads = false;
-                        break;
-                    }
+        let room = self.core.with_nic(self.nic, |nic| nic.has_room(self.queue));
+        let (mut room, mut reads, mut more) = (room.unwrap_or(false), true, true);
+        let mut batch = Vec::new();
+        while room && more {
+            more = match reader.read(self.port.backend(), &mut batch) {
+                Ok(more) => more,
+                // A tap whose port is down says so at each read, until it is up again.
+                Err(e) if e.raw_os_error() == Some(libc::EIO) && !self.port.live() => false,
+                Err(e) => {
+                    self.complain(&e);
+                    reads = false;
+                    false
                 }
-            }
+            };
             if batch.is_empty() {
                 break;
             }
-            let whole = batch.len() == BATCH || bytes >= BATCH_BYTES;
-            room = self.core.arrived(self.nic, self.queue, batch);
-            if !whole {
-                break;
-            }
+            room = self.core.arrived(self.nic, self.queue, &mut batch);
+            reader.give_back(batch.drain(..));
         }
         (room, reads)
     }

@@ -20,6 +20,7 @@ use virtio_bindings::virtio_net as spec;
 use super::super::{Ctx, GuestRam, RestoreError, Snapshot};
 use super::{Broken, CHAINS_PER_CALL, Chain, Progress, VirtQueue, VirtioDevice, VirtioPci};
 use crate::net::packet::{HEADER, Packet};
+use crate::net::pool::Pool;
 use filters::{Filters, Modes, Table};
 pub use offload::Offloads;
 
@@ -37,6 +38,9 @@ pub const FRAME: usize = 65_535 + offload::ETHERNET + 8;
 /// Packets and bytes that may have come out before the owner takes them.
 const OUT_PACKETS: usize = 64;
 const OUT_BYTES: usize = 512 << 10;
+/// Bytes that one pair may send before it is another's turn, and what a packet counts at least: its work is not its bytes alone.
+const TURN: usize = 64 << 10;
+const LEAST: usize = 2 << 10;
 /// What the guest is told of a card that has no speed: 10 Gbit/s, full duplex.
 const SPEED: u32 = 10_000;
 const FULL_DUPLEX: u8 = 1;
@@ -104,8 +108,11 @@ pub struct Net {
     room: bool,
     /// Packets wait in the rings for room.
     waiting: bool,
-    /// The pair whose turn it is.
+    /// The pair whose turn it is, and how many bytes of its turn are used.
     turn: u16,
+    used: usize,
+    /// Memory for `out`; whoever took a packet gives it back.
+    pool: Pool,
     refused: Refused,
 }
 
@@ -127,6 +134,8 @@ impl Net {
             room: true,
             waiting: false,
             turn: 0,
+            used: 0,
+            pool: Pool::default(),
             refused: Refused::default(),
         }
     }
@@ -150,13 +159,20 @@ impl Net {
         self.refused
     }
 
+    /// Buffers of packets that were taken ([`VirtioPci::take_packets`]) and are not needed any more.
+    pub fn give_back(&mut self, buffers: impl Iterator<Item = Vec<u8>>) {
+        buffers.for_each(|buffer| self.pool.give(buffer));
+    }
+
+    /// Pairs take turns, of [`TURN`] bytes each: one that always has something to send keeps no other waiting.
     fn transmit(&mut self, queues: &mut [VirtQueue], ram: &GuestRam) -> Result<Progress, Broken> {
         self.waiting = false;
         let mut left = CHAINS_PER_CALL;
-        for _ in 0..self.pairs {
+        let mut empty = 0;
+        while empty < self.pairs {
             let pair = self.turn % self.pairs;
             let Some(queue) = queues.get_mut(usize::from(2 * pair + 1)) else { return Ok(Progress::Idle) };
-            loop {
+            while self.used < TURN {
                 if !self.room || self.out.len() >= OUT_PACKETS || self.out_bytes >= OUT_BYTES {
                     // The owner takes what is there and comes again; without room that may be long.
                     self.waiting = true;
@@ -165,12 +181,18 @@ impl Net {
                 if left == 0 {
                     return Ok(Progress::More);
                 }
-                let Some(chain) = queue.next_chain(ram)? else { break };
+                let Some(chain) = queue.next_chain(ram)? else {
+                    empty += 1;
+                    break;
+                };
                 left -= 1;
+                empty = 0;
+                self.used += chain.readable_len().max(LEAST);
                 self.send(pair, &chain, ram)?;
                 queue.complete(ram, &chain, 0)?;
             }
             self.turn = (pair + 1) % self.pairs;
+            self.used = 0;
         }
         Ok(Progress::Idle)
     }
@@ -184,18 +206,20 @@ impl Net {
             self.refused.size += 1;
             return Ok(());
         }
-        let mut header = Vec::with_capacity(HEADER);
-        chain.read(ram, 0, HEADER, &mut header)?;
-        let Ok(header) = header.try_into() else { return Err(Broken("a buffer vanished from RAM")) };
-        let mut frame = Vec::with_capacity(len - HEADER);
-        chain.read(ram, HEADER, len - HEADER, &mut frame)?;
+        let mut header = [0; HEADER];
+        chain.read_into(ram, 0, &mut header)?;
+        let mut frame = self.pool.take(len - HEADER);
+        chain.read_into(ram, HEADER, &mut frame)?;
         match offload::checked(header, &frame, Offloads::given(self.features)) {
             Some(header) => {
                 let packet = Packet { header, frame, queue: pair };
                 self.out_bytes += packet.bytes();
                 self.out.push(packet);
             }
-            None => self.refused.offload += 1,
+            None => {
+                self.refused.offload += 1;
+                self.pool.give(frame);
+            }
         }
         Ok(())
     }
@@ -324,7 +348,7 @@ impl VirtioDevice for Net {
         self.guest_offloads = None;
         self.announce = false;
         self.waiting = false;
-        self.turn = 0;
+        (self.turn, self.used) = (0, 0);
     }
 }
 
@@ -438,6 +462,8 @@ impl Snapshot for Net {
             room: _,    // the owner's
             waiting: _, // after a restore the transport has the queues looked at
             turn: _,    // any order is fair to begin with
+            used: _,
+            pool: _,
             refused: _, // a count of this process
         } = self;
         state::V1 {

@@ -87,6 +87,20 @@ impl Chain {
         Ok(out.len() - start)
     }
 
+    /// All of `out` from the readable bytes from `skip` on.
+    ///
+    /// # Errors
+    /// There are not as many.
+    pub fn read_into(&self, ram: &GuestRam, skip: usize, out: &mut [u8]) -> Result<(), Broken> {
+        let mut rest = &mut *out;
+        for segment in window(&self.readable, skip, rest.len()) {
+            let (here, behind) = rest.split_at_mut(segment.len);
+            ram.read_slice(here, segment.addr).map_err(|_| Broken("a buffer vanished from RAM"))?;
+            rest = behind;
+        }
+        if rest.is_empty() { Ok(()) } else { Err(Broken("a chain is shorter than it was")) }
+    }
+
     /// The runs of memory that hold the readable bytes from `skip` on, at most `len` of them.
     pub(super) fn readable_runs(&self, skip: usize, len: usize) -> impl Iterator<Item = Segment> {
         window(&self.readable, skip, len)

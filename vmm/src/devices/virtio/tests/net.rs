@@ -229,6 +229,37 @@ fn several_pairs_are_used_when_the_driver_says_so() {
     assert_eq!(guest.used(2).0, 1);
 }
 
+/// A chain of this many bytes from one buffer, again and again: as much as a driver that never stops would send.
+fn flood(guest: &mut Guest<Net>, queue: u16, frames: usize, len: usize) {
+    let packet = with_header(&[], &frame(len, 7));
+    guest.ram.write_slice(&packet, GuestAddress(0x5000)).unwrap();
+    (0..frames).for_each(|_| _ = guest.add(queue, &[(0x5000, packet.len() as u32, false)]));
+    guest.kick(queue);
+}
+
+#[test]
+fn a_pair_that_always_has_something_to_send_keeps_no_other_waiting() {
+    let mut guest = card(CTRL | MQ);
+    assert_eq!(command(&mut guest, 4, 4, 0, &[2, 0]), 0);
+    guest.with(|d, ctx| d.take_packets(false, ctx));
+    // As many of the largest as come out in one go: its ring is never seen empty.
+    let (many, largest) = (usize::from(SIZE), 65_550);
+    flood(&mut guest, 1, many, largest);
+    guest.send(3, 0x3_0000, &with_header(&[], &frame(60, 1)));
+    guest.kick(3);
+    let mut before = 0;
+    while before <= 2 * many {
+        let out = guest.with(|d, ctx| d.take_packets(true, ctx));
+        if let Some(at) = out.iter().position(|packet| packet.queue == 1) {
+            assert!(before + at <= 1, "{} packets went before the other pair's only one", before + at);
+            return;
+        }
+        before += out.len();
+        flood(&mut guest, 1, out.len(), largest);
+    }
+    panic!("the other pair's packet never left");
+}
+
 #[test]
 fn the_driver_is_told_of_the_cable_and_asked_to_announce_itself() {
     let mut guest = card(CTRL);
