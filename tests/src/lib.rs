@@ -16,6 +16,7 @@ pub mod initramfs;
 pub mod iso;
 pub mod lab;
 pub mod lab_tests;
+mod machine_code;
 pub mod net_cuts;
 pub mod power_cuts;
 pub mod scenario;

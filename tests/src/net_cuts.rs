@@ -5,6 +5,7 @@
 //! seen tells a number again ([`judge`]). After each host's death the image that takes over is also asked itself: nothing that was seen may be beyond it. The
 //! first packets of a new life tell the network where the guest is now.
 
+pub mod calm;
 pub mod guest;
 pub mod judge;
 mod network;
@@ -23,9 +24,9 @@ use understudy_protocol::nic::Mac;
 
 use self::network::{BRIDGE, Network};
 use crate::bench::Spread;
-use crate::bench::pair::{BOUND, Setup, Side, free_port, keygen};
+use crate::bench::pair::{BOUND, Setup, Side, free_port};
 use crate::lab::wait_for;
-use crate::power_cuts::{Random, STANDBY, ms, seed_or_new, veto};
+use crate::power_cuts::{Random, STANDBY, key_and_hook, ms, seed_or_new, veto};
 
 /// RAM.
 const MEMORY_MIB: u64 = 32;
@@ -214,17 +215,14 @@ impl World {
         let dir = tempfile::tempdir_in("/dev/shm").context("making a directory in /dev/shm")?;
         let at = dir.path();
         fs::write(at.join("code"), guest::program()?).context("writing the guest's program")?;
-        keygen(&at.join("key"))?;
-        // A veto is durable here while its file is there.
-        let script = format!("case $1 in veto) : > {0};; clear-veto) rm -f {0};; esac\n", veto(at).display());
-        fs::write(at.join("hook"), script).context("writing the hook")?;
+        let hook = key_and_hook(at)?;
         let least = options.min_interval_ms.to_string();
         let more = ["--pipeline", "3", "--min-interval-ms", &least, "--peer-timeout-ms"].map(str::to_owned);
         let setup = Setup {
             vcpus: 1,
             interval_ms: options.interval_ms,
             leak: options.leak,
-            hook: Some(format!("/bin/sh {}", at.join("hook").display())),
+            hook: Some(hook),
             replicator: more.into_iter().chain([PEER_TIMEOUT_MS.to_string()]).collect(),
             ..Setup::new(MEMORY_MIB)
         };

@@ -178,15 +178,11 @@ impl World {
         let dir = tempfile::tempdir_in("/dev/shm").context("making a directory in /dev/shm")?;
         let at = dir.path();
         fs::write(at.join("code"), guest::program()).context("writing the guest's program")?;
-        keygen(&at.join("key"))?;
-        // A veto is durable here while its file is there.
-        let script = format!("case $1 in veto) : > {0};; clear-veto) rm -f {0};; esac\n", veto(at).display());
-        fs::write(at.join("hook"), script).context("writing the hook")?;
+        let hook = key_and_hook(at)?;
         let line = TcpListener::bind("127.0.0.1:0").context("listening for the board's line")?;
         let port = free_port()?;
         let board = start_board(at, port, line.local_addr()?.port())?;
         let device = Device::start(line.accept().context("waiting for the board's line")?.0)?;
-        let hook = format!("/bin/sh {}", at.join("hook").display());
         let serial = format!("board:127.0.0.1:{port}/com1,key={}", at.join("key").display());
         fs::write(disk_of(at, disks, 0), vec![0; DISK_BYTES]).context("making the disk")?;
         let more = ["--pipeline", "3", "--peer-timeout-ms"].map(str::to_owned);
@@ -326,6 +322,15 @@ pub(crate) fn verified(primary: &Side, bound: Duration) -> Result<DiskVerifyStat
         let verify = primary.replicator()?.disk_verify;
         Ok((verify.pass == pass && !verify.running).then_some(verify))
     })
+}
+
+/// Write the key that both hosts have, and what records a veto: it is durable here while its file is there. The replicator's hook.
+pub(crate) fn key_and_hook(dir: &Path) -> Result<String> {
+    keygen(&dir.join("key"))?;
+    let hook = dir.join("hook");
+    let script = format!("case $1 in veto) : > {0};; clear-veto) rm -f {0};; esac\n", veto(dir).display());
+    fs::write(&hook, script).context("writing the hook")?;
+    Ok(format!("/bin/sh {}", hook.display()))
 }
 
 pub(crate) fn veto(dir: &Path) -> PathBuf {

@@ -30,6 +30,7 @@ use understudy_vmm::session::{CutRequest, Session, SharedArena};
 use vm_memory::{Bytes, GuestAddress};
 
 core::arch::global_asm!(
+    include_str!("common/virtio.s"),
     ".pushsection .rodata.understudy_disk_guest, \"a\"",
     ".globl understudy_disk_guest",
     "understudy_disk_guest:",

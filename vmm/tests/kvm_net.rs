@@ -31,6 +31,7 @@ use understudy_vmm::session::{CutRequest, Session, SharedArena};
 use vm_memory::{Bytes, GuestAddress};
 
 core::arch::global_asm!(
+    include_str!("common/virtio.s"),
     ".pushsection .rodata.understudy_net_guest, \"a\"",
     ".globl understudy_net_guest",
     "understudy_net_guest:",

@@ -463,10 +463,10 @@ mod tests {
         now.vmm.as_mut().unwrap().nics = vec![nic];
         let screen = draw(&before, &now, 160, 40).join("\n");
         for shown in [
-            "path     10.0.1.2:1 carries the data, up for 3.2 s   round trip 210 µs   out 1.0 MB/s   in 0 B/s",
+            "path     10.0.1.2:1 carries the data, up for 3.2 s   round trip 210 µs   out 1 MB/s   in 0 B/s",
             "path     10.0.2.2:1 MISSING for 3.2 s: it is silent",
             "ALARM    1 of 2 paths",
-            "card     net0 up   out 2.0 MB/s   in 0 B/s   held 0 B   waited p50 ≤ 2.9 ms  p99 ≤ 2.9 ms",
+            "card     net0 up   out 2 MB/s   in 0 B/s   held 0 B   waited p50 ≤ 2.9 ms  p99 ≤ 2.9 ms",
         ] {
             assert!(screen.contains(shown), "{shown:?} is not in\n{screen}");
         }

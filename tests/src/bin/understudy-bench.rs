@@ -115,9 +115,10 @@ enum Cmd {
         #[arg(long, default_value = "target/bench/disk.json")]
         report: PathBuf,
     },
-    /// The network back end alone, beside plain reads and writes of a tap: no guest, no KVM. As root
+    /// The network back end alone, beside plain reads and writes of a tap; and, on this host's own KVM, how long a protected machine's answers take beside
+    /// the round trip of its replication. As root
     Net {
-        /// An object; what this measures stands under `back_end`, and everything else in it stays
+        /// An object; what this measures stands under `back_end` and `answers`, and everything else in it stays
         #[arg(long, default_value = "target/bench/net.json")]
         report: PathBuf,
         /// A few seconds
@@ -275,6 +276,14 @@ fn run(command: Cmd) -> Result<i32> {
                 Err(_) => Default::default(),
             };
             all.insert("back_end".into(), serde_json::to_value(&measured)?);
+            if fs::File::options().read(true).write(true).open("/dev/kvm").is_ok() {
+                let time = std::time::Duration::from_secs(if quick { 2 } else { 8 });
+                let answers = net_cuts::calm::measure(time, &|text| println!("  … {text}"))?;
+                print!("\n{}", net_cuts::calm::table(&answers));
+                all.insert("answers".into(), serde_json::to_value(&answers)?);
+            } else {
+                println!("  answers of a protected machine were not measured: /dev/kvm cannot be opened");
+            }
             write(&report, &all)?;
             Ok(0)
         }

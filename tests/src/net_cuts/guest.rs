@@ -1,36 +1,13 @@
 //! The guest's machine code, the frames that it sends, and what they mean.
 #![allow(unsafe_code)]
 
-use core::arch::global_asm;
-
 use anyhow::{Context, Result};
 use etherparse::PacketBuilder;
 
 use crate::bench::guest::LOAD_AT;
+use crate::machine_code::machine_code;
 
-global_asm!(
-    ".pushsection .rodata.understudy_net_cuts_guest, \"a\"",
-    ".globl understudy_net_cuts_witness",
-    ".hidden understudy_net_cuts_witness",
-    "understudy_net_cuts_witness:",
-    include_str!("witness.s"),
-    ".globl understudy_net_cuts_end",
-    ".hidden understudy_net_cuts_end",
-    "understudy_net_cuts_end:",
-    ".popsection",
-);
-
-unsafe extern "C" {
-    static understudy_net_cuts_witness: u8;
-    static understudy_net_cuts_end: u8;
-}
-
-fn code() -> &'static [u8] {
-    let (start, end) = (&raw const understudy_net_cuts_witness, &raw const understudy_net_cuts_end);
-    // SAFETY: both are labels in one section of read-only data, in this order, so everything between them is one allocation that lives
-    // and stays as it is while the program runs.
-    unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
-}
+machine_code!(fn code, "witness.s", understudy_net_cuts_witness, understudy_net_cuts_end);
 
 /// The guest's card, and who asks.
 pub const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 0, 1];

@@ -18,48 +18,12 @@
     mov     r11d, 0x100900
     mov     r14d, 0x400000
     mov     r15d, 0x110000
-    # BAR 0, then memory and bus master.
-    mov     edx, 0xcf8
-    mov     eax, 0x80008810
-    out     dx, eax
-    mov     edx, 0xcfc
-    mov     eax, 0xc8000000
-    out     dx, eax
-    mov     edx, 0xcf8
-    mov     eax, 0x80008804
-    out     dx, eax
-    mov     edx, 0xcfc
-    mov     eax, 6
-    out     dx, eax
-    # Reset, acknowledge, driver; an address of its own and version 1; features agreed.
-    mov     byte ptr [r8 + 0x14], 0
-    mov     byte ptr [r8 + 0x14], 1
-    mov     byte ptr [r8 + 0x14], 3
-    mov     dword ptr [r8 + 0x08], 0
-    mov     dword ptr [r8 + 0x0c], 0x20
-    mov     dword ptr [r8 + 0x08], 1
-    mov     dword ptr [r8 + 0x0c], 1
-    mov     byte ptr [r8 + 0x14], 0x0b
-    # Both queues, with 8 entries.
-    mov     word ptr [r8 + 0x16], 0
-    mov     word ptr [r8 + 0x18], 8
-    mov     dword ptr [r8 + 0x20], 0x180000
-    mov     dword ptr [r8 + 0x24], 0
-    mov     dword ptr [r8 + 0x28], 0x181000
-    mov     dword ptr [r8 + 0x2c], 0
-    mov     dword ptr [r8 + 0x30], 0x182000
-    mov     dword ptr [r8 + 0x34], 0
-    mov     word ptr [r8 + 0x1c], 1
-    mov     word ptr [r8 + 0x16], 1
-    mov     word ptr [r8 + 0x18], 8
-    mov     dword ptr [r8 + 0x20], 0x183000
-    mov     dword ptr [r8 + 0x24], 0
-    mov     dword ptr [r8 + 0x28], 0x184000
-    mov     dword ptr [r8 + 0x2c], 0
-    mov     dword ptr [r8 + 0x30], 0x185000
-    mov     dword ptr [r8 + 0x34], 0
-    mov     word ptr [r8 + 0x1c], 1
-    mov     byte ptr [r8 + 0x14], 0x0f
+    virtio_plug 17, 0xc8000000
+    # An address of its own.
+    virtio_begin 0x20
+    virtio_queue 0, 0x180000, 0x181000, 0x182000
+    virtio_queue 1, 0x183000, 0x184000, 0x185000
+    virtio_ready
     # No interrupts. All receive buffers are the device's; those to be sent come in turn.
     mov     word ptr [r9 + 0x1000], 1
     mov     word ptr [r9 + 0x4000], 1

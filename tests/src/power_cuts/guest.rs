@@ -1,32 +1,12 @@
 //! The guest's machine code, and what its records mean.
 #![allow(unsafe_code)]
 
-use core::arch::global_asm;
+use crate::machine_code::machine_code;
 
-global_asm!(
-    ".pushsection .rodata.understudy_power_cuts_guest, \"a\"",
-    ".globl understudy_power_cuts_teller",
-    ".hidden understudy_power_cuts_teller",
-    "understudy_power_cuts_teller:",
-    include_str!("teller.s"),
-    ".globl understudy_power_cuts_end",
-    ".hidden understudy_power_cuts_end",
-    "understudy_power_cuts_end:",
-    ".popsection",
+machine_code!(
+    /// The program.
+    pub fn program, "teller.s", understudy_power_cuts_teller, understudy_power_cuts_end
 );
-
-unsafe extern "C" {
-    static understudy_power_cuts_teller: u8;
-    static understudy_power_cuts_end: u8;
-}
-
-/// The program.
-pub fn program() -> &'static [u8] {
-    let (start, end) = (&raw const understudy_power_cuts_teller, &raw const understudy_power_cuts_end);
-    // SAFETY: both are labels in one section of read-only data, in this order, so everything between them is one allocation that lives
-    // and stays as it is while the program runs.
-    unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
-}
 
 /// Bytes of a record.
 pub const RECORD: usize = 12;

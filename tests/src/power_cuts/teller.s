@@ -37,42 +37,15 @@
     out     dx, al
     mov     edx, 0x3fc
     out     dx, al
-    # The disk: BAR 0 (where none is, should there be a firmware that has given others out), then memory and bus master.
+    # The disk.
     mov     r8d, 0xc8000000
     mov     r9d, 0x180000
     mov     r10d, 0x183000
-    mov     edx, 0xcf8
-    mov     eax, 0x80001810
-    out     dx, eax
-    mov     edx, 0xcfc
-    mov     eax, 0xc8000000
-    out     dx, eax
-    mov     edx, 0xcf8
-    mov     eax, 0x80001804
-    out     dx, eax
-    mov     edx, 0xcfc
-    mov     eax, 6
-    out     dx, eax
-    # Reset, acknowledge, driver; flush and version 1; features agreed.
-    mov     byte ptr [r8 + 0x14], 0
-    mov     byte ptr [r8 + 0x14], 1
-    mov     byte ptr [r8 + 0x14], 3
-    mov     dword ptr [r8 + 0x08], 0
-    mov     dword ptr [r8 + 0x0c], 0x200
-    mov     dword ptr [r8 + 0x08], 1
-    mov     dword ptr [r8 + 0x0c], 1
-    mov     byte ptr [r8 + 0x14], 0x0b
-    # Queue 0 with 8 entries; ready.
-    mov     word ptr [r8 + 0x16], 0
-    mov     word ptr [r8 + 0x18], 8
-    mov     dword ptr [r8 + 0x20], 0x180000
-    mov     dword ptr [r8 + 0x24], 0
-    mov     dword ptr [r8 + 0x28], 0x181000
-    mov     dword ptr [r8 + 0x2c], 0
-    mov     dword ptr [r8 + 0x30], 0x182000
-    mov     dword ptr [r8 + 0x34], 0
-    mov     word ptr [r8 + 0x1c], 1
-    mov     byte ptr [r8 + 0x14], 0x0f
+    virtio_plug 3, 0xc8000000
+    # It can flush.
+    virtio_begin 0x200
+    virtio_queue 0, 0x180000, 0x181000, 0x182000
+    virtio_ready
     # No interrupts; header, data and status of every request.
     mov     word ptr [r9 + 0x1000], 1
     mov     qword ptr [r9], r10

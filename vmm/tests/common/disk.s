@@ -17,51 +17,20 @@
     mov     r12d, 0x200000
     mov     r13d, 0x301000
     mov     r14d, 0x302000
-    # BAR 0, then memory and bus master.
-    mov     edx, 0xcf8
 .if SCSI
-    mov     eax, 0x80008010
+    virtio_plug 16, 0xc0000000
 .else
-    mov     eax, 0x80001810
+    virtio_plug 3, 0xc0000000
 .endif
-    out     dx, eax
-    mov     edx, 0xcfc
-    mov     eax, 0xc0000000
-    out     dx, eax
-    mov     edx, 0xcf8
+    # A disk can flush; SCSI needs no feature for it.
 .if SCSI
-    mov     eax, 0x80008004
+    virtio_begin 0
 .else
-    mov     eax, 0x80001804
+    virtio_begin 0x200
 .endif
-    out     dx, eax
-    mov     edx, 0xcfc
-    mov     eax, 6
-    out     dx, eax
-    # Reset, acknowledge, driver; flush (SCSI needs no feature for it) and version 1; features agreed.
-    mov     byte ptr [r8 + 0x14], 0
-    mov     byte ptr [r8 + 0x14], 1
-    mov     byte ptr [r8 + 0x14], 3
-    mov     dword ptr [r8 + 0x08], 0
-.if SCSI
-    mov     dword ptr [r8 + 0x0c], 0
-.else
-    mov     dword ptr [r8 + 0x0c], 0x200
-.endif
-    mov     dword ptr [r8 + 0x08], 1
-    mov     dword ptr [r8 + 0x0c], 1
-    mov     byte ptr [r8 + 0x14], 0x0b
-    # Queue 0 (SCSI: 2, the first with commands) with 8 entries.
-    mov     word ptr [r8 + 0x16], SCSI * 2
-    mov     word ptr [r8 + 0x18], 8
-    mov     dword ptr [r8 + 0x20], 0x300000
-    mov     dword ptr [r8 + 0x24], 0
-    mov     dword ptr [r8 + 0x28], 0x301000
-    mov     dword ptr [r8 + 0x2c], 0
-    mov     dword ptr [r8 + 0x30], 0x302000
-    mov     dword ptr [r8 + 0x34], 0
-    mov     word ptr [r8 + 0x1c], 1
-    mov     byte ptr [r8 + 0x14], 0x0f
+    # SCSI: 2 is the first with commands.
+    virtio_queue SCSI*2, 0x300000, 0x301000, 0x302000
+    virtio_ready
     # No interrupts; the buffers of every request.
     mov     word ptr [r13], 1
     mov     qword ptr [r9], r10

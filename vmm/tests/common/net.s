@@ -16,46 +16,12 @@
     mov     r13d, 0x301000
     mov     r14d, 0x305000
     mov     esi, 0x306000
-    # BAR 0, then memory and bus master.
-    mov     edx, 0xcf8
-    mov     eax, 0x80008810
-    out     dx, eax
-    mov     edx, 0xcfc
-    mov     eax, 0xc0000000
-    out     dx, eax
-    mov     edx, 0xcf8
-    mov     eax, 0x80008804
-    out     dx, eax
-    mov     edx, 0xcfc
-    mov     eax, 6
-    out     dx, eax
-    # Reset, acknowledge, driver; version 1; features agreed.
-    mov     byte ptr [r8 + 0x14], 0
-    mov     byte ptr [r8 + 0x14], 1
-    mov     byte ptr [r8 + 0x14], 3
-    mov     dword ptr [r8 + 0x08], 1
-    mov     dword ptr [r8 + 0x0c], 1
-    mov     byte ptr [r8 + 0x14], 0x0b
-    # Queue 0 receives, queue 1 sends, 8 entries each.
-    mov     word ptr [r8 + 0x16], 0
-    mov     word ptr [r8 + 0x18], 8
-    mov     dword ptr [r8 + 0x20], 0x304000
-    mov     dword ptr [r8 + 0x24], 0
-    mov     dword ptr [r8 + 0x28], 0x305000
-    mov     dword ptr [r8 + 0x2c], 0
-    mov     dword ptr [r8 + 0x30], 0x306000
-    mov     dword ptr [r8 + 0x34], 0
-    mov     word ptr [r8 + 0x1c], 1
-    mov     word ptr [r8 + 0x16], 1
-    mov     word ptr [r8 + 0x18], 8
-    mov     dword ptr [r8 + 0x20], 0x300000
-    mov     dword ptr [r8 + 0x24], 0
-    mov     dword ptr [r8 + 0x28], 0x301000
-    mov     dword ptr [r8 + 0x2c], 0
-    mov     dword ptr [r8 + 0x30], 0x302000
-    mov     dword ptr [r8 + 0x34], 0
-    mov     word ptr [r8 + 0x1c], 1
-    mov     byte ptr [r8 + 0x14], 0x0f
+    virtio_plug 17, 0xc0000000
+    virtio_begin 0
+    # Queue 0 receives, queue 1 sends.
+    virtio_queue 0, 0x304000, 0x305000, 0x306000
+    virtio_queue 1, 0x300000, 0x301000, 0x302000
+    virtio_ready
     # No interrupts; one buffer each way.
     mov     word ptr [r13], 1
     mov     word ptr [r14], 1
