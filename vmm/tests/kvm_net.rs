@@ -58,7 +58,7 @@ const MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
 
 // ---- taps
 
-/// In a thread of its own, in a network namespace of its own. False: this host does not let us.
+/// In a thread of its own, in a network namespace of its own. Where this host does not let us it says so and does nothing.
 fn in_namespace(f: impl FnOnce() + Send + 'static) {
     let test = std::thread::spawn(move || {
         let there = Path::new("/dev/net/tun").exists()
@@ -207,7 +207,6 @@ impl Drop for Echo {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         let _ = self.thread.take().map(std::thread::JoinHandle::join);
-        // The next one is somebody else's.
     }
 }
 
@@ -278,6 +277,18 @@ impl Node {
     }
 }
 
+/// A guest on node n1 that has answers; epoch 1 is committed.
+fn protected(dir: &Path) -> (Echo, Node, Session) {
+    let echo = Echo::start(dir, &Node::socket(dir, "n1"));
+    let node = Node::new(dir, "n1", None);
+    node.boot(Gate::Open);
+    node.passes(20);
+    let mut session = node.attach();
+    node.cut(&mut session, 1, true, false);
+    session.committed(Epoch(1)).unwrap();
+    (echo, node, session)
+}
+
 #[test]
 fn an_unprotected_guest_has_its_answers_at_once() {
     if !kvm_is_there() {
@@ -310,13 +321,7 @@ fn while_it_is_protected_a_packet_leaves_with_its_checkpoint_and_not_before() {
         return;
     }
     let dir = scratch();
-    let echo = Echo::start(dir.path(), &Node::socket(dir.path(), "n1"));
-    let node = Node::new(dir.path(), "n1", None);
-    node.boot(Gate::Open);
-    node.passes(20);
-    let mut session = node.attach();
-    node.cut(&mut session, 1, true, false);
-    session.committed(Epoch(1)).unwrap();
+    let (echo, node, mut session) = protected(dir.path());
     let heard = node.machine.core.await_output(0, Duration::from_secs(20));
     assert!(heard > 0, "a packet that is held asks for a cut");
     for epoch in 2..12 {
@@ -346,13 +351,7 @@ fn who_hands_over_is_silent_before_the_other_speaks_and_the_guest_goes_on_there(
         return;
     }
     let dir = scratch();
-    let echo = Echo::start(dir.path(), &Node::socket(dir.path(), "n1"));
-    let node = Node::new(dir.path(), "n1", None);
-    node.boot(Gate::Open);
-    node.passes(20);
-    let mut session = node.attach();
-    node.cut(&mut session, 1, true, false);
-    session.committed(Epoch(1)).unwrap();
+    let (echo, node, mut session) = protected(dir.path());
     node.holds_something();
     let state = node.cut(&mut session, 2, false, true);
     assert_eq!(node.status().link, "up", "until it is committed the machine is this node's");

@@ -27,25 +27,35 @@ pub enum Sent {
 
 /// A back end. Nothing of it waits; packets go and come on several threads.
 pub trait NetBackend: Send + Sync + Debug {
-    /// For status and errors.
+    /// What it is, for status and errors: `tap vm1n0 in bridge br0`.
     fn describe(&self) -> String;
     /// Pairs of queues, 1 to 8.
     fn queues(&self) -> u16 {
         1
     }
-    /// Send a packet by its queue.
+    /// Send a packet by its queue. One back end keeps the order of what it is given for one queue.
     fn send(&self, packet: &Packet) -> Sent;
-    /// What of a packet could not be sent at once. False: there is still something.
+    /// What of a packet could not be sent at once ([`Sent::InPart`]). False: there is still something.
     fn flush(&self) -> bool {
         true
     }
-    /// The next packet that arrived at a queue, header and frame, into `buffer`; `None`: there is none now.
+    /// The next packet that arrived at a queue (0 to one less than [`NetBackend::queues`]) into `buffer`, which has room for [`super::packet::HEADER`] and
+    /// the longest frame: the header, then the frame; how many bytes that is. `None`: there is none now.
+    ///
+    /// # Errors
+    /// The queue cannot be read: for a tap whose port is down EIO, until it is up; otherwise never again.
     fn receive(&self, queue: u16, buffer: &mut [u8]) -> io::Result<Option<usize>>;
     /// What can be waited for, to read or to write.
     fn waits_on(&self, queue: u16) -> Option<BorrowedFd<'_>>;
     /// Switch the port on or off. After it was switched off nothing leaves.
+    ///
+    /// # Errors
+    /// The interface is gone, or may not be switched (CAP_NET_ADMIN).
     fn set_up(&self, up: bool) -> io::Result<()>;
     /// What the guest takes. Of a back end that carries bare frames: nothing to be said, it never leaves anything to the guest.
+    ///
+    /// # Errors
+    /// The kernel does not know one of them.
     fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
         Ok(())
     }

@@ -85,7 +85,7 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// Of the device in this slot, holding at most so many bytes.
+    /// Of the device in this slot; nothing is behind it until [`Nic::connect`].
     pub fn new(slot: u8) -> Self {
         Self {
             slot,

@@ -9,6 +9,7 @@ use super::super::testing::{Guest, RAM_SIZE, VERSION_1, ring};
 use super::super::{VirtioDevice, VirtioPci};
 use super::*;
 use crate::devices::testing::snapshot_tests;
+use crate::net::nic::Nic;
 
 const MAC: Mac = Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 const CONFIG: NetConfig = NetConfig { mac: MAC, pairs: 2, offloads: true, mtu: Some(9000) };
@@ -258,6 +259,21 @@ fn a_pair_that_always_has_something_to_send_keeps_no_other_waiting() {
         flood(&mut guest, 1, out.len(), largest);
     }
     panic!("the other pair's packet never left");
+}
+
+#[test]
+fn a_pair_whose_driver_takes_nothing_holds_up_no_other() {
+    let mut guest = card(CTRL | MQ);
+    assert_eq!(command(&mut guest, 4, 4, 0, &[2, 0]), 0);
+    let mut nic = Nic::new(SLOT);
+    nic.arrived(0, std::iter::once(with_header(&[], &frame(60, 1))));
+    nic.arrived(1, std::iter::once(with_header(&[], &frame(60, 2))));
+    guest.add(2, &[(0x7000, 2048, true)]);
+    guest.with(|d, ctx| nic.settle(d, ctx));
+    assert_eq!((guest.used(0).0, guest.used(2).0), (0, 1));
+    guest.add(0, &[(0x6000, 2048, true)]);
+    guest.with(|d, ctx| nic.settle(d, ctx));
+    assert_eq!((guest.used(0).0, guest.bytes(0x6000 + 12 + 59, 1)[0]), (1, 1), "and nothing of its own is lost");
 }
 
 #[test]
