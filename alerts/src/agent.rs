@@ -12,7 +12,7 @@ use crate::alarm::{Alarm, Severity};
 pub fn alarm(get: &dyn Fn(&str) -> Option<String>) -> Option<(Alarm, bool)> {
     let part = |name: &str| get(&format!("CRM_alert_{name}")).unwrap_or_default();
     let node = part("node");
-    match part("kind").as_str() {
+    let (alarm, everywhere) = match part("kind").as_str() {
         "node" => Some((node_event(&node, &part("desc")), true)),
         "fencing" => Some((fencing(&node, &part("task"), &part("desc"), &part("rc")), true)),
         "resource" => Some((resource(&part, &node), false)),
@@ -23,7 +23,9 @@ pub fn alarm(get: &dyn Fn(&str) -> Option<String>) -> Option<(Alarm, bool)> {
             Some((alarm.key(format!("attribute {node} {name} {value}")).node(node), false))
         }
         _ => None,
-    }
+    }?;
+    // Names and words are whatever somebody configured.
+    Some((alarm.bounded(), everywhere))
 }
 
 fn node_event(node: &str, desc: &str) -> Alarm {

@@ -94,6 +94,7 @@ pub enum SpoolError {
 #[derive(Debug, Clone)]
 pub struct Spool {
     dir: PathBuf,
+    capacity: usize,
 }
 
 /// A file of a directory that belongs to somebody else belongs to him too, where we may give it away.
@@ -108,7 +109,7 @@ pub(crate) fn give(file: &File, dir: &Path) -> io::Result<()> {
 impl Spool {
     /// Open it, and make what is missing in it. The directory itself is made too, by root for `hacluster`.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, SpoolError> {
-        let spool = Self { dir: dir.into() };
+        let spool = Self { dir: dir.into(), capacity: CAPACITY };
         if !spool.dir.is_dir() {
             let made = fs::DirBuilder::new().recursive(true).mode(0o770).create(&spool.dir);
             made.map_err(|e| spool.error("create", &spool.dir, e))?;
@@ -131,6 +132,12 @@ impl Spool {
             }
         }
         Ok(spool)
+    }
+
+    /// One that is full sooner.
+    #[cfg(test)]
+    pub(crate) fn holding(self, capacity: usize) -> Self {
+        Self { capacity, ..self }
     }
 
     /// The directory.
@@ -198,12 +205,12 @@ impl Spool {
         Ok(verdict)
     }
 
-    /// Queue what the end of a window says.
+    /// Queue what the end of a window says. Where there is no room for all of it, it waits: whoever calls this is about to make room.
     pub fn take_due(&self, now: u64, delivery: &dyn Fn(&Recipient) -> Delivery) -> Result<(), SpoolError> {
         let _lock = self.lock()?;
         let mut repeats = self.repeats();
         let due = repeats.due(now);
-        if due.is_empty() {
+        if due.is_empty() || self.names()?.len() + due.len() > self.capacity {
             return Ok(());
         }
         for (recipient, alarm) in due {
@@ -228,7 +235,7 @@ impl Spool {
 
     fn put(&self, item: &Item) -> Result<(), SpoolError> {
         let names = self.names()?;
-        if names.len() >= CAPACITY {
+        if names.len() >= self.capacity {
             let full = SpoolError::Full { dir: self.dir.display().to_string() };
             self.note(&Line { why: Some(full.to_string()), ..line(item, "lost") });
             return Err(full);

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Process, Output};
 use std::thread::JoinHandle;
@@ -113,9 +112,11 @@ fn a_server_that_says_nothing_does_not_hold_us() {
 }
 
 fn script(dir: &Path, name: &str, text: &str) -> PathBuf {
-    let path = dir.join(name);
-    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let (plain, path) = (dir.join(format!("{name}.text")), dir.join(name));
+    fs::write(&plain, format!("#!/bin/sh\n{text}\n")).unwrap();
+    // Written by a process of its own: a child that another test forks would hold a file that is open for writing here, and it could not be run (ETXTBSY).
+    let made = Process::new("install").arg("-m755").args([&plain, &path]).status().unwrap();
+    assert!(made.success());
     path
 }
 

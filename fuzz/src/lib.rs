@@ -123,6 +123,17 @@ pub const TARGETS: &[Target] = &[
         about: "a switch at the other end of a card's stream socket, in pieces of any size",
         run: targets::net::stream,
     },
+    Target { name: "reply", about: "answers by mail, hook and short message", run: targets::alerts::reply },
+    Target {
+        name: "approval",
+        about: "questions and alert settings as they stand in the cluster",
+        run: targets::alerts::approval,
+    },
+    Target {
+        name: "spool",
+        about: "the queue of alerts after a crash; the alert agent's environment",
+        run: targets::alerts::spool,
+    },
     Target { name: "journal", about: "a board's journal after a crash", run: targets::cluster::journal },
 ];
 

@@ -1,6 +1,11 @@
 //! First inputs, made by our own encoders: `UNDERSTUDY_FUZZ_SEEDS=1 cargo test -p understudy-fuzz` writes them to the corpus.
 //! They are kept as files so that an input means the same when an encoder changes.
 
+use understudy_alerts::alarm::{Alarm, Severity};
+use understudy_alerts::approval::{Record as Question, Request, digest};
+use understudy_alerts::repeat::Repeats;
+use understudy_alerts::settings::{Delivery, Kind, Recipient};
+use understudy_alerts::spool::Item;
 use understudy_disk::Tag;
 use understudy_disk::mirror::SliceLabel;
 use understudy_disk::{Format, Identity, Ownership};
@@ -30,6 +35,7 @@ pub fn seeds() -> Vec<Seed> {
     seeds.extend(replication());
     seeds.extend(machines());
     seeds.extend(cluster());
+    seeds.extend(alerts());
     seeds.extend(disks());
     seeds
 }
@@ -294,6 +300,55 @@ fn disks() -> Vec<Seed> {
         ),
         ("mirror", "state", peer.into_bytes()),
         ("mirror", "session", [&[0, 0, 2, 1, 32][..], &one, &[9]].concat()),
+    ]
+}
+
+fn alerts() -> Vec<Seed> {
+    let request = Request {
+        id: "n1-17".into(),
+        plan: digest("p"),
+        summary: "web1 to n2".into(),
+        asked: 1,
+        expires: 900,
+        approvers: vec!["night".into()],
+    };
+    // A sound name.
+    let record = Question::ask(request).expect("a record");
+    let xml = format!(
+        "<xpath-query><nvpair id=\"a\" name=\"understudy-approval-n1-17\" value=\"{}\"/></xpath-query>",
+        record.to_json().replace('"', "&quot;")
+    );
+    let settings = "<alert id=\"understudy-alert\"><instance_attributes><nvpair name=\"mail_tls\" value=\"starttls\"/></instance_attributes>\
+        <recipient value=\"a@b\"><instance_attributes><nvpair name=\"kind\" value=\"mail\"/></instance_attributes></recipient></alert>";
+    let mail = "From: a@b\r\nMIME-Version: 1.0\r\nContent-Type: multipart/alternative; boundary=x\r\n\r\n--x\r\n\
+        Content-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\nAPPROVE n1-17 DBPB-3551\r\n=20\r\n\
+        --x\r\nContent-Type: text/html\r\n\r\n<div>REFUSE n1-17 DBPB-3551</div>\r\n--x--\r\n";
+    let alarm = Alarm::new(Severity::Warning, "n1 is lost", "text").key("k");
+    let recipient = Recipient {
+        name: "night".into(),
+        kind: Kind::Mail,
+        to: "a@b".into(),
+        approves: true,
+        severity: Severity::Info,
+        window: 300,
+    };
+    let mut repeats = Repeats::default();
+    repeats.take(&recipient, &alarm, 1);
+    repeats.take(&recipient, &alarm, 2);
+    let item = Item { at: 1, alarm, recipient, delivery: Delivery::default(), everywhere: true, tries: 1, next: 9 };
+    let event = "CRM_alert_kind=resource\nCRM_alert_rsc=vm-m1:0\nCRM_alert_task=monitor\nCRM_alert_rc=7\nCRM_alert_target_rc=8\n\
+        CRM_alert_node=n1\nCRM_alert_interval=5000\nCRM_alert_desc=not running\n";
+    vec![
+        ("approval", "record", record.to_json().into_bytes()),
+        ("approval", "in-the-cib", xml.into_bytes()),
+        ("approval", "settings", settings.into()),
+        ("reply", "mail", mail.into()),
+        ("reply", "hook", br#"{"answer": "refuse", "id": "n1-17", "code": "DBPB-3551"}"#.to_vec()),
+        ("reply", "text", b"approve n1-17 dbpb 3551\n> REFUSE n1-17 DBPB-3551\n".to_vec()),
+        // Plain data: it serialises.
+        ("spool", "item", serde_json::to_vec(&item).expect("an item")),
+        ("spool", "repeats", repeats.to_bytes()),
+        ("spool", "event", event.into()),
     ]
 }
 

@@ -1,5 +1,6 @@
 //! The functions behind [`crate::TARGETS`].
 
+pub mod alerts;
 pub mod cluster;
 pub mod disk;
 pub mod machine;
