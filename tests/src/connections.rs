@@ -33,7 +33,7 @@ use crate::net_cuts::Percentiles;
 use crate::power_cuts::{Random, ms, seed_or_new};
 
 /// An event comes up to so long after everything is well.
-const MOMENT: Duration = Duration::from_secs(3);
+const MOMENT: Duration = Duration::from_secs(2);
 
 /// How much of what.
 #[derive(Debug, Clone, clap::Args)]
@@ -99,7 +99,7 @@ impl Event {
             Self::Switchover => "planned switchover",
             Self::PathCut => "replication path cut",
             Self::UplinkCut => "standby's uplink cut",
-            Self::Nothing => "(nothing, up to 3 s)",
+            Self::Nothing => "(nothing, up to 2 s)",
         }
     }
 }

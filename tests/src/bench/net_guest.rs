@@ -19,7 +19,7 @@ use understudy_protocol::control::{ReplicatorRequest, Role};
 
 use super::Spread;
 use super::pair::{self, Linux, Setup, Side, free_port, keygen};
-use crate::lab::host::{self, need_tools, run_quiet};
+use crate::lab::host::{self, need_tools, need_tun, run_quiet};
 use crate::lab::{guest_disk, places, wait_until};
 
 const MEMORY_MIB: u64 = 192;
@@ -90,6 +90,7 @@ impl Drop for Killed {
 /// Boots the guest three times. The calling thread is in another network namespace afterwards.
 pub fn measure(say: &dyn Fn(&str)) -> Result<GuestNet> {
     need_tools(&[("iperf3", "iperf3")])?;
+    need_tun()?;
     let where_it_ran = host::choose()?.1;
     unshare(CloneFlags::CLONE_NEWNET).context("a network namespace of its own is not allowed here: run it as root")?;
     ip("link set lo up")?;

@@ -14,7 +14,7 @@ use super::Mix;
 use super::clients::{Clients, Kind};
 use super::switch::{BRIDGE, Plane, Switch, guest_with_prefix, namespace};
 use crate::bench::pair::{self, Linux, Setup, Side, keygen};
-use crate::lab::host::{need_tools, run_quiet};
+use crate::lab::host::{need_tools, need_tun, run_quiet};
 use crate::lab::{guest_disk, places, wait_for};
 use crate::power_cuts::veto;
 
@@ -55,6 +55,7 @@ impl World {
             ("/usr/lib/postgresql/17/bin/psql", "postgresql-client-17"),
             ("iperf3", "iperf3"),
         ])?;
+        need_tun()?;
         let dir = tempfile::tempdir_in("/dev/shm").context("making a directory in /dev/shm")?;
         let at = dir.path();
         say("copying the guest's disk");
