@@ -60,8 +60,11 @@ pub struct Mix {
     #[arg(long)]
     pub seed: Option<u64>,
     /// Milliseconds between two checkpoints
-    #[arg(long, default_value_t = 250)]
+    #[arg(long, default_value_t = 400)]
     pub interval_ms: u64,
+    /// Milliseconds at least, when packets wait
+    #[arg(long, default_value_t = 100)]
+    pub min_interval_ms: u64,
     /// What clients do
     #[command(flatten)]
     pub load: Load,
@@ -134,6 +137,8 @@ pub struct Report {
     pub seed: u64,
     /// Between two checkpoints, ms.
     pub interval_ms: u64,
+    /// At least, when packets wait, ms.
+    pub min_interval_ms: u64,
     /// Whether this was the negative control.
     pub leak: bool,
     /// Events that everything lived through.
@@ -164,6 +169,7 @@ pub fn run(mix: &Mix, say: &dyn Fn(&str)) -> Result<Report> {
     let mut report = Report {
         seed,
         interval_ms: mix.interval_ms,
+        min_interval_ms: mix.min_interval_ms,
         leak: mix.leak,
         where_it_ran: host::choose()?.1,
         ..Report::default()
@@ -299,7 +305,10 @@ pub fn table(report: &Report) -> String {
         ("UDP", format!("{} of {} questions answered, {lost} lost", totals.udp_answered, totals.udp_asked)),
         (
             "question to answer, protected",
-            format!("{} ms; checkpoints every {} ms", report.udp_answer_ms, report.interval_ms),
+            format!(
+                "{} ms; checkpoints every {} ms, {} ms when packets wait",
+                report.udp_answer_ms, report.interval_ms, report.min_interval_ms
+            ),
         ),
         ("machine runs elsewhere after", format!("{} ms", report.takeover_ms)),
         ("protected again after", format!("{} ms", report.protected_ms)),

@@ -27,7 +27,7 @@ echo "ssh-ed25519 $2" > authorized_keys
 ssh-keygen -q -t ed25519 -N '' -f host_key
 # (/run is a directory of everybody here.)
 /usr/sbin/sshd -D -e -f /dev/null -h /run/host_key -o AuthorizedKeysFile=/run/authorized_keys -o StrictModes=no \
-  -o PidFile=none -o UsePAM=no -o PermitRootLogin=yes -o LogLevel=ERROR -o UseDNS=no &
+  -o PidFile=none -o UsePAM=no -o PermitRootLogin=yes -o LogLevel=ERROR -o UseDNS=no -o LoginGraceTime=0 &
 
 echo 'host all all all trust' > hba.conf
 rm -f /work/postgres/postmaster.pid

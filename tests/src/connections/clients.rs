@@ -37,7 +37,7 @@ pub enum Kind {
     Ssh,
     /// curl, what arrives.
     Download,
-    /// curl, what it takes from us. What its own and the kernel's buffers hold (about 200 KiB) shortens the wait that is seen.
+    /// curl, what it takes from us. What its own buffer and the kernel's hold shortens the wait that is seen.
     Upload,
     /// psql, a row for each round trip.
     Database,
@@ -68,14 +68,17 @@ impl Kind {
 #[derive(Debug, Clone, clap::Args)]
 pub struct Load {
     /// A download or an upload, MiB
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65536))]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=65536))]
     pub transfer_mib: u64,
     /// Downloads and uploads, KiB a second each
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
     pub rate_kib: u64,
     /// The iperf3 stream, Kbit a second
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     pub iperf_kbit: u64,
+    /// Between two questions by UDP, two lines of the shell and two rows of a transaction, ms
+    #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub pause_ms: u64,
 }
 
 /// What came of all of them.
@@ -139,6 +142,11 @@ struct Home {
 impl Home {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of whoever asks again and again.
+    fn pause(&self) -> Duration {
+        Duration::from_millis(self.load.pause_ms)
     }
 
     fn stopping(&self) -> bool {
@@ -238,19 +246,8 @@ const RUNS: [(Kind, Run); 6] = [
 ];
 
 impl Clients {
-    /// Wait until the guest serves, and start them all. `dir` has the private key for ssh, by the name `ssh`, and takes files.
+    /// Start them all, and wait until each has got somewhere. `dir` has the private key for ssh, by the name `ssh`, and takes files.
     pub fn start(dir: &Path, load: &Load, bound: Duration) -> Result<Self> {
-        for port in [22, 80] {
-            let address: SocketAddr = format!("{}:{port}", guest()).parse().context("the guest's address")?;
-            in_client(|| {
-                wait_until(&format!("the guest's port {port}"), bound, || {
-                    Ok(TcpStream::connect_timeout(&address, Duration::from_secs(5)).map(|_| true)?)
-                })
-            })?;
-        }
-        wait_until("the guest's PostgreSQL", bound, || {
-            run_quiet(&mut in_namespace(CLIENT, database::psql().args(["-c", "SELECT 1"]))).map(|_| true)
-        })?;
         let home = Arc::new(Home {
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -363,6 +360,21 @@ impl Drop for Clients {
             let _ = thread.join();
         }
     }
+}
+
+/// Wait until the guest serves.
+pub fn wait_for_servers(bound: Duration) -> Result<()> {
+    for port in [22, 80] {
+        let address: SocketAddr = format!("{}:{port}", guest()).parse().context("the guest's address")?;
+        in_client(|| {
+            wait_until(&format!("the guest's port {port}"), bound, || {
+                Ok(TcpStream::connect_timeout(&address, Duration::from_secs(5)).map(|_| true)?)
+            })
+        })?;
+    }
+    wait_until("the guest's PostgreSQL", bound, || {
+        run_quiet(&mut in_namespace(CLIENT, database::psql().args(["-c", "SELECT 1"]))).map(|_| true)
+    })
 }
 
 /// Run something in the client's network namespace: in a thread of its own, since a namespace is a thread's.

@@ -61,22 +61,17 @@ pub struct Echoes {
     pub answered: u64,
     /// The guest's count in the newest answer.
     count: u64,
+    /// Without an answer; those that were lost stay.
     open: BTreeMap<u64, Instant>,
     /// How long answers took.
     pub times: Vec<Duration>,
 }
-
-/// An answer that has not come after this time was lost.
-const LOST: Duration = Duration::from_secs(120);
 
 impl Echoes {
     /// A question leaves; its number.
     pub fn ask(&mut self, now: Instant) -> u64 {
         self.asked += 1;
         self.open.insert(self.asked, now);
-        while let Some(oldest) = self.open.first_entry().filter(|e| now.saturating_duration_since(*e.get()) > LOST) {
-            oldest.remove();
-        }
         self.asked
     }
 

@@ -11,7 +11,7 @@ use understudy_protocol::control::{
 use understudy_protocol::ids::Generation;
 
 use super::Mix;
-use super::clients::{Clients, Kind};
+use super::clients::{Clients, Kind, wait_for_servers};
 use super::switch::{BRIDGE, Plane, Switch, guest_with_prefix, namespace};
 use crate::bench::pair::{self, Linux, Setup, Side, keygen};
 use crate::lab::host::{need_tools, need_tun, run_quiet};
@@ -84,7 +84,9 @@ impl World {
         );
         let nic = format!("name=net0,tap=guest0,bridge={BRIDGE},mac={MAC}");
         // Outputs may wait: a guest that is slowed down for emulated replication gets nothing done.
-        let more = ["--pipeline", "3", "--slow-link", "stall", "--peer-timeout-ms"].map(str::to_owned);
+        let least = mix.min_interval_ms.to_string();
+        let more = ["--pipeline", "3", "--slow-link", "stall", "--min-interval-ms", &least, "--peer-timeout-ms"];
+        let more = more.map(str::to_owned);
         let setup = Setup {
             vcpus: 1,
             interval_ms: mix.interval_ms,
@@ -109,7 +111,10 @@ impl World {
         let switch = Switch::new()?;
         let on = [false; 2];
         let mut this = Self { clients: None, sides, on, primary: 0, generation: 0, setup, peers, switch, dir };
-        say("the guest boots, and is protected");
+        say("the guest boots");
+        // Without a standby: that much is new in each moment of a boot.
+        this.boot().and_then(|()| wait_for_servers(BOUND)).map_err(|e| this.explain(e))?;
+        say("the standby comes");
         this.recover().map_err(|e| this.explain(e))?;
         say("clients connect");
         let clients = Clients::start(this.dir.path(), &mix.load, BOUND).map_err(|e| this.explain(e))?;
@@ -221,16 +226,18 @@ impl World {
         Ok(())
     }
 
-    /// Hosts that are off come back, and the machine is protected again, over both paths. If it ran nowhere it boots first.
+    /// The machine boots on the first host.
+    fn boot(&mut self) -> Result<()> {
+        self.start(self.primary)?;
+        self.generation += 1;
+        let (generation, from) = (Generation(self.generation), PromoteFrom::ColdBoot);
+        let side = &self.sides[self.primary];
+        call_once::<_, ()>(side.layout.vmm_socket(), &VmmRequest::Promote { generation, from }, pair::BOUND)?;
+        side.ask_replicator::<()>(&ReplicatorRequest::Promote)
+    }
+
+    /// The host that is off comes back, and the machine is protected again, over both paths.
     pub fn recover(&mut self) -> Result<()> {
-        if !self.on[self.primary] {
-            self.start(self.primary)?;
-            self.generation += 1;
-            let (generation, from) = (Generation(self.generation), PromoteFrom::ColdBoot);
-            let side = &self.sides[self.primary];
-            call_once::<_, ()>(side.layout.vmm_socket(), &VmmRequest::Promote { generation, from }, pair::BOUND)?;
-            side.ask_replicator::<()>(&ReplicatorRequest::Promote)?;
-        }
         if !self.on[1 - self.primary] {
             self.start(1 - self.primary)?;
         }

@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, ChildStdout, Command};
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -17,8 +16,6 @@ use crate::lab::host::run_quiet;
 const PSQL: &str = "/usr/lib/postgresql/17/bin/psql";
 /// How an answer ends.
 const END: &str = "<end>";
-/// Between two rows.
-const PAUSE: Duration = Duration::from_millis(200);
 
 /// To the guest.
 pub fn psql() -> Command {
@@ -72,7 +69,7 @@ pub fn run(home: &Home) -> Result<()> {
             let said = session.ask(&format!("INSERT INTO cuts VALUES ({rows}, {transactions}) RETURNING n;"))?;
             ensure!(said == rows.to_string(), "row {rows} was written, and PostgreSQL says {said:?}");
             home.beat(Kind::Database);
-            thread::sleep(PAUSE);
+            thread::sleep(home.pause());
             if home.stopping() {
                 return Ok(());
             }

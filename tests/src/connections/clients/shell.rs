@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -13,9 +12,8 @@ use crate::connections::judge::{Said, Shell};
 use crate::connections::switch::guest;
 
 /// In the guest.
-const SHELL: &str = r#"i=0; (while :; do i=$((i+1)); echo "tick $i"; sleep 0.5; done) & while read -r line; do echo "echo $line"; done"#;
-/// Between two lines that it is told.
-const PAUSE: Duration = Duration::from_millis(300);
+const SHELL: &str =
+    r#"i=0; (while :; do i=$((i+1)); echo "tick $i"; sleep 2; done) & while read -r line; do echo "echo $line"; done"#;
 
 /// Until the end.
 pub fn run(home: &Home) -> Result<()> {
@@ -35,7 +33,7 @@ pub fn run(home: &Home) -> Result<()> {
                 if input.write_all(format!("{number}\n").as_bytes()).is_err() {
                     return;
                 }
-                thread::sleep(PAUSE);
+                thread::sleep(home.pause());
             }
         });
         let heard = || -> Result<()> {

@@ -14,6 +14,8 @@ pub fn run(home: &Home) -> Result<()> {
     let mut iperf3 = Command::new("iperf3");
     iperf3.args(["--client", &guest(), "--reverse", "--json-stream", "--forceflush", "--interval", "0.2"]);
     // The longest that it takes; in small pieces, so that a low rate is no bursts.
+    // (By itself it wakes up every millisecond to look whether it may send.)
+    iperf3.args(["--pacing-timer", "50000"]);
     iperf3.args(["--time", "86400", "--length", "4K", "--bitrate", &format!("{}K", home.load.iperf_kbit)]);
     let mut program = home.program(&iperf3)?;
     let output = program.output.take().context("iperf3 without output")?;

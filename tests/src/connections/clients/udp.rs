@@ -10,7 +10,6 @@ use super::{Home, Kind, enter_client};
 use crate::connections::judge::Echoes;
 use crate::connections::switch::guest;
 
-const PAUSE: Duration = Duration::from_millis(50);
 const ECHO: u16 = 7;
 
 /// Until the end.
@@ -22,7 +21,7 @@ pub fn run(home: &Home) -> Result<()> {
     while !home.stopping() {
         let now = Instant::now();
         if now >= next {
-            next = now + PAUSE;
+            next = now + home.pause();
             let number = echoes.ask(now);
             // What the network does not take was lost on it.
             let _ = socket.send(&[number.to_le_bytes(), [0; 8]].concat());
