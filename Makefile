@@ -43,6 +43,10 @@ bench: needs-root build lab-guest lab-disk ## the figures; JSON under target/ben
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts --unredirected --count 8 --both 0 --sequence 0 \
 	  --moves 0 --missing 0 --full 0 --report target/bench/disk-cuts-unredirected.json
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench net-guest
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench connections
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench connections --leak --primary 4 --standby 0 --moves 0 --paths 0 \
+	  --uplinks 0 --report target/bench/connections-leak.json
 
 # What libFuzzer reads to learn which inputs reached something new; stable Rust passes it through. Integer overflow is a finding.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
@@ -68,7 +72,7 @@ lab-root: build ## the private Debian that the lab's nodes are made of, under ta
 lab-guest: lab-root ## the demo guest's initramfs
 	$(BIN)/understudy-initramfs --root target/lab/root --output target/lab/guest/initrd > target/lab/guest.json
 
-lab-disk: lab-root ## the guest with databases: its initramfs and its disk (apt, once)
+lab-disk: lab-root ## the guest with databases and servers: its initramfs and its disk (apt, once)
 	$(BIN)/understudy-initramfs --disk --root target/lab/root --output target/lab/guest/initrd-disk > target/lab/guest-disk.json
 	$(LAB) guest-disk > /dev/null
 

@@ -20,8 +20,8 @@ use serde::Serialize;
 /// Modules that the demo guest uses when its kernel has them: virtio devices, the power button, its key events.
 pub const GUEST_MODULES: [&str; 5] = ["virtio_pci", "virtio_console", "virtio-rng", "button", "evdev"];
 
-/// What a guest with a disk needs beside them. (ext4 asks for crc32c by algorithm, which modules.dep does not show.)
-pub const DISK_MODULES: [&str; 3] = ["virtio_blk", "crc32c_generic", "ext4"];
+/// What a guest with a disk, and a network card, needs beside them. (ext4 asks for crc32c by algorithm, which modules.dep does not show.)
+pub const DISK_MODULES: [&str; 4] = ["virtio_blk", "crc32c_generic", "ext4", "virtio_net"];
 
 /// The triple of the static guest program.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";

@@ -10,6 +10,7 @@
 
 pub mod bench;
 pub mod cluster_cuts;
+pub mod connections;
 pub mod disk_cuts;
 pub mod field_device;
 pub mod initramfs;

@@ -17,6 +17,7 @@ mod bench;
 mod clocks;
 mod output;
 mod power;
+mod services;
 mod setup;
 mod storage;
 
@@ -127,6 +128,12 @@ fn machine() -> ! {
 
     if !guest.params.bench.is_empty() {
         activities::run_for_ever(&guest, "benchmark", None, bench::measure);
+        loop {
+            thread::park();
+        }
+    }
+    if !guest.params.net.is_empty() {
+        activities::run_for_ever(&guest, "services", None, services::serve);
         loop {
             thread::park();
         }

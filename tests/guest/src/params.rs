@@ -19,6 +19,10 @@ pub struct Params {
     pub report_ms: u64,
     /// `understudy.disk`: the device with the databases; they are then all that it does, beside a little memory. Empty: none.
     pub disk: String,
+    /// `understudy.net`: address and prefix length of its network card, `10.0.0.5/24`; servers on the `disk` are then all that it does. Empty: none.
+    pub net: String,
+    /// `understudy.ssh`: the public key (ed25519, base64) that may log in there.
+    pub ssh: String,
     /// `understudy.bench`: a device to measure and do nothing else. What is on it is lost. Empty: none.
     pub bench: String,
     /// What was not understood.
@@ -37,6 +41,8 @@ impl Default for Params {
             mem_pause_us: 2_000,
             report_ms: 500,
             disk: String::new(),
+            net: String::new(),
+            ssh: String::new(),
             bench: String::new(),
             complaints: Vec::new(),
         }
@@ -75,6 +81,14 @@ impl Params {
                 self.disk = value.into();
                 true
             }
+            "net" if value.split_once('/').is_some_and(|(ip, _)| ip.parse::<std::net::IpAddr>().is_ok()) => {
+                self.net = value.into();
+                true
+            }
+            "ssh" if value.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=')) => {
+                self.ssh = value.into();
+                true
+            }
             "bench" if value.starts_with("/dev/") => {
                 self.bench = value.into();
                 true
@@ -105,6 +119,13 @@ mod tests {
         assert_eq!((p.mem_mib, p.mem_pause_us, p.baud), (16, 50, 115_200));
         assert!(p.complaints.is_empty());
         assert_eq!(p.bytes_per_second(), 11_520);
+    }
+
+    #[test]
+    fn an_address_and_a_key_are_taken_as_what_they_are() {
+        let p =
+            Params::parse("understudy.net=10.0.0.5/24 understudy.ssh=AAAA/b+c= understudy.net=x/24 understudy.ssh=a;b");
+        assert_eq!((p.net.as_str(), p.ssh.as_str(), p.complaints.len()), ("10.0.0.5/24", "AAAA/b+c=", 2));
     }
 
     #[test]

@@ -181,6 +181,8 @@ pub struct Side {
     pub run_root: PathBuf,
     /// Parent of its shared-memory directory.
     pub shm_root: PathBuf,
+    /// The network namespace that its processes start in, if not this process's own.
+    pub namespace: Option<String>,
     vmm: Option<Child>,
     replicator: Option<Child>,
 }
@@ -199,7 +201,7 @@ impl Side {
             fs::create_dir_all(root).with_context(|| format!("creating {}", root.display()))?;
         }
         let layout = Layout::new(&run_root, &shm_root, MACHINE);
-        Ok(Self { layout, run_root, shm_root, vmm: None, replicator: None })
+        Ok(Self { layout, run_root, shm_root, namespace: None, vmm: None, replicator: None })
     }
 
     /// Start its VMM; its log is `dir`/`name`-vmm.log.
@@ -232,6 +234,7 @@ impl Side {
         if standby {
             vmm.arg("--standby");
         }
+        let vmm = self.at_home(vmm);
         let child = self.vmm.insert(spawn(&vmm, &log)?);
         up("the benchmark's VMM", child, &log, || vmm_status(&self.layout).is_ok())
     }
@@ -248,8 +251,16 @@ impl Side {
         replicator.arg("--run-root").arg(&self.run_root).arg("--shm-root").arg(&self.shm_root);
         replicator.arg("--key").arg(dir.join("key")).arg("--interval-ms").arg(setup.interval_ms.to_string());
         replicator.args(&setup.replicator);
+        let replicator = self.at_home(replicator);
         let child = self.replicator.insert(spawn(&replicator, &log)?);
         up("the benchmark's replicator", child, &log, || replicator_status(&self.layout).is_ok())
+    }
+
+    fn at_home(&self, command: Command) -> Command {
+        match &self.namespace {
+            Some(namespace) => in_namespace(namespace, &command),
+            None => command,
+        }
     }
 
     /// Status of its VMM.
@@ -366,14 +377,26 @@ fn replicator_status(layout: &Layout) -> Result<ReplicatorStatus> {
 /// The same command as a process that ends with this one, however that ends. To be started by the main thread.
 pub fn tied(command: &Command) -> Command {
     let mut tied = Command::new("setpriv");
-    tied.args(["--pdeathsig", "SIGKILL"]).arg(command.get_program()).args(command.get_args());
+    tied.args(["--pdeathsig", "SIGKILL"]);
+    before(tied, command)
+}
+
+/// The same command in a network namespace that has a name, in the same process.
+pub fn in_namespace(namespace: &str, command: &Command) -> Command {
+    let mut inside = Command::new("nsenter");
+    inside.arg(format!("--net=/run/netns/{namespace}"));
+    before(inside, command)
+}
+
+fn before(mut wrapper: Command, command: &Command) -> Command {
+    wrapper.arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => tied.env(name, value),
-            None => tied.env_remove(name),
+            Some(value) => wrapper.env(name, value),
+            None => wrapper.env_remove(name),
         };
     }
-    tied
+    wrapper
 }
 
 fn spawn(command: &Command, log: &Path) -> Result<Child> {

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
-use understudy_tests::bench::{disk, disk_guest, host, lab, net, pair, pauses, replication, rows, size};
+use understudy_tests::bench::{disk, disk_guest, host, lab, net, net_guest, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
+use understudy_tests::connections;
 use understudy_tests::disk_cuts;
 use understudy_tests::net_cuts;
 use understudy_tests::power_cuts;
@@ -109,10 +110,24 @@ enum Cmd {
         #[command(flatten)]
         mix: disk_cuts::Mix,
     },
+    /// Where Linux runs: power cuts, switchovers and cut cables of a guest with servers, without a cluster; connections of real clients must live on, and their
+    /// data be right
+    Connections {
+        #[arg(long, default_value = "target/bench/connections.json")]
+        report: PathBuf,
+        #[command(flatten)]
+        mix: connections::Mix,
+    },
     /// Where Linux runs: virtio-blk beside QEMU's with the same guest and file, and protected beside unprotected
     DiskGuest {
         /// The figures go into its key `guest`
         #[arg(long, default_value = "target/bench/disk.json")]
+        report: PathBuf,
+    },
+    /// Where Linux runs: virtio-net beside QEMU's with the same guest and bridge, and protected beside unprotected. As root
+    NetGuest {
+        /// The figures go into its key `guest`
+        #[arg(long, default_value = "target/bench/net.json")]
         report: PathBuf,
     },
     /// The network back end alone, beside plain reads and writes of a tap; and, on this host's own KVM, how long a protected machine's answers take beside
@@ -257,9 +272,31 @@ fn run(command: Cmd) -> Result<i32> {
             }
             Ok(i32::from(measured.failure.is_some()))
         }
+        Cmd::Connections { report, mix } => {
+            let started = std::time::Instant::now();
+            let measured = connections::run(&mix, &|text| println!("  {:>4} s … {text}", started.elapsed().as_secs()))?;
+            println!("{}; {}", measured.kvm_backend, measured.where_it_ran);
+            print!("{}", connections::table(&measured));
+            write(&report, &measured)?;
+            if let Some(why) = &measured.failure {
+                eprintln!("understudy-bench: {why}");
+            }
+            Ok(i32::from(measured.failure.is_some()))
+        }
         Cmd::DiskGuest { report } => {
             let measured = disk_guest::measure(&|text| println!("  … {text}"))?;
             print!("{}", disk_guest::table(&measured));
+            let mut all: serde_json::Value = match fs::read(&report) {
+                Ok(text) => serde_json::from_slice(&text).with_context(|| format!("reading {}", report.display()))?,
+                Err(_) => serde_json::json!({}),
+            };
+            all["guest"] = serde_json::to_value(&measured)?;
+            write(&report, &all)?;
+            Ok(0)
+        }
+        Cmd::NetGuest { report } => {
+            let measured = net_guest::measure(&|text| println!("  … {text}"))?;
+            print!("{}", net_guest::table(&measured));
             let mut all: serde_json::Value = match fs::read(&report) {
                 Ok(text) => serde_json::from_slice(&text).with_context(|| format!("reading {}", report.display()))?,
                 Err(_) => serde_json::json!({}),

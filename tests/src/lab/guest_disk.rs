@@ -1,4 +1,4 @@
-//! The disk of the guest with databases: a small Debian with SQLite and PostgreSQL on ext4, made once without mounting anything.
+//! The disk of the guests with databases and with clients: a small Debian with SQLite, PostgreSQL and a few servers on ext4, made once without mounting anything.
 //!
 //! The databases' files are made here too, so that the guest only has to start them. The image is beside its stamp in `target/lab/guest`; whoever uses it works on a
 //! copy.
@@ -11,8 +11,9 @@ use anyhow::{Context, Result};
 
 use super::{host, places, root};
 
-/// e2fsck checks the disk from itself.
-const PACKAGES: &[&str] = &["sqlite3", "postgresql-17", "e2fsprogs"];
+/// e2fsck checks the disk from itself. From `openssh-server` on: what a guest with clients serves (`tests/guest/src/services.sh`).
+const PACKAGES: &[&str] =
+    &["sqlite3", "postgresql-17", "e2fsprogs", "openssh-server", "iperf3", "busybox", "pv", "iproute2"];
 /// Room for what the guest writes.
 const FREE_MIB: u64 = 96;
 /// Journal, MiB: the least that mke2fs makes, so that it wraps around often.

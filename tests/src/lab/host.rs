@@ -94,6 +94,18 @@ pub fn need_tools(tools: &[(&str, &str)]) -> Result<()> {
     bail!("apt-get could not install {list}; its own words are above")
 }
 
+/// Make sure that taps can be made. (Where no udev makes device nodes ahead, the module has to be loaded by name.)
+pub fn need_tun() -> Result<()> {
+    let node = Path::new("/dev/net/tun");
+    if !node.exists() {
+        let _ = Command::new("modprobe").args(["-q", "tun"]).status();
+    }
+    if node.exists() {
+        return Ok(());
+    }
+    bail!("there is no {}: this kernel has no module tun, or it is not installed", node.display())
+}
+
 /// Run a command, its output only shown when it fails.
 pub fn run_quiet(command: &mut Command) -> Result<String> {
     let name = format!("{command:?}");

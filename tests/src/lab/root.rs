@@ -20,7 +20,8 @@ use super::{host, places};
 const SUITE: &str = "trixie";
 
 /// What is installed in it. `ocf-tester` comes with resource-agents; the kernel serves the lab VM and the protected
-/// machines alike; QEMU is what `make bench` is compared with; an NFS server, an iSCSI target and the host's initiator are storage for disks.
+/// machines alike; QEMU is what `make bench` is compared with; an NFS server, an iSCSI target and the host's initiator are storage for disks; the last
+/// four are clients of a protected guest's services.
 const PACKAGES: &[&str] = &[
     "corosync",
     "pacemaker",
@@ -42,6 +43,10 @@ const PACKAGES: &[&str] = &[
     "nfs-kernel-server",
     "tgt",
     "open-iscsi",
+    "openssh-client",
+    "curl",
+    "postgresql-client-17",
+    "iperf3",
 ];
 
 /// pacemaker-remote conflicts with pacemaker as a package (one host is one or the other); our one root serves both kinds of
