@@ -148,7 +148,7 @@ impl World for Node {
     }
 
     fn pause(&self, at_most: Duration) {
-        std::thread::sleep(at_most);
+        std::thread::sleep(at_most.min(Duration::from_secs(1)));
     }
 
     /// The first of the partition by name. A node that cannot say who is there tells it: better twice than never.

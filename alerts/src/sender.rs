@@ -34,7 +34,7 @@ pub enum Turn {
 pub trait World {
     /// Seconds since 1970.
     fn now(&self) -> u64;
-    /// Pause until something may have changed, at most so long.
+    /// Pause at most so long: nothing is due before, but somebody may queue something.
     fn pause(&self, at_most: Duration);
     /// Whose turn it is.
     fn turn(&self) -> Turn;
@@ -50,9 +50,7 @@ pub fn run(spool: &Spool, world: &dyn World) -> Result<(), SpoolError> {
         let Some(lock) = spool.sender()? else { return Ok(()) };
         let mut held = HashMap::new();
         while let Some(wake) = round(spool, world, &mut held)? {
-            // Also when nothing is due: somebody may have queued something.
-            let far = Duration::from_secs(wake.saturating_sub(world.now()).max(1));
-            world.pause(far.min(Duration::from_secs(1)));
+            world.pause(Duration::from_secs(wake.saturating_sub(world.now()).max(1)));
         }
         drop(lock);
         // Queued after the last look, by somebody who saw the lock held.
