@@ -46,7 +46,7 @@ bench: needs-root build lab-guest lab-disk ## the figures; JSON under target/ben
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench net-guest
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench connections
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench connections --leak --primary 4 --standby 0 --moves 0 --paths 0 \
-	  --uplinks 0 --report target/bench/connections-leak.json
+	  --uplinks 0 --pause-ms 100 --report target/bench/connections-leak.json
 
 # What libFuzzer reads to learn which inputs reached something new; stable Rust passes it through. Integer overflow is a finding.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \

@@ -14,7 +14,7 @@ use anyhow::Result;
 use clap::Parser;
 use understudy_tests::lab::Lab;
 use understudy_tests::lab::stall::StallWatch;
-use understudy_tests::lab_tests::{agents, bad_days, disks, migration, scsi, tools};
+use understudy_tests::lab_tests::{agents, bad_days, connections, disks, migration, scsi, tools};
 use understudy_tests::scenario::World;
 
 #[derive(Parser)]
@@ -92,6 +92,11 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
     }
     if tally.wants(disks::POWER_CUTS) {
         tally.run(disks::POWER_CUTS, disks::power_cuts);
+    }
+    // Minutes where the processor is emulated: only when it is asked for.
+    if !arguments.only.is_empty() && connections::LIVE_ON.starts_with(&arguments.only) {
+        tally.run(connections::LIVE_ON, connections::live_on);
+        return;
     }
     let mut started = None;
     if !tally.run("two cluster nodes and a board come up", || {

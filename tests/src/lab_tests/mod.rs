@@ -2,6 +2,7 @@
 
 pub mod agents;
 pub mod bad_days;
+pub mod connections;
 pub mod disks;
 pub mod migration;
 pub mod scsi;
