@@ -15,6 +15,7 @@
 pub mod check;
 pub mod cib;
 pub mod compile;
+pub mod controller;
 pub mod crm;
 pub mod estate;
 pub mod explain;
@@ -26,7 +27,10 @@ pub mod placement;
 pub mod plan;
 pub mod planes;
 pub mod policy;
+pub mod records;
 pub mod simulate;
+pub mod situation;
 mod span;
 pub mod svg;
+pub mod watch;
 pub mod xml;

@@ -16,7 +16,7 @@ use understudy_crm::policy::Policy;
 use understudy_crm::simulate::{Scheduler, settled};
 use understudy_crm::svg::picture;
 use understudy_crm::xml::Element;
-use understudy_crm::{cib, crm, live, pcs, planes};
+use understudy_crm::{cib, crm, live, pcs, planes, watch};
 
 /// From a policy file to a Pacemaker configuration.
 #[derive(Parser)]
@@ -84,6 +84,18 @@ enum Command {
         /// A saved configuration (`cibadmin --query`) in place of the cluster's.
         #[arg(long, value_name = "FILE")]
         cib: Option<PathBuf>,
+    },
+    /// Watch evacuations: what the controller has done, and what it does from now on. From any node.
+    Watch {
+        /// Print events as JSON, one a line.
+        #[arg(long)]
+        json: bool,
+        /// Print what the cluster keeps (the newest events) and end.
+        #[arg(long, conflicts_with = "journal")]
+        once: bool,
+        /// Print this file, a node's journal (/var/log/understudy/evacuation.journal), and end.
+        #[arg(long, value_name = "FILE")]
+        journal: Option<PathBuf>,
     },
     /// Put the configuration into the cluster. Touches only what it owns; safe to repeat.
     Apply {
@@ -174,6 +186,13 @@ fn run(command: &Command) -> Result<ExitCode> {
             changes.iter().for_each(print_change);
             Ok(if changes.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
+        Command::Watch { json, once, journal } => {
+            match journal {
+                Some(file) => watch::file(&text_of(file)?, *json),
+                None => watch::cluster(*json, *once)?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Apply { file } => {
             let (_, configuration) = configuration(file)?;
             let current = live::query()?;
@@ -222,6 +241,10 @@ fn plans(file: &Path, faults: &[String], cib: Option<&Path>, json: bool, svg: Op
     }
     let all_placed = plans.iter().flat_map(|p| &p.machines).all(|m| !matches!(m.fate, What::Unplaced | What::Stopped));
     Ok(if all_placed { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn text_of(journal: &Path) -> Result<String> {
+    std::fs::read_to_string(journal).with_context(|| format!("reading the journal {}", journal.display()))
 }
 
 fn text(file: &Path) -> Result<String> {

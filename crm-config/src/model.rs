@@ -20,6 +20,8 @@ pub struct Configuration {
     pub levels: Vec<FencingLevel>,
     /// What the cluster's nodes are told: only where the policy places machines.
     pub nodes: Vec<NodeSettings>,
+    /// What the evacuation controller is told of the policy: only where there is one.
+    pub estate: Option<String>,
 }
 
 /// What a node is told.

@@ -17,6 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
+pub use crate::controller::Rules;
 pub use crate::estate::{Alert, AlertKind, Approval, Automation, Evacuation, Mode, Network, Performance, Plane};
 pub use crate::span::Spanned;
 
@@ -47,6 +48,8 @@ pub struct Policy {
     pub alerts: Vec<Alert>,
     /// What semi-automatic evacuation does with answers. Not acted on yet.
     pub approval: Option<Approval>,
+    /// The evacuation controller's rules. With this section it also decides about automatic machines that are started again elsewhere.
+    pub evacuation: Option<Rules>,
 }
 
 /// `[cluster]`.
