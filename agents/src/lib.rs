@@ -1,7 +1,7 @@
 //! Every Understudy resource agent in one executable, and the hook by which the replicator reaches the cluster.
 //!
 //! ```text
-//!  Pacemaker ─► resource.d/understudy/{vmm,replicator,serial,migrations} ─► understudy-ocf (argv[0] says which agent)
+//!  Pacemaker ─► resource.d/understudy/{vmm,replicator,serial,migrations,evacuator} ─► understudy-ocf (argv[0] says which agent)
 //!                                                                  │ control sockets        │ crm_attribute, cibadmin
 //!                                     understudy-vmm ◄─────────────┤                        ▼
 //!                                     understudy-replicator ◄──────┤                    the cluster
@@ -12,7 +12,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`vmm`], [`replicator`], [`serial`], [`migrations`] | the agents |
+//! | [`vmm`], [`replicator`], [`serial`], [`migrations`], [`evacuator`] | the agents |
 //! | [`hook`], [`veto`], [`incoming`] | what the replicator asks of the cluster and of this node |
 //! | [`rules`], [`sharing`] | scores, generations, what a machine runs from, how it leaves, who waits for whom: functions of values |
 //! | [`cluster`], [`pacemaker`] | the cluster as a trait, and through Pacemaker's tools |
@@ -22,6 +22,7 @@
 pub mod binaries;
 pub mod cluster;
 pub mod daemon;
+pub mod evacuator;
 pub mod hook;
 pub mod incoming;
 pub mod install;
@@ -44,7 +45,7 @@ use ocf::Agent;
 use understudy_protocol::control::VmmState;
 
 /// Types of all agents.
-pub const AGENTS: [&str; 4] = ["vmm", "replicator", "serial", "migrations"];
+pub const AGENTS: [&str; 5] = ["vmm", "replicator", "serial", "migrations", "evacuator"];
 
 /// The agent of this type.
 pub fn agent(name: &str) -> Option<Box<dyn Agent>> {
@@ -53,6 +54,7 @@ pub fn agent(name: &str) -> Option<Box<dyn Agent>> {
         "replicator" => Some(Box::new(replicator::Replicator)),
         "serial" => Some(Box::new(serial::Serial)),
         "migrations" => Some(Box::new(migrations::Migrations)),
+        "evacuator" => Some(Box::new(evacuator::Evacuator)),
         _ => None,
     }
 }

@@ -26,6 +26,8 @@ enum Command {
     Serial(Call),
     /// An action of ocf:understudy:migrations
     Migrations(Call),
+    /// An action of ocf:understudy:evacuator
+    Evacuator(Call),
     /// Make the links by which the cluster finds the agents
     Install {
         /// Parent of resource.d
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         Command::Replicator(call) => act("replicator", &call.action),
         Command::Serial(call) => act("serial", &call.action),
         Command::Migrations(call) => act("migrations", &call.action),
+        Command::Evacuator(call) => act("evacuator", &call.action),
         Command::Hook(hook) => hook::run(&hook, &Environment::from_process()),
         Command::Install { ocf_root, executable } => report(make_links(&ocf_root, executable)),
         Command::Metadata { agent, dir, .. } => match (agent, dir) {

@@ -8,6 +8,7 @@ use std::fmt;
 use crate::alerts::{AGENT, ALERT, Alert};
 use crate::model::{Agent, Configuration, Constraint, NodeSettings, Operation, Pair, Primitive, Resource, Role, Score};
 use crate::policy::Policy;
+use crate::records;
 use crate::xml::Element;
 
 /// Id of the property set that Pacemaker itself uses; there can be only one that counts.
@@ -80,11 +81,13 @@ pub fn sections(configuration: &Configuration) -> Element {
     resources.children.extend(configuration.resources.iter().map(resource));
     let mut constraints = Element::new("constraints");
     constraints.children.extend(configuration.constraints.iter().map(constraint));
-    let mut all = Element::new("configuration")
-        .and(Element::new("crm_config").and(properties))
-        .and(Element::new("nodes"))
-        .and(resources)
-        .and(constraints);
+    let mut config = Element::new("crm_config").and(properties);
+    if let Some(estate) = &configuration.estate {
+        let mut set = Element::new("cluster_property_set").with("id", records::SET);
+        records::put(&mut set, records::POLICY, estate);
+        config.children.push(set);
+    }
+    let mut all = Element::new("configuration").and(config).and(Element::new("nodes")).and(resources).and(constraints);
     if let Some(topology) = fencing_topology(configuration) {
         all.children.push(topology);
     }

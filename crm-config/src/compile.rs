@@ -186,6 +186,7 @@ pub fn compile(policy: &Policy) -> Configuration {
     for board in &policy.boards {
         configuration.resources.push(board_connection(board));
     }
+    crate::controller::resource(&mut configuration, policy);
     let ports = Ports::assign(policy);
     let placed = if policy.places() { placement::place(policy) } else { Vec::new() };
     if policy.migrates() {

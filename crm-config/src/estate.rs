@@ -4,7 +4,7 @@
 //! [`crate::placement`] turns them into scores. A policy that uses none of them is compiled as if they did not exist.
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::alerts::{Severity, default_window};
 use crate::policy::{Seconds, Spanned};
@@ -79,14 +79,14 @@ pub enum Performance {
 
 /// Who decides that machines are started elsewhere. Does not concern protected machines: a takeover by the standby is
 /// always automatic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Automation {
     /// The operator: nothing leaves its home by itself.
     Manual,
-    /// The operator, who is asked. (Asking is not there yet: as `manual`.)
+    /// The operator, whom the evacuation controller asks.
     Semi,
-    /// Pacemaker, at once.
+    /// Pacemaker, at once; with `[evacuation]` the controller, batch by batch.
     #[default]
     Automatic,
 }

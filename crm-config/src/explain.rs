@@ -48,7 +48,7 @@ pub fn explain(policy: &Policy, name: &str) -> Option<String> {
             }
             _ => String::new(),
         };
-        let held = if held { " (only when the operator releases it)" } else { "" };
+        let held = if held { " (only when the operator or the evacuation controller releases it)" } else { "" };
         let _ = writeln!(
             out,
             "  {:>5}  {:<12} {}{rack}{with}{held}",
@@ -60,7 +60,12 @@ pub fn explain(policy: &Policy, name: &str) -> Option<String> {
     placed.targets.iter().for_each(|t| line(t, false));
     placed.held.iter().for_each(|t| line(t, true));
     let _ = writeln!(out, "  every other node is forbidden; it stays where it runs unless that fails (stickiness)");
-    if policy.automation(machine) != Automation::Automatic && machine.mode() == Mode::Restart {
+    if policy.has_controller() && policy.held(machine) {
+        let _ = writeln!(
+            out,
+            "  when its host has died, the evacuation controller plans anew with what is then where: understudy-evacuator plans"
+        );
+    } else if policy.automation(machine) != Automation::Automatic && machine.mode() == Mode::Restart {
         let attribute = crate::compile::wish_attribute(name);
         let _ =
             writeln!(out, "  to release it: crm_attribute --type nodes --node NODE --name {attribute} --update 900");

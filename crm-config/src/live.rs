@@ -5,11 +5,14 @@
 //! With `CIB_file` in the environment the tools work on that file instead, as all of Pacemaker's do.
 
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Output};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::xml::Element;
+
+/// `CRM_EX_OLD`: the patch is for an older configuration than there is (tried with 3.0.0: a different `num_updates` is enough).
+const OLD: i32 = 103;
 
 /// The CIB's text.
 pub fn query() -> Result<Element> {
@@ -21,29 +24,77 @@ pub fn query() -> Result<Element> {
 /// Make `wanted` out of `current`. Says whether there was anything to do.
 pub fn apply(current: &Element, wanted: &Element) -> Result<bool> {
     let scratch = Scratch::new()?;
+    let Some(file) = patch(&scratch, current, wanted, &["--no-version"])? else { return Ok(false) };
+    run("cibadmin", &["--patch", "--xml-file", &file], &[0]).context("changing the cluster's configuration")?;
+    Ok(true)
+}
+
+/// What became of a change that was to be made only if nothing else had changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Swapped {
+    /// It is made.
+    Done,
+    /// The cluster is not what it was when it was read; nothing was changed.
+    Stale,
+}
+
+/// Make `wanted` out of `current`, only if the cluster's CIB is still that, status included, to the last update.
+pub fn apply_if_unchanged(current: &Element, wanted: &Element) -> Result<Swapped> {
+    let mut wanted = wanted.clone();
+    let epoch: u64 = current.attribute("epoch").and_then(|e| e.parse().ok()).context("the CIB has no epoch")?;
+    wanted.set("epoch", &(epoch + 1).to_string());
+    wanted.set("num_updates", "0");
+    let scratch = Scratch::new()?;
+    let Some(file) = patch(&scratch, current, &wanted, &[])? else { return Ok(Swapped::Done) };
+    let output = tool("cibadmin", &["--patch", "--xml-file", &file])?;
+    match output.status.code() {
+        Some(0) => Ok(Swapped::Done),
+        Some(OLD) => Ok(Swapped::Stale),
+        _ => Err(failed("cibadmin", &output)).context("changing the cluster's configuration"),
+    }
+}
+
+/// A patch as a file; `None` if nothing differs.
+fn patch(scratch: &Scratch, current: &Element, wanted: &Element, options: &[&str]) -> Result<Option<String>> {
     let (old, new, patch) = (scratch.file("old.xml"), scratch.file("new.xml"), scratch.file("patch.xml"));
     fs::write(&old, current.to_string()).with_context(|| format!("writing {old}"))?;
     fs::write(&new, wanted.to_string()).with_context(|| format!("writing {new}"))?;
     // crm_diff's exit status: 0 the same, 1 different.
-    let text = run("crm_diff", &["--original", &old, "--new", &new, "--no-version"], &[0, 1])?;
+    let text = run("crm_diff", &[&["--original", &old, "--new", &new], options].concat(), &[0, 1])?;
     if text.trim().is_empty() {
-        return Ok(false);
+        return Ok(None);
     }
     fs::write(&patch, text).with_context(|| format!("writing {patch}"))?;
-    run("cibadmin", &["--patch", "--xml-file", &patch], &[0]).context("changing the cluster's configuration")?;
-    Ok(true)
+    Ok(Some(patch))
+}
+
+/// How the cluster's own status tool sees a CIB: `crm_mon`'s XML of its nodes and resources. The same reading of it, not a later one.
+pub fn status(cib: &Element) -> Result<Element> {
+    let scratch = Scratch::new()?;
+    let file = scratch.file("cib.xml");
+    fs::write(&file, cib.to_string()).with_context(|| format!("writing {file}"))?;
+    let file = format!("--xml-file={file}");
+    let options = [file.as_str(), "--one-shot", "--output-as=xml", "--include=none,nodes,resources"];
+    let text = run("crm_mon", &options, &[0]).context("asking crm_mon what the configuration's status means")?;
+    Element::parse(&text).context("reading what crm_mon printed")
 }
 
 fn run(program: &str, arguments: &[&str], good: &[i32]) -> Result<String> {
-    let output = Command::new(program).args(arguments).output().with_context(|| {
-        format!("running {program}, one of Pacemaker's command line tools (package pacemaker-cli-utils)")
-    })?;
-    let code = output.status.code();
-    if !code.is_some_and(|code| good.contains(&code)) {
-        let why = String::from_utf8_lossy(&output.stderr);
-        bail!("{program} failed ({}): {}", output.status, why.trim());
+    let output = tool(program, arguments)?;
+    if !output.status.code().is_some_and(|code| good.contains(&code)) {
+        return Err(failed(program, &output));
     }
     String::from_utf8(output.stdout).with_context(|| format!("{program} printed something that is not UTF-8"))
+}
+
+fn tool(program: &str, arguments: &[&str]) -> Result<Output> {
+    Command::new(program).args(arguments).output().with_context(|| {
+        format!("running {program}, one of Pacemaker's command line tools (package pacemaker-cli-utils)")
+    })
+}
+
+fn failed(program: &str, output: &Output) -> anyhow::Error {
+    anyhow!("{program} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim())
 }
 
 /// A directory of our own that goes away.

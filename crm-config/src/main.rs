@@ -17,7 +17,7 @@ use understudy_crm::policy::Policy;
 use understudy_crm::simulate::{Scheduler, settled};
 use understudy_crm::svg::picture;
 use understudy_crm::xml::Element;
-use understudy_crm::{approvals, cib, crm, live, pcs, planes};
+use understudy_crm::{approvals, cib, crm, live, pcs, planes, watch};
 use understudy_monitor::matrix::Matrix;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
@@ -112,6 +112,18 @@ enum Command {
     Approve(Answering),
     /// Say no to a question: nothing is done.
     Refuse(Answering),
+    /// Watch evacuations: what the controller has done, and what it does from now on. From any node.
+    Watch {
+        /// Print events as JSON, one a line.
+        #[arg(long)]
+        json: bool,
+        /// Print what the cluster keeps (the newest events) and end.
+        #[arg(long, conflicts_with = "journal")]
+        once: bool,
+        /// Print this file, a node's journal (/var/log/understudy/evacuation.journal), and end.
+        #[arg(long, value_name = "FILE")]
+        journal: Option<PathBuf>,
+    },
     /// Put the configuration into the cluster. Touches only what it owns; safe to repeat.
     Apply {
         /// The policy.
@@ -237,6 +249,13 @@ fn run(command: &Command) -> Result<ExitCode> {
         }
         Command::Approve(answering) => answer(Answer::Approve, answering),
         Command::Refuse(answering) => answer(Answer::Refuse, answering),
+        Command::Watch { json, once, journal } => {
+            match journal {
+                Some(file) => watch::file(&text_of(file)?, *json),
+                None => watch::cluster(*json, *once)?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Apply { file } => {
             let (_, configuration) = configuration(file)?;
             let current = live::query()?;
@@ -292,6 +311,10 @@ fn plans(file: &Path, faults: &[String], cib: Option<&Path>, json: bool, svg: Op
     }
     let all_placed = plans.iter().flat_map(|p| &p.machines).all(|m| !matches!(m.fate, What::Unplaced | What::Stopped));
     Ok(if all_placed { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn text_of(journal: &Path) -> Result<String> {
+    std::fs::read_to_string(journal).with_context(|| format!("reading the journal {}", journal.display()))
 }
 
 fn text(file: &Path) -> Result<String> {

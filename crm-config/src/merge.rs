@@ -11,6 +11,7 @@ use crate::alerts::ALERT;
 use crate::cib::{DEFAULTS, PROPERTIES, TAG, node_sets, sections};
 use crate::compile::{CLUSTER, HIGH_PERFORMANCE, MEMORY, PROMOTION, RACK, WISH};
 use crate::model::{Configuration, NodeSettings};
+use crate::records::{self, EVACUATED};
 use crate::xml::Element;
 
 /// What the ids of our constraints begin with.
@@ -47,6 +48,7 @@ pub fn merge(cib: &Element, configuration: &Configuration) -> (Element, Vec<Chan
     let section = |name: &str| ours.child(name).map(|s| s.children.clone()).unwrap_or_default();
     node_attributes(live.child_or_new("nodes"), &configuration.nodes, &mut changes);
     properties(live.child_or_new("crm_config"), &section("crm_config"), &mut changes);
+    estate(live.child_or_new("crm_config"), configuration.estate.as_deref(), &mut changes);
     objects(live.child_or_new("resources"), section("resources"), &|e| owned.contains(e.id()), &mut changes);
     let by_prefix = |e: &Element| PREFIXES.iter().any(|p| e.id().starts_with(p));
     objects(live.child_or_new("constraints"), section("constraints"), &by_prefix, &mut changes);
@@ -70,8 +72,27 @@ fn is_our_attribute(name: &str) -> bool {
 /// are Corosync's to make; one that is not there yet gets nothing.
 fn node_attributes(live: &mut Element, wanted: &[NodeSettings], changes: &mut Vec<Change>) {
     let none = NodeSettings { name: String::new(), attributes: Vec::new(), utilization: Vec::new() };
+    let (evacuated, here) = (evacuated(live), EVACUATED.to_string());
+    let mut times: HashMap<String, usize> = HashMap::new();
+    for (name, _) in wanted.iter().flat_map(|w| &w.attributes) {
+        *times.entry(name.clone()).or_default() += 1;
+    }
     for node in live.children.iter_mut().filter(|n| n.name == "node") {
-        let wanted = wanted.iter().find(|w| node.attribute("uname") == Some(&w.name)).unwrap_or(&none);
+        let mut wanted = wanted.iter().find(|w| node.attribute("uname") == Some(&w.name)).unwrap_or(&none).clone();
+        let lives_here = |name: &str| {
+            let sets = node.children.iter().filter(|s| s.name == "instance_attributes").flat_map(|s| &s.children);
+            sets.filter(|p| p.attribute("name") == Some(name)).any(|p| p.attribute("value") == Some(&here))
+        };
+        for (name, elsewhere) in evacuated.iter().filter_map(|n| Some((n, times.get(n)?))) {
+            // A machine with a home only has had it given up; one with targets of its own keeps those.
+            if lives_here(name) || *elsewhere == 1 {
+                wanted.attributes.retain(|(n, _)| n != name);
+            }
+            if lives_here(name) {
+                wanted.attributes.push((name.clone(), here.clone()));
+            }
+        }
+        let wanted = &wanted;
         let before = node.clone();
         let mut missing = node_sets(node.id(), wanted);
         for set in node.children.iter_mut().filter(|s| matches!(s.name.as_str(), "instance_attributes" | "utilization"))
@@ -110,6 +131,43 @@ fn node_attributes(live: &mut Element, wanted: &[NodeSettings], changes: &mut Ve
 
 fn name_of(pair: &Element) -> String {
     pair.attribute("name").unwrap_or_default().to_string()
+}
+
+/// What the controller is told of the policy. The rest of the set is the controller's own.
+fn estate(live: &mut Element, wanted: Option<&str>, changes: &mut Vec<Change>) {
+    let at = live.children.iter().position(|s| s.id() == records::SET);
+    let Some(at) = at.or_else(|| {
+        wanted?;
+        live.children.push(Element::new("cluster_property_set").with("id", records::SET));
+        Some(live.children.len() - 1)
+    }) else {
+        return;
+    };
+    let set = &mut live.children[at];
+    let of_name = |p: &&Element| p.attribute("name") == Some(records::POLICY);
+    let before = set.children.iter().find(of_name).cloned();
+    let Some(wanted) = wanted else {
+        set.children.retain(|p| !of_name(&p));
+        changes.extend(before.map(Change::Remove));
+        return;
+    };
+    records::put(set, records::POLICY, wanted);
+    let Some(after) = set.children.iter().find(of_name).cloned() else { return };
+    match before {
+        None => changes.push(Change::Add(after)),
+        Some(before) if before != after => changes.push(Change::Modify(before, after)),
+        Some(_) => {}
+    }
+}
+
+/// Names of the scores of machines that the controller has brought elsewhere.
+fn evacuated(nodes: &Element) -> BTreeSet<String> {
+    let sets = nodes.children.iter().flat_map(|n| &n.children).filter(|s| s.name == "instance_attributes");
+    let is_it = |p: &&Element| {
+        let name = p.attribute("name").unwrap_or_default();
+        name.starts_with(WISH) && p.attribute("value") == Some(&EVACUATED.to_string())
+    };
+    sets.flat_map(|s| &s.children).filter(is_it).map(name_of).collect()
 }
 
 /// Ids that our tag lists.

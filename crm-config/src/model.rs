@@ -22,6 +22,8 @@ pub struct Configuration {
     pub alerts: Option<crate::alerts::Alert>,
     /// What the cluster's nodes are told: only where the policy places machines.
     pub nodes: Vec<NodeSettings>,
+    /// What the evacuation controller is told of the policy: only where there is one.
+    pub estate: Option<String>,
 }
 
 /// What a node is told.

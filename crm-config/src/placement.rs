@@ -77,7 +77,7 @@ pub struct Target {
 pub struct Placed {
     /// Home first, then as wanted. What Pacemaker is told.
     pub targets: Vec<Target>,
-    /// Targets that wait for the operator: the machine's automation is not automatic.
+    /// Targets that wait for the operator or for the evacuation controller.
     pub held: Vec<Target>,
 }
 
@@ -101,7 +101,10 @@ impl Policy {
                 || m.automation.is_some()
                 || m.mode() == Mode::None
         };
-        self.cluster.automation.is_some() || self.nodes.iter().any(node) || self.machines.iter().any(machine)
+        self.cluster.automation.is_some()
+            || self.evacuation.is_some()
+            || self.nodes.iter().any(node)
+            || self.machines.iter().any(machine)
     }
 
     /// Whether capacity is known for every node: only then is memory a limit (a node without it would have none).
@@ -163,21 +166,21 @@ impl Machine {
 }
 
 /// The estate, numbered.
-struct Estate<'a> {
-    policy: &'a Policy,
+pub(crate) struct Estate<'a> {
+    pub(crate) policy: &'a Policy,
     /// Each node's rack. A node without one is a rack of its own.
-    rack: Vec<usize>,
+    pub(crate) rack: Vec<usize>,
     racks: usize,
     /// Each machine's business type.
-    kind: Vec<Option<usize>>,
-    kinds: usize,
+    pub(crate) kind: Vec<Option<usize>>,
+    pub(crate) kinds: usize,
     ordinary: BTreeSet<&'a str>,
     /// Memory is a limit.
     limited: bool,
 }
 
 impl<'a> Estate<'a> {
-    fn new(policy: &'a Policy) -> Self {
+    pub(crate) fn new(policy: &'a Policy) -> Self {
         let mut names = BTreeMap::new();
         let mut racks = 0;
         let mut number = || {
@@ -207,8 +210,13 @@ impl<'a> Estate<'a> {
         }
     }
 
+    /// How many racks there are.
+    pub(crate) fn racks(&self) -> usize {
+        self.racks
+    }
+
     /// Which nodes a machine may go to, by the evacuation policy alone: index and tier.
-    fn permitted(&self, machine: &Machine) -> Vec<(usize, u8, Place)> {
+    pub(crate) fn permitted(&self, machine: &Machine) -> Vec<(usize, u8, Place)> {
         let own = self.policy.own_cluster_among(machine, &self.ordinary);
         let named = machine.primary.is_some() && machine.standby.is_some();
         let of = |(index, node): (usize, &Node)| {
@@ -241,7 +249,7 @@ impl<'a> Estate<'a> {
 
 /// What is on a node, or would be.
 #[derive(Debug, Clone, Copy, Default)]
-struct Load {
+pub(crate) struct Load {
     memory: u64,
     vcpus: u64,
 }
@@ -252,6 +260,11 @@ impl Load {
         self.vcpus += u64::from(*machine.vcpus.get_ref());
     }
 
+    fn remove(&mut self, machine: &Machine) {
+        self.memory = self.memory.saturating_sub(machine.memory);
+        self.vcpus = self.vcpus.saturating_sub(u64::from(*machine.vcpus.get_ref()));
+    }
+
     fn with(mut self, other: Self) -> Self {
         self.memory = self.memory.saturating_add(other.memory);
         self.vcpus += other.vcpus;
@@ -260,7 +273,7 @@ impl Load {
 }
 
 /// Room and load in one comparable value: no room last, then the share of memory, then of processors, in use.
-fn fullness(node: &Node, load: Load, machine: &Machine) -> (bool, u64, u64) {
+pub(crate) fn fullness(node: &Node, load: Load, machine: &Machine) -> (bool, u64, u64) {
     let mut load = load;
     load.add(machine);
     let share = |used: u64, of: Option<u64>| used.saturating_mul(1_000_000) / of.unwrap_or(1 << 20).max(1);
@@ -291,8 +304,8 @@ impl Machine {
 }
 
 /// What is where while nothing has failed.
-struct Homes {
-    load: Vec<Load>,
+pub(crate) struct Homes {
+    pub(crate) load: Vec<Load>,
     /// Priorities that occur, ascending.
     levels: Vec<i32>,
     /// Memory taken by machines of at least that priority: `level * nodes + node`.
@@ -302,7 +315,7 @@ struct Homes {
 }
 
 impl Homes {
-    fn new(estate: &Estate) -> Self {
+    pub(crate) fn new(estate: &Estate) -> Self {
         let nodes = estate.policy.nodes.len();
         let levels: BTreeSet<i32> = estate.policy.machines.iter().map(Machine::priority).collect();
         Self {
@@ -313,7 +326,7 @@ impl Homes {
         }
     }
 
-    fn occupy(&mut self, estate: &Estate, m: usize, node: usize) {
+    pub(crate) fn occupy(&mut self, estate: &Estate, m: usize, node: usize) {
         let machine = &estate.policy.machines[m];
         self.load[node].add(machine);
         let nodes = self.load.len();
@@ -323,8 +336,19 @@ impl Homes {
         }
     }
 
+    /// It is gone again.
+    pub(crate) fn vacate(&mut self, estate: &Estate, m: usize, node: usize) {
+        let machine = &estate.policy.machines[m];
+        self.load[node].remove(machine);
+        let nodes = self.load.len();
+        for (level, _) in self.levels.iter().enumerate().take_while(|(_, p)| **p <= machine.priority()) {
+            let taken = &mut self.at_least[level * nodes + node];
+            *taken = taken.saturating_sub(machine.memory);
+        }
+    }
+
     /// Whether the machine fits beside what it must not displace: machines of its priority and above, and what comes.
-    fn has_room(&self, estate: &Estate, machine: &Machine, node: usize, coming: Load) -> bool {
+    pub(crate) fn has_room(&self, estate: &Estate, machine: &Machine, node: usize, coming: Load) -> bool {
         let Some(memory) = estate.policy.nodes[node].memory.filter(|_| estate.limited) else { return true };
         let level = self.levels.binary_search(&machine.priority()).unwrap_or(0);
         let taken = self.at_least[level * self.load.len() + node];
@@ -455,8 +479,7 @@ impl Fallbacks {
         let mut placed = vec![Placed { targets: Vec::new(), held: Vec::new() }; policy.machines.len()];
         for mut choice in choices {
             let machine = &policy.machines[choice.machine];
-            let held = policy.automation(machine) != Automation::Automatic && machine.mode() == Mode::Restart;
-            let held = if held { choice.targets.split_off(1) } else { Vec::new() };
+            let held = if policy.held(machine) { choice.targets.split_off(1) } else { Vec::new() };
             placed[choice.machine] = Placed { targets: choice.targets, held };
         }
         placed

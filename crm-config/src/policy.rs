@@ -19,6 +19,7 @@ use understudy_monitor::matrix::Row;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
 pub use crate::alerts::{Hooks, Mail, Sms};
+pub use crate::controller::Rules;
 pub use crate::estate::{
     Alert, AlertKind, Approval, Automation, Evacuation, LoadSharing, Mode, Network, Performance, Plane,
 };
@@ -60,6 +61,8 @@ pub struct Policy {
     /// Rows of the fault matrix: what follows from what is seen of a machine and its host.
     #[serde(default)]
     pub matrix: Vec<Spanned<Row>>,
+    /// The evacuation controller's rules. With this section it also decides about automatic machines that are started again elsewhere.
+    pub evacuation: Option<Rules>,
 }
 
 /// `[cluster]`.

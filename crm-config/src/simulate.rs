@@ -52,6 +52,17 @@ pub struct Outcome {
 impl Scheduler {
     /// What would be done with this CIB.
     pub fn ask(&self, cib: &Element) -> Result<Outcome> {
+        Ok(outcome(&self.run(cib)?))
+    }
+
+    /// The same, and how it sees the cluster as it is: nodes and resources, as `crm_mon` prints them.
+    pub fn look(&self, cib: &Element) -> Result<(Outcome, Element)> {
+        let result = self.run(cib)?;
+        let status = result.child("cluster_status").context("crm_simulate printed no cluster_status")?;
+        Ok((outcome(&result), status.clone()))
+    }
+
+    fn run(&self, cib: &Element) -> Result<Element> {
         let Some((program, words)) = self.command.split_first() else { bail!("no scheduler to ask") };
         let mut child = Command::new(program)
             .args(words)
@@ -69,9 +80,7 @@ impl Scheduler {
             bail!("crm_simulate failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
         }
         written.context("handing the configuration to crm_simulate")?;
-        let result =
-            Element::parse(&String::from_utf8_lossy(&output.stdout)).context("reading what crm_simulate printed")?;
-        Ok(outcome(&result))
+        Element::parse(&String::from_utf8_lossy(&output.stdout)).context("reading what crm_simulate printed")
     }
 }
 
@@ -229,7 +238,8 @@ fn at_rest(policy: &Policy, placed: Option<&Placed>, m: usize) -> Vec<usize> {
     nodes
 }
 
-fn history(resource: &str, kind: &str, last: &str, node: &str) -> Element {
+/// The history of a resource that was started (and perhaps promoted) on a node, so that Pacemaker takes it for running there.
+pub fn history(resource: &str, kind: &str, last: &str, node: &str) -> Element {
     let key = "1:0:0:00000000-0000-0000-0000-000000000000";
     let operation = |name: &str, call: u32| {
         Element::new("lrm_rsc_op")

@@ -42,12 +42,13 @@ fn the_example_has_nothing_but_notes() {
 #[test]
 fn what_is_not_acted_on_yet_is_said() {
     says(
-        &changed("automation = \"automatic\"", "automation = \"semi\""),
-        Severity::Note,
+        &changed("automation = \"automatic\"", "automation = \"semi\"").replace("approves = true", "approves = false"),
+        Severity::Warning,
         Some("automation ="),
-        "as manual",
+        "nobody is asked",
     );
     says(EXAMPLE, Severity::Note, Some("priority = 100"), "Pacemaker stops machines of lower priority");
+    says(&format!("{EXAMPLE}[evacuation]\nbatch = 0\n"), Severity::Error, Some("batch = 0"), "use 1 to 1000");
 }
 
 #[test]
@@ -270,5 +271,59 @@ proptest! {
             let _ = cib::document(&policy, &compile(&policy));
             let _ = understudy_crm::simulate::settled(&policy);
         }
+    }
+}
+
+/// A live cluster that was made from a policy, with a score that the controller has moved.
+fn after_an_evacuation(policy: &Policy, machine: &str, to: &str) -> Element {
+    let mut live = cib::document(policy, &compile(policy));
+    understudy_crm::records::set_wishes(&mut live, machine, &[(to.into(), understudy_crm::records::EVACUATED)]);
+    live
+}
+
+const CONTROLLED: &str = r#"
+nodes = [
+    { name = "n1", storage = "s1", rack = "r1", cluster = "c" },
+    { name = "n2", storage = "s2", rack = "r2", cluster = "c" },
+    { name = "n3", storage = "s3", rack = "r2", cluster = "c" },
+]
+machines = [{ name = "a", kernel = "/k", mode = "restart", primary = "n1" }]
+fencing = [{ name = "f", agent = "fence_x", nodes = ["n1", "n2", "n3"] }]
+evacuation = { batch = 3 }
+"#;
+
+#[test]
+fn applying_a_policy_leaves_an_evacuated_machine_where_it_is() {
+    let policy = policy(CONTROLLED);
+    let live = after_an_evacuation(&policy, "a", "n3");
+    let (wanted, changes) = merge(&live, &compile(&policy));
+    assert!(changes.is_empty(), "{changes:?}");
+    assert_eq!(understudy_crm::records::wishes(&wanted, "a"), [("n3", 2000)]);
+    // Without the controller it has targets again, and stays as well: no other score is above that.
+    let free = self::policy(&CONTROLLED.replace("evacuation = { batch = 3 }", ""));
+    let (wanted, _) = merge(&live, &compile(&free));
+    assert_eq!(understudy_crm::records::wishes(&wanted, "a"), [("n1", 1000), ("n2", 900), ("n3", 2000)]);
+    // A machine that the policy does not have any more leaves nothing behind.
+    let none = self::policy(&CONTROLLED.replace("name = \"a\"", "name = \"b\""));
+    let (wanted, _) = merge(&live, &compile(&none));
+    assert!(understudy_crm::records::wishes(&wanted, "a").is_empty());
+}
+
+#[test]
+fn only_a_policy_that_needs_the_controller_has_it() {
+    let with = policy(CONTROLLED);
+    let ids = |p: &Policy| compile(p).resources.iter().map(|r| r.id().to_string()).collect::<Vec<_>>();
+    assert_eq!(ids(&with), ["f", "understudy-evacuator", "vm-a"]);
+    let live = cib::document(&with, &compile(&with));
+    assert_eq!(understudy_crm::records::wishes(&live, "a"), [("n1", 1000)]);
+    assert!(understudy_crm::records::property(&live, understudy_crm::records::POLICY).is_some());
+    for without in [
+        CONTROLLED.replace("evacuation = { batch = 3 }", ""),
+        CONTROLLED.replace("evacuation = { batch = 3 }", "cluster = { automation = \"manual\" }"),
+    ] {
+        let without = policy(&without);
+        assert_eq!(ids(&without), ["f", "vm-a"]);
+        let (merged, _) = merge(&live, &compile(&without));
+        assert_eq!(understudy_crm::records::property(&merged, understudy_crm::records::POLICY), None);
     }
 }

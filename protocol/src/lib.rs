@@ -20,6 +20,7 @@ pub mod board;
 pub mod cdrom;
 pub mod control;
 pub mod disk;
+pub mod evacuator;
 pub mod frame;
 pub mod ids;
 pub mod iscsi;

@@ -4,6 +4,7 @@
 //! `understudy-serial`, `crm_attribute`, `cibadmin` or `crm_node` it behaves as one (see `fakes`). Real processes, sockets and
 //! signals; no cluster, no KVM, no root.
 
+mod evacuator;
 mod fakes;
 mod metadata;
 mod migration;
@@ -29,6 +30,7 @@ fn main() {
         ("serial", serial::TESTS),
         ("migration", migration::TESTS),
         ("sharing", sharing::TESTS),
+        ("evacuator", evacuator::TESTS),
     ] {
         for (title, test) in tests {
             trials.push(Trial::test(format!("{module}: {title}"), || {

@@ -48,7 +48,10 @@ impl Node {
             symlink(at("libexec/understudy-ocf"), at("libexec").join(name)).unwrap();
             symlink(std::env::current_exe().unwrap(), at("libexec").join(format!("understudy-{name}"))).unwrap();
         }
-        symlink(at("libexec/understudy-ocf"), at("libexec/migrations")).unwrap();
+        for name in ["migrations", "evacuator"] {
+            symlink(at("libexec/understudy-ocf"), at("libexec").join(name)).unwrap();
+        }
+        symlink(std::env::current_exe().unwrap(), at("libexec/understudy-evacuator")).unwrap();
         for name in ["kernel", "key", "kvm"] {
             fs::write(at(name), "x").unwrap();
         }

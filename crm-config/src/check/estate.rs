@@ -25,11 +25,13 @@ pub fn check(c: &mut Checker, policy: &Policy) {
     }
     networks(c, policy);
     let asked = policy.cluster.automation.iter().chain(policy.machines.iter().filter_map(|m| m.automation.as_ref()));
-    if let Some(semi) = asked.into_iter().find(|a| *a.get_ref() == Automation::Semi) {
-        c.note(
-            semi,
-            "nobody is asked yet: semi is as manual, and the operator has to release what shall leave its home",
-        );
+    if let Some(semi) = asked.into_iter().find(|a| *a.get_ref() == Automation::Semi)
+        && !policy.alerts.iter().any(|a| a.approves)
+    {
+        c.warn(semi, "nobody is asked: no recipient in [[alerts]] has approves = true, so that only an operator's command releases a machine");
+    }
+    for (span, what) in policy.evacuation.iter().flat_map(|rules| rules.mistakes()) {
+        c.error(&Spanned::new(span, ()), what);
     }
     if policy.places() && !policy.knows_capacity() && policy.nodes.iter().any(|n| n.memory.is_some()) {
         let without = policy.nodes.iter().filter(|n| n.memory.is_none());

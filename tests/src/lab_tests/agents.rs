@@ -13,11 +13,12 @@ pub const TESTS: &[Test] = &[
     ("ocf-tester passes ocf:understudy:replicator", ocf_tester_replicator),
     ("ocf-tester passes ocf:understudy:serial", ocf_tester_serial),
     ("ocf-tester passes ocf:understudy:migrations", ocf_tester_migrations),
+    ("ocf-tester passes ocf:understudy:evacuator", ocf_tester_evacuator),
     ("crm_resource --force-* drives the serial agent through its life", force),
     ("a probe on a node that merely does not run the machine says so and nothing worse", idle_probe),
 ];
 
-const NAMES: [&str; 4] = ["vmm", "replicator", "serial", "migrations"];
+const NAMES: [&str; 5] = ["vmm", "replicator", "serial", "migrations", "evacuator"];
 const DIR: &str = "/usr/lib/ocf/resource.d/understudy";
 
 fn metadata(world: &World) -> Result<()> {
@@ -94,6 +95,10 @@ fn ocf_tester_serial(world: &World) -> Result<()> {
 
 fn ocf_tester_migrations(world: &World) -> Result<()> {
     ocf_tester(world, "migrations", &["peers=n1=127.0.0.1:7904", "key=/etc/understudy/key"])
+}
+
+fn ocf_tester_evacuator(world: &World) -> Result<()> {
+    ocf_tester(world, "evacuator", &["run_root=/run/understudy-tested", "journal=/tmp/evacuation.journal"])
 }
 
 fn force(world: &World) -> Result<()> {

@@ -18,6 +18,7 @@ pub fn by_name(name: &str) -> Option<fn() -> i32> {
         "understudy-replicator" => Some(replicator),
         "understudy-serial" => Some(serial),
         "crm_attribute" | "cibadmin" | "crm_node" | "attrd_updater" => Some(cluster_tool),
+        "understudy-evacuator" => Some(evacuator),
         _ => None,
     }
 }
@@ -222,6 +223,22 @@ fn migrate() -> i32 {
         }
         why => fails(why),
     }
+}
+
+/// The evacuation controller.
+fn evacuator() -> i32 {
+    let files = understudy_protocol::evacuator::EvacuatorFiles::below(option("--run-root").unwrap());
+    let node = option("--node");
+    serve(&files.socket(), files.dir().join("requests"), move |request| match request["cmd"].as_str() {
+        Some("status") => {
+            let last: u64 = behaviour("last-round-ms").map_or(0, |ms| ms.trim().parse().unwrap());
+            Answer::Ok(json!({
+                "node": node, "rounds": 1, "last_round_ms": last, "open_plans": 0, "without_host": 0, "trouble": "no cluster"
+            }))
+        }
+        Some("quit") => Answer::Exit,
+        _ => Answer::No("what?".into()),
+    })
 }
 
 /// Receives migrations.

@@ -1,0 +1,221 @@
+//! Golden cases: a folder a policy, in `story` what happens line by line, and in `expected.log` what the controller says and what
+//! Pacemaker's own scheduler then starts and stops.
+//!
+//! The scheduler is that of the lab's Debian root; without it (or without root, which chroot needs) the test says SKIPPED and
+//! passes. `UPDATE_GOLDEN=1` writes the logs anew; what changed in them is then to be read by somebody.
+//!
+//! | line | |
+//! |---|---|
+//! | `lose n1,n2` | the hosts are gone, and nobody has fenced them |
+//! | `fence n1` | a lost host is fenced; `dies n1` is both |
+//! | `back n1` | it is up again, empty |
+//! | `pass 60` | so many seconds |
+//! | `release p1 m1`, `cancel p1`, `retry m1` | orders |
+//! | `approve p1`, `refuse p1`, `expire p1` | answers |
+//! | `quorum 0`, `maintenance 1` | |
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use understudy_crm::check;
+use understudy_crm::policy::Policy;
+use understudy_crm::records::{self, Order, What};
+use understudy_crm::simulate::{Outcome, Scheduler, history, settled};
+use understudy_crm::xml::Element;
+use understudy_evacuation::cluster::{Beside, policy as policy_of, read, wanted};
+use understudy_evacuation::core::decide;
+use understudy_evacuation::core::model::ApprovalState;
+
+fn scheduler() -> Option<Scheduler> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/root");
+    let root = std::env::var_os("UNDERSTUDY_LAB_ROOT").map_or(root, PathBuf::from);
+    let is_root = fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0);
+    if !is_root || !root.join("usr/sbin/crm_simulate").exists() {
+        eprintln!("SKIPPED: the golden cases need root and a lab root with Pacemaker at {}", root.display());
+        return None;
+    }
+    Some(Scheduler { command: vec!["chroot".into(), root.display().to_string(), "crm_simulate".into()] })
+}
+
+struct Story<'a> {
+    scheduler: &'a Scheduler,
+    policy: Policy,
+    cib: Element,
+    now: u64,
+    approvals: BTreeMap<String, ApprovalState>,
+    shown: u64,
+    log: String,
+}
+
+impl Story<'_> {
+    fn state(&mut self, node: &str) -> &mut Element {
+        let states = &mut self.cib.child_or_new("status").children;
+        states.iter_mut().find(|s| s.attribute("uname") == Some(node)).unwrap_or_else(|| panic!("no node {node}"))
+    }
+
+    fn lose(&mut self, node: &str) {
+        let state = self.state(node);
+        for (name, value) in [("in_ccm", "false"), ("crmd", "offline"), ("join", "down")] {
+            state.set(name, value);
+        }
+    }
+
+    fn fence(&mut self, node: &str) {
+        let state = self.state(node);
+        state.set("expected", "down");
+        state.children.clear();
+    }
+
+    fn back(&mut self, node: &str) {
+        let state = self.state(node);
+        for (name, value) in [("in_ccm", "true"), ("crmd", "online"), ("join", "member"), ("expected", "member")] {
+            state.set(name, value);
+        }
+        let id = state.id().to_string();
+        state.children = vec![Element::new("lrm").with("id", id).and(Element::new("lrm_resources"))];
+        let set = Element::new("instance_attributes").with("id", format!("status-{node}"));
+        let pair = Element::new("nvpair").with("id", format!("status-{node}-f")).with("name", "#feature-set");
+        let set = set.and(pair.with("value", "3.16.1"));
+        state.children.push(Element::new("transient_attributes").with("id", node).and(set));
+    }
+
+    fn order(&mut self, what: What, plan: &str, machines: &[&str]) {
+        let mut all = records::read(&self.cib).unwrap();
+        let machines = machines.iter().map(ToString::to_string).collect();
+        all.orders.insert("1".into(), Order { plan: plan.into(), what, machines, by: "operator".into() });
+        records::write(&mut self.cib, &all);
+    }
+
+    fn happens(&mut self, line: &str) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (verb, rest) = words.split_first().unwrap_or((&"", &[]));
+        let first = rest.first().copied().unwrap_or_default();
+        let by = || "somebody".to_string();
+        match *verb {
+            "lose" => first.split(',').for_each(|n| self.lose(n)),
+            "fence" => first.split(',').for_each(|n| self.fence(n)),
+            "dies" => first.split(',').for_each(|n| {
+                self.lose(n);
+                self.fence(n);
+            }),
+            "back" => self.back(first),
+            "pass" => self.now += first.parse::<u64>().unwrap(),
+            "release" => self.order(What::Release, first, &rest[1..]),
+            "cancel" => self.order(What::Cancel, first, &rest[1..]),
+            "retry" => self.order(What::Retry, "", rest),
+            "approve" => drop(self.approvals.insert(first.into(), ApprovalState::Approved { by: by() })),
+            "refuse" => drop(self.approvals.insert(first.into(), ApprovalState::Refused { by: by() })),
+            "expire" => drop(self.approvals.insert(first.into(), ApprovalState::Expired)),
+            "quorum" => self.cib.set("have-quorum", first),
+            "maintenance" => {
+                let set = self
+                    .cib
+                    .child_or_new("configuration")
+                    .child_or_new("crm_config")
+                    .child_or_new("cluster_property_set");
+                set.children.retain(|p| p.attribute("name") != Some("maintenance-mode"));
+                let pair = Element::new("nvpair").with("id", "mm").with("name", "maintenance-mode");
+                set.children.push(pair.with("value", first));
+            }
+            other => panic!("what does {other:?} mean?"),
+        }
+    }
+
+    /// Rounds and transitions until neither the controller nor the cluster has anything to do.
+    fn settle(&mut self) {
+        for _ in 0..40 {
+            let decided = self.round();
+            let acted = self.transition();
+            if !decided && !acted {
+                return;
+            }
+            self.now += 1;
+        }
+        panic!("it comes to no end:\n{}", self.log);
+    }
+
+    fn round(&mut self) -> bool {
+        let policy = policy_of(&self.cib).unwrap().unwrap_or_else(|| self.policy.clone());
+        let (_, status) = self.scheduler.look(&self.cib).unwrap();
+        let beside = Beside { now: self.now, here: "n".into(), links: Some((2, 2)), approvals: self.approvals.clone() };
+        let snapshot = read(&policy, &self.cib, &status, beside).unwrap();
+        let round = decide(&policy, &snapshot);
+        for id in &round.ask {
+            let _ = writeln!(self.log, "  asks about {id}");
+            self.approvals.insert(id.clone(), ApprovalState::Waiting { expires: u64::MAX });
+        }
+        for event in round.records.state.events.iter().filter(|e| e.number > self.shown) {
+            let _ = writeln!(self.log, "  {:<8} {}", event.kind, event.text);
+        }
+        self.shown = round.records.state.last_event;
+        let asked = !round.ask.is_empty();
+        let Some(next) = wanted(&policy, &self.cib, &snapshot, &round) else { return asked };
+        self.cib = next;
+        true
+    }
+
+    /// What the scheduler would do, done.
+    fn transition(&mut self) -> bool {
+        let outcome: Outcome = self.scheduler.ask(&self.cib).unwrap();
+        let vms: Vec<String> = self.policy.machines.iter().map(|m| m.vm_id()).collect();
+        let mut acted = false;
+        for vm in vms {
+            let on = |o: &BTreeMap<String, Vec<understudy_crm::simulate::Running>>| -> BTreeSet<String> {
+                o.get(&vm).into_iter().flatten().map(|r| r.node.clone()).collect()
+            };
+            let (before, after) = (on(&outcome.before), on(&outcome.after));
+            let down = |node: &str| outcome.fenced.iter().any(|f| f == node);
+            for node in before.difference(&after).filter(|n| !down(n)) {
+                let _ = writeln!(self.log, "  pacemaker stops {vm} on {node}");
+                let resources = self.state(node).child_or_new("lrm").child_or_new("lrm_resources");
+                resources.children.retain(|r| r.id() != vm);
+                acted = true;
+            }
+            // What it would start only after a fence has not been started.
+            if before.iter().any(|n| down(n)) {
+                continue;
+            }
+            for node in after.difference(&before) {
+                let _ = writeln!(self.log, "  pacemaker starts {vm} on {node}");
+                let resources = self.state(node).child_or_new("lrm").child_or_new("lrm_resources");
+                resources.children.retain(|r| r.id() != vm);
+                resources.children.push(history(&vm, "vmm", "start", node));
+                acted = true;
+            }
+        }
+        acted
+    }
+}
+
+#[test]
+fn every_story_ends_as_its_log_says() {
+    let Some(scheduler) = scheduler() else { return };
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut folders: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+    folders.sort();
+    let mut wrong = Vec::new();
+    for folder in &folders {
+        let (policy, findings) = check::read(&fs::read_to_string(folder.join("policy.toml")).unwrap());
+        let policy = policy.unwrap_or_else(|| panic!("{}: {findings:?}", folder.display()));
+        let cib = settled(&policy);
+        let approvals = BTreeMap::new();
+        let mut story =
+            Story { scheduler: &scheduler, policy, cib, now: 1000, approvals, shown: 0, log: String::new() };
+        for line in fs::read_to_string(folder.join("story")).unwrap().lines() {
+            let _ = writeln!(story.log, "{line}");
+            story.happens(line);
+            story.settle();
+        }
+        let file = folder.join("expected.log");
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            fs::write(&file, &story.log).unwrap();
+        } else if fs::read_to_string(&file).unwrap_or_default() != story.log {
+            wrong.push(format!("{}:\n{}", folder.display(), story.log));
+        }
+    }
+    assert!(wrong.is_empty(), "other than expected:\n{}", wrong.join("\n"));
+    assert!(folders.len() >= 5, "only {} cases", folders.len());
+    eprintln!("{} cases", folders.len());
+}

@@ -1,0 +1,179 @@
+//! The daemon and the operator's commands against Pacemaker's real tools: cibadmin, crm_diff and crm_mon of the lab's Debian root, on a
+//! CIB in a file. What is tried is what no simulation can: that a change goes through as one patch, that a change for an older CIB is
+//! refused, and that a controller that was killed with SIGKILL goes on as another process.
+//!
+//! Without root or the lab root the test says SKIPPED and passes.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use understudy_crm::policy::Policy;
+use understudy_crm::records::{self, EVACUATED, Progress, Records};
+use understudy_crm::simulate::settled;
+use understudy_crm::xml::Element;
+
+fn root() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/root");
+    let root = std::env::var_os("UNDERSTUDY_LAB_ROOT").map_or(root, PathBuf::from);
+    let is_root = fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0);
+    if !is_root || !root.join("usr/sbin/cibadmin").exists() {
+        eprintln!("SKIPPED: the controller's tools need root and a lab root with Pacemaker at {}", root.display());
+        return None;
+    }
+    Some(root)
+}
+
+const POLICY: &str = r#"
+nodes = [
+    { name = "n1", storage = "s1", rack = "r1", cluster = "c" },
+    { name = "n2", storage = "s2", rack = "r2", cluster = "c" },
+    { name = "n3", storage = "s3", rack = "r2", cluster = "c" },
+]
+machines = [{ name = "a", kernel = "/k", mode = "restart", primary = "n1", automation = "manual" }]
+fencing = [{ name = "f", agent = "fence_ipmilan", nodes = ["n1", "n2", "n3"] }]
+evacuation = { settle = 0, interval = 1 }
+"#;
+
+/// A directory with the CIB and with programs that call the root's tools on it.
+struct Place {
+    dir: tempfile::TempDir,
+    root: PathBuf,
+}
+
+impl Place {
+    fn new(root: PathBuf) -> Self {
+        let place = Self { dir: tempfile::tempdir().unwrap(), root };
+        fs::create_dir(place.at("tools")).unwrap();
+        for tool in ["cibadmin", "crm_diff", "crm_mon"] {
+            // The daemon names files in its temporary directory; inside that is /mnt.
+            let text = format!(
+                "#!/bin/bash\ndir={} root={}\nargs=()\nfor a in \"$@\"; do args+=(\"${{a//$dir//mnt}}\"); done\n\
+                 exec unshare --mount --propagation private bash -c 'mount --bind \"$1\" \"$2/mnt\" && mount -t proc proc \"$2/proc\" \
+                 && exec chroot \"$2\" env CIB_file=/mnt/cib.xml \"${{@:3}}\"' enter \"$dir\" \"$root\" {tool} \"${{args[@]}}\"\n",
+                place.dir.path().display(),
+                place.root.display(),
+            );
+            let file = place.at("tools").join(tool);
+            fs::write(&file, text).unwrap();
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        place
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn cib(&self) -> Element {
+        // Pacemaker replaces the file as a whole; between two reads it may be gone for a moment.
+        let text = || fs::read_to_string(self.at("cib.xml")).ok().and_then(|t| Element::parse(&t).ok());
+        wait("a readable CIB", text)
+    }
+
+    fn records(&self) -> Records {
+        records::read(&self.cib()).unwrap()
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_understudy-evacuator"));
+        command
+            .args(words)
+            .env("PATH", format!("{}:{path}", self.at("tools").display()))
+            .env("TMPDIR", self.dir.path());
+        command
+    }
+
+    fn daemon(&self, journal: &str) -> Daemon {
+        let run_root = self.dir.path().display().to_string();
+        let journal = self.at(journal).display().to_string();
+        let mut command = self.command(&["run", "--node", "n2", "--run-root", &run_root, "--journal", &journal]);
+        let log = fs::OpenOptions::new().append(true).create(true).open(self.at("log")).unwrap();
+        Daemon(command.stdin(Stdio::null()).stderr(log).spawn().unwrap())
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(self.at("log")).unwrap_or_default()
+    }
+}
+
+struct Daemon(Child);
+
+impl Daemon {
+    fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(there) = condition() {
+            return there;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "no {what} within a minute");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_killed_controller_goes_on_as_another_through_pacemakers_own_tools() {
+    let Some(root) = root() else { return };
+    let place = Place::new(root);
+    let mut cib = settled(&Policy::parse(POLICY).unwrap());
+    let n1 = cib.child_or_new("status").children.iter_mut().find(|s| s.attribute("uname") == Some("n1")).unwrap();
+    for (name, value) in [("in_ccm", "false"), ("crmd", "offline"), ("join", "down"), ("expected", "down")] {
+        n1.set(name, value);
+    }
+    n1.children.clear();
+    fs::write(place.at("cib.xml"), cib.to_string()).unwrap();
+
+    let first = place.daemon("journal");
+    let open = || place.records().plans.into_iter().next();
+    let plan = wait(&format!("plan; it says {}", place.said()), open);
+    assert_eq!((plan.id.as_str(), &plan.moves[0].progress), ("p1", &Progress::Waiting));
+    wait("journal", || fs::read_to_string(place.at("journal")).ok().filter(|j| j.contains("plan p1")));
+    first.kill();
+    assert_eq!(records::wishes(&place.cib(), "a"), [("n1", 1000)]);
+
+    // Nobody is there: the order waits in the cluster.
+    let refused = place.command(&["release", "p9"]).output().unwrap();
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("there is no plan p9"));
+    let ordered = place.command(&["release", "p1"]).output().unwrap();
+    assert!(ordered.status.success(), "{}", String::from_utf8_lossy(&ordered.stderr));
+    assert_eq!(place.records().orders.len(), 1);
+
+    let second = place.daemon("journal");
+    let score =
+        || records::wishes(&place.cib(), "a").first().filter(|(_, s)| *s == EVACUATED).map(|(n, _)| n.to_string());
+    assert_eq!(wait(&format!("score; it says {}", place.said()), score), "n2");
+    assert_eq!(records::wishes(&place.cib(), "a").len(), 1);
+    let numbers = || {
+        let text = fs::read_to_string(place.at("journal")).ok()?;
+        let number = |l: &str| serde_json::from_str::<records::Event>(l).ok().map(|e| e.number);
+        let numbers: Vec<u64> = text.lines().filter_map(number).collect();
+        text.contains("\"release\"").then_some(numbers)
+    };
+    let numbers = wait("release in the journal", numbers);
+    assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>(), "every event once");
+    let socket = place.at(".evacuator/evacuator.sock");
+    let status: understudy_protocol::evacuator::EvacuatorStatus = understudy_protocol::control::call_once(
+        socket,
+        &understudy_protocol::evacuator::EvacuatorRequest::Status,
+        Duration::from_secs(5),
+    )
+    .unwrap();
+    assert!(status.open_plans == 1 && status.node == "n2", "{status:?}");
+    second.kill();
+}
