@@ -43,7 +43,6 @@ bench: needs-root build lab-guest lab-disk ## the figures; JSON under target/ben
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts --unredirected --count 8 --both 0 --sequence 0 \
 	  --moves 0 --missing 0 --full 0 --report target/bench/disk-cuts-unredirected.json
-	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench net-guest
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench connections
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench connections --leak --primary 4 --standby 0 --moves 0 --paths 0 \
 	  --uplinks 0 --pause-ms 100 --report target/bench/connections-leak.json

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
-use understudy_tests::bench::{disk, disk_guest, host, lab, net, net_guest, pair, pauses, replication, rows, size};
+use understudy_tests::bench::{disk, disk_guest, host, lab, net, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
 use understudy_tests::connections;
 use understudy_tests::disk_cuts;
@@ -122,12 +122,6 @@ enum Cmd {
     DiskGuest {
         /// The figures go into its key `guest`
         #[arg(long, default_value = "target/bench/disk.json")]
-        report: PathBuf,
-    },
-    /// Where Linux runs: virtio-net beside QEMU's with the same guest and bridge, and protected beside unprotected. As root
-    NetGuest {
-        /// The figures go into its key `guest`
-        #[arg(long, default_value = "target/bench/net.json")]
         report: PathBuf,
     },
     /// The network back end alone, beside plain reads and writes of a tap; and, on this host's own KVM, how long a protected machine's answers take beside
@@ -286,17 +280,6 @@ fn run(command: Cmd) -> Result<i32> {
         Cmd::DiskGuest { report } => {
             let measured = disk_guest::measure(&|text| println!("  … {text}"))?;
             print!("{}", disk_guest::table(&measured));
-            let mut all: serde_json::Value = match fs::read(&report) {
-                Ok(text) => serde_json::from_slice(&text).with_context(|| format!("reading {}", report.display()))?,
-                Err(_) => serde_json::json!({}),
-            };
-            all["guest"] = serde_json::to_value(&measured)?;
-            write(&report, &all)?;
-            Ok(0)
-        }
-        Cmd::NetGuest { report } => {
-            let measured = net_guest::measure(&|text| println!("  … {text}"))?;
-            print!("{}", net_guest::table(&measured));
             let mut all: serde_json::Value = match fs::read(&report) {
                 Ok(text) => serde_json::from_slice(&text).with_context(|| format!("reading {}", report.display()))?,
                 Err(_) => serde_json::json!({}),
