@@ -8,7 +8,7 @@ PREFIX     ?= /usr
 LIBEXECDIR ?= $(PREFIX)/libexec/understudy
 OCFROOT    ?= /usr/lib/ocf
 SBINDIR    ?= $(PREFIX)/sbin
-TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm understudy-disk understudy-alert understudy-evacuator
+TOOLS      := understudy-vmm understudy-replicator understudy-serial understudy-crm understudy-disk understudy-alert understudy-evacuator understudy-monitor
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab-test bench fuzz lint build lab-root lab-guest lab-disk install clean prerequisites needs-root

@@ -1,7 +1,7 @@
 //! Every Understudy resource agent in one executable, and the hook by which the replicator reaches the cluster.
 //!
 //! ```text
-//!  Pacemaker ─► resource.d/understudy/{vmm,replicator,serial,migrations,evacuator} ─► understudy-ocf (argv[0] says which agent)
+//!  Pacemaker ─► resource.d/understudy/{vmm,replicator,serial,migrations,evacuator,monitor} ─► understudy-ocf (argv[0] says which agent)
 //!                                                                  │ control sockets        │ crm_attribute, cibadmin
 //!                                     understudy-vmm ◄─────────────┤                        ▼
 //!                                     understudy-replicator ◄──────┤                    the cluster
@@ -12,7 +12,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`vmm`], [`replicator`], [`serial`], [`migrations`], [`evacuator`] | the agents |
+//! | [`vmm`], [`replicator`], [`serial`], [`migrations`], [`evacuator`], [`monitor`] | the agents |
 //! | [`hook`], [`veto`], [`incoming`] | what the replicator asks of the cluster and of this node |
 //! | [`rules`], [`sharing`] | scores, generations, what a machine runs from, how it leaves, who waits for whom: functions of values |
 //! | [`cluster`], [`pacemaker`] | the cluster as a trait, and through Pacemaker's tools |
@@ -27,6 +27,7 @@ pub mod hook;
 pub mod incoming;
 pub mod install;
 pub mod migrations;
+pub mod monitor;
 pub mod pacemaker;
 pub mod paths;
 pub mod process;
@@ -45,7 +46,7 @@ use ocf::Agent;
 use understudy_protocol::control::VmmState;
 
 /// Types of all agents.
-pub const AGENTS: [&str; 5] = ["vmm", "replicator", "serial", "migrations", "evacuator"];
+pub const AGENTS: [&str; 6] = ["vmm", "replicator", "serial", "migrations", "evacuator", "monitor"];
 
 /// The agent of this type.
 pub fn agent(name: &str) -> Option<Box<dyn Agent>> {
@@ -55,6 +56,7 @@ pub fn agent(name: &str) -> Option<Box<dyn Agent>> {
         "serial" => Some(Box::new(serial::Serial)),
         "migrations" => Some(Box::new(migrations::Migrations)),
         "evacuator" => Some(Box::new(evacuator::Evacuator)),
+        "monitor" => Some(Box::new(monitor::Monitor)),
         _ => None,
     }
 }

@@ -28,6 +28,8 @@ enum Command {
     Migrations(Call),
     /// An action of ocf:understudy:evacuator
     Evacuator(Call),
+    /// An action of ocf:understudy:monitor
+    Monitor(Call),
     /// Make the links by which the cluster finds the agents
     Install {
         /// Parent of resource.d
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         Command::Serial(call) => act("serial", &call.action),
         Command::Migrations(call) => act("migrations", &call.action),
         Command::Evacuator(call) => act("evacuator", &call.action),
+        Command::Monitor(call) => act("monitor", &call.action),
         Command::Hook(hook) => hook::run(&hook, &Environment::from_process()),
         Command::Install { ocf_root, executable } => report(make_links(&ocf_root, executable)),
         Command::Metadata { agent, dir, .. } => match (agent, dir) {

@@ -265,6 +265,11 @@ fn names(c: &mut Checker, policy: &Policy) {
             c.error(name, format!("the name {} is that of a {before} already", name.get_ref()));
         }
     }
+    for own in ["understudy-monitor", "understudy-monitor-clone"] {
+        if let Some((name, kind)) = seen.get_key_value(own).filter(|_| policy.monitoring.is_some()) {
+            c.whole(Severity::Error, format!("the {kind} {name} has the name of the monitors' resource; rename it"));
+        }
+    }
     let mut machine_names = BTreeSet::new();
     for (_, name) in machines {
         if !machine_names.insert(name.get_ref().as_str()) {

@@ -27,7 +27,7 @@ use crate::model::{
     Role, Score, Test,
 };
 use crate::placement::{self, HOME, Placed, STICKINESS, Target};
-use crate::policy::{Board, Fencing, LoadSharing, Machine, Mode, Node, Policy};
+use crate::policy::{Board, Fencing, LoadSharing, Machine, Mode, Monitoring, Node, Policy, Spanned};
 
 /// Score of every other node than the primary for the role Promoted. Must not exceed the distance between the agents'
 /// scores for "runs here" and "up to date", or machines would move back by themselves; must not be positive, see above.
@@ -191,6 +191,9 @@ pub fn compile(policy: &Policy) -> Configuration {
     let placed = if policy.places() { placement::place(policy) } else { Vec::new() };
     if policy.migrates() {
         listener(&mut configuration, policy);
+    }
+    if let Some(monitoring) = &policy.monitoring {
+        monitors(&mut configuration, policy, *monitoring.get_ref());
     }
     for (index, machine) in policy.machines.iter().enumerate() {
         serial_lines(&mut configuration, policy, machine, index, &ports);
@@ -376,6 +379,63 @@ fn listener(configuration: &mut Configuration, policy: &Policy) {
             agent: understudy("migrations"),
             parameters: vec![pair("peers", policy.migration_peers()), pair("key", policy.cluster.key.get_ref())],
             meta: Vec::new(),
+            utilization: Vec::new(),
+            operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
+        },
+    });
+    configuration.constraints.push(Constraint::Location {
+        id: format!("understudy-location-{clone}"),
+        resource: clone,
+        role: None,
+        score: Score::MinusInfinity,
+        tests: vec![Test::is_remote()],
+        discovery: Discovery::Never,
+    });
+}
+
+/// A monitor on every host that is not a board. What runs there does not depend on it.
+fn monitors(configuration: &mut Configuration, policy: &Policy, monitoring: Monitoring) {
+    let id = "understudy-monitor";
+    let clone = format!("{id}-clone");
+    let on = |address: fn(&Node) -> Option<&Spanned<String>>| {
+        let of = |n: &Node| Some(format!("{}={}", n.name.get_ref(), endpoint(address(n)?.get_ref(), monitoring.port)));
+        policy.nodes.iter().filter_map(of).collect::<Vec<_>>().join(" ")
+    };
+    let rack = |n: &Node| Some(format!("{}={}", n.name.get_ref(), n.rack.as_ref()?.get_ref()));
+    let racks = policy.nodes.iter().filter_map(rack).collect::<Vec<_>>().join(" ");
+    let rows: Vec<_> = policy.matrix.iter().map(|row| row.get_ref().clone()).collect();
+    let rows = if rows.is_empty() { String::new() } else { understudy_monitor::matrix::line(&rows) };
+    let (health, default) = (monitoring.health, Monitoring::default());
+    let mut parameters = vec![
+        pair("production", on(|n| n.business.as_ref())),
+        pair("management", on(|n| n.management.as_ref())),
+        pair("racks", racks),
+        pair("matrix", rows),
+    ];
+    parameters.retain(|(_, value)| !value.is_empty());
+    parameters.push(pair("key", policy.cluster.key.get_ref()));
+    let changed = [
+        (monitoring.interval_ms != default.interval_ms, pair("interval_ms", monitoring.interval_ms)),
+        (monitoring.missed != default.missed, pair("missed", monitoring.missed)),
+        (monitoring.restart_after != default.restart_after, pair("restart_after", monitoring.restart_after)),
+        (health, pair("health", true)),
+    ];
+    parameters.extend(changed.into_iter().filter(|(changed, _)| *changed).map(|(_, pair)| pair));
+    if health {
+        configuration.properties.push(pair("node-health-strategy", "migrate-on-red"));
+    }
+    let mut meta = vec![pair("interleave", "true")];
+    // Or it would leave a node that is cut off, and never see that the network is back.
+    meta.extend(health.then(|| pair("allow-unhealthy-nodes", "true")));
+    configuration.resources.push(Resource::Clone {
+        id: clone.clone(),
+        meta,
+        primitive: Primitive {
+            id: id.into(),
+            agent: understudy("monitor"),
+            parameters,
+            // Restarted on its node for as long as it takes (spec E-2): no other node can be this one's monitor.
+            meta: vec![pair("failure-timeout", 60), pair("critical", "false")],
             utilization: Vec::new(),
             operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
         },

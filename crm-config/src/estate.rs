@@ -102,6 +102,28 @@ pub enum LoadSharing {
     Pause,
 }
 
+/// `[monitoring]`: every node runs a monitor, which hears all others in the production and in the management network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Monitoring {
+    /// UDP port of heartbeats, in both networks.
+    pub port: u16,
+    /// A heartbeat every so many ms, 20 to 60000.
+    pub interval_ms: u64,
+    /// So many heartbeats that do not come are silence, 2 to 100.
+    pub missed: u64,
+    /// For so long the cluster may restart on its node what does not answer.
+    pub restart_after: Seconds,
+    /// A node that is cut off from production is red to Pacemaker, and everything leaves it (`node-health-strategy=migrate-on-red`).
+    pub health: bool,
+}
+
+impl Default for Monitoring {
+    fn default() -> Self {
+        Self { port: 7789, interval_ms: 1000, missed: 4, restart_after: Seconds(60), health: false }
+    }
+}
+
 /// What a network is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

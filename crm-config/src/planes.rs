@@ -112,7 +112,7 @@ pub fn check(policy: &Policy, corosync: Option<&str>) -> Vec<Finding> {
 
 /// Whether two addresses are the same, or so near that they are hardly in two networks: how long the networks' prefixes are is not known here, so
 /// /24 and /64 are taken for it.
-fn one_network(a: &str, b: &str) -> bool {
+pub(crate) fn one_network(a: &str, b: &str) -> bool {
     match (a.parse(), b.parse()) {
         (Ok(IpAddr::V4(a)), Ok(IpAddr::V4(b))) => a.octets()[..3] == b.octets()[..3],
         (Ok(IpAddr::V6(a)), Ok(IpAddr::V6(b))) => a.segments()[..4] == b.segments()[..4],

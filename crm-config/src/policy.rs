@@ -21,7 +21,7 @@ use understudy_protocol::key::DEFAULT_KEY_FILE;
 pub use crate::alerts::{Hooks, Mail, Sms};
 pub use crate::controller::Rules;
 pub use crate::estate::{
-    Alert, AlertKind, Approval, Automation, Evacuation, LoadSharing, Mode, Network, Performance, Plane,
+    Alert, AlertKind, Approval, Automation, Evacuation, LoadSharing, Mode, Monitoring, Network, Performance, Plane,
 };
 pub use crate::span::Spanned;
 
@@ -58,6 +58,8 @@ pub struct Policy {
     pub hooks: Option<Hooks>,
     /// What semi-automatic evacuation does with answers.
     pub approval: Option<Approval>,
+    /// Heartbeats of nodes and machines in two networks. Without it there are none.
+    pub monitoring: Option<Spanned<Monitoring>>,
     /// Rows of the fault matrix: what follows from what is seen of a machine and its host.
     #[serde(default)]
     pub matrix: Vec<Spanned<Row>>,

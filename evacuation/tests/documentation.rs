@@ -17,8 +17,9 @@ fn every_brake_is_in_the_page_as_it_is_in_the_code() {
 #[test]
 fn every_setting_is_in_the_page_with_its_default() {
     let rules = understudy_crm::controller::Rules::default();
-    let seconds =
-        |s: understudy_crm::policy::Seconds| if s.0.is_multiple_of(60) { format!("{}min", s.0 / 60) } else { format!("{s}") };
+    let seconds = |s: understudy_crm::policy::Seconds| {
+        if s.0.is_multiple_of(60) { format!("{}min", s.0 / 60) } else { format!("{s}") }
+    };
     for (name, default) in [
         ("batch", rules.batch.get_ref().to_string()),
         ("verify", seconds(rules.verify)),

@@ -314,6 +314,33 @@ pub fn forbidden(o: &Observation, verdict: Verdict) -> Option<&'static str> {
     }
 }
 
+/// Rows in one line of TOML, as a parameter of an agent has them (without `why`).
+pub fn line(rows: &[Row]) -> String {
+    let row = |row: &Row| {
+        let columns = ["management", "production", "bmc", "machine", "guest", "restart"];
+        let mut text = format!("{{ name = '{}'", row.name);
+        for (column, cell) in columns.iter().zip(row.cells()).filter(|(_, cell)| cell != "-") {
+            let values: Vec<String> = cell.split('|').map(|value| format!("'{value}'")).collect();
+            text.push_str(&format!(", {column} = [{}]", values.join(", ")));
+        }
+        text.push_str(&format!(", verdict = '{}' }}", row.verdict));
+        text
+    };
+    format!("matrix = [{}]", rows.iter().map(row).collect::<Vec<_>>().join(", "))
+}
+
+/// Read the rows of [`line`]. The error says what is wrong with the text; whether the rows can be used is said by [`Matrix::with`].
+pub fn read_rows(text: &str) -> Result<Vec<Row>, String> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Rows {
+        #[serde(default)]
+        matrix: Vec<Row>,
+    }
+    let rows: Rows = toml::from_str(text).map_err(|e| e.message().trim().replace('\n', "; "))?;
+    Ok(rows.matrix)
+}
+
 /// What is wrong with a row.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("matrix row {name}: {why}")]
@@ -408,6 +435,12 @@ impl Matrix {
             matrix = Self::with(&good)?.0;
         }
         Ok((matrix, bad))
+    }
+
+    /// The default rows with those of [`line`] among them. The error says what is wrong with the first bad one.
+    pub fn read_line(text: &str) -> Result<Self, String> {
+        let (matrix, bad) = Self::with(&read_rows(text)?).map_err(|e| e.to_string())?;
+        bad.first().map_or(Ok(matrix), |bad| Err(bad.to_string()))
     }
 
     /// The rows from the top; `true` for those that are the policy's.

@@ -8,6 +8,7 @@ mod evacuator;
 mod fakes;
 mod metadata;
 mod migration;
+mod monitor;
 mod node;
 mod replicator;
 mod serial;
@@ -31,6 +32,7 @@ fn main() {
         ("migration", migration::TESTS),
         ("sharing", sharing::TESTS),
         ("evacuator", evacuator::TESTS),
+        ("monitor", monitor::TESTS),
     ] {
         for (title, test) in tests {
             trials.push(Trial::test(format!("{module}: {title}"), || {

@@ -44,7 +44,7 @@ impl Node {
         fs::hard_link(built, at("libexec/understudy-ocf"))
             .or_else(|_| fs::copy(built, at("libexec/understudy-ocf")).map(drop))
             .unwrap();
-        for name in ["vmm", "replicator", "serial"] {
+        for name in ["vmm", "replicator", "serial", "monitor"] {
             symlink(at("libexec/understudy-ocf"), at("libexec").join(name)).unwrap();
             symlink(std::env::current_exe().unwrap(), at("libexec").join(format!("understudy-{name}"))).unwrap();
         }

@@ -5,12 +5,14 @@ use std::collections::BTreeSet;
 use understudy_monitor::matrix::{Guest, Machine, Management, Matrix, Observation, Production, Row, Verdict};
 
 use super::{Checker, Severity};
+use crate::planes::one_network;
 use crate::policy::Policy;
 
 /// Everything that needs no placement to be judged.
 pub fn check(c: &mut Checker, policy: &Policy) {
     matrix(c, policy);
     sharing(c, policy);
+    heartbeats(c, policy);
 }
 
 fn sharing(c: &mut Checker, policy: &Policy) {
@@ -46,6 +48,53 @@ fn sharing(c: &mut Checker, policy: &Policy) {
             machine.vcpus.get_ref()
         );
         c.warn(&machine.vcpus, what);
+    }
+}
+
+fn heartbeats(c: &mut Checker, policy: &Policy) {
+    let Some(at) = &policy.monitoring else {
+        if let Some(row) = policy.matrix.first() {
+            c.warn(row, "nothing reads the rows of the fault matrix: there is no [monitoring] section");
+        }
+        return;
+    };
+    let monitoring = at.get_ref();
+    if !(20..=60_000).contains(&monitoring.interval_ms) {
+        c.error(at, "monitoring.interval_ms must be 20 to 60000");
+    }
+    if !(2..=100).contains(&monitoring.missed) {
+        c.error(at, "monitoring.missed must be 2 to 100");
+    }
+    if monitoring.port == 0 {
+        c.error(at, "monitoring.port must not be 0");
+    }
+    for node in &policy.nodes {
+        let name = node.name.get_ref();
+        match (&node.business, &node.management) {
+            (None, _) => c.error(
+                &node.name,
+                format!("{name} is to be monitored and has no business address: nobody could hear it in the production network"),
+            ),
+            (Some(_), None) => c.warn(
+                &node.name,
+                format!(
+                    "{name} has no management address: cut off from production, it is as silent as if its monitor had ended, and a pulled \
+                     cable cannot be told from that"
+                ),
+            ),
+            (Some(business), Some(management)) if one_network(business.get_ref(), management.get_ref()) => c.warn(
+                management,
+                format!(
+                    "{name}: {} and {} look like one network; watched twice over one, it is watched once",
+                    business.get_ref(),
+                    management.get_ref()
+                ),
+            ),
+            _ => {}
+        }
+    }
+    if policy.nodes.len() == 2 {
+        c.note(at, "of two nodes that do not hear each other in the production network nobody can say which is cut off: that is an alarm");
     }
 }
 

@@ -138,6 +138,23 @@ fn a_row_that_would_start_a_machine_twice_is_refused_with_its_reason() {
 }
 
 #[test]
+fn rows_in_one_line_are_the_same_rows() {
+    let own = [
+        row("name = 'a'\nmanagement = 'up'\nproduction = ['rack', 'node']\nmachine = 'running'\nverdict = 'alarm'"),
+        row("name = 'management-only'\nmanagement = 'down'\nproduction = 'up'\nverdict = 'freeze'"),
+    ];
+    let text = line(&own);
+    assert!(!text.contains('\n'));
+    let (direct, read) = (Matrix::with(&own).unwrap().0, Matrix::read_line(&text).unwrap());
+    for o in Observation::all() {
+        assert_eq!(direct.row(&o).map(|r| &r.name), read.row(&o).map(|r| &r.name));
+        assert_eq!(direct.judge(&o), read.judge(&o));
+    }
+    assert_eq!(Matrix::read_line("").unwrap(), standard());
+    assert!(Matrix::read_line("matrix = [{ name = 'x', management = 'down', verdict = 'evacuate' }]").is_err());
+}
+
+#[test]
 fn a_bad_row_does_not_take_good_ones_with_it() {
     let good = row("name = 'good'\nmanagement = 'up'\nproduction = 'rack'\nverdict = 'alarm'");
     let bad = row("name = 'bad'\nmanagement = 'down'\nverdict = 'evacuate'");

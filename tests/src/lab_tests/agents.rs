@@ -14,11 +14,12 @@ pub const TESTS: &[Test] = &[
     ("ocf-tester passes ocf:understudy:serial", ocf_tester_serial),
     ("ocf-tester passes ocf:understudy:migrations", ocf_tester_migrations),
     ("ocf-tester passes ocf:understudy:evacuator", ocf_tester_evacuator),
+    ("ocf-tester passes ocf:understudy:monitor", ocf_tester_monitor),
     ("crm_resource --force-* drives the serial agent through its life", force),
     ("a probe on a node that merely does not run the machine says so and nothing worse", idle_probe),
 ];
 
-const NAMES: [&str; 5] = ["vmm", "replicator", "serial", "migrations", "evacuator"];
+const NAMES: [&str; 6] = ["vmm", "replicator", "serial", "migrations", "evacuator", "monitor"];
 const DIR: &str = "/usr/lib/ocf/resource.d/understudy";
 
 fn metadata(world: &World) -> Result<()> {
@@ -99,6 +100,10 @@ fn ocf_tester_migrations(world: &World) -> Result<()> {
 
 fn ocf_tester_evacuator(world: &World) -> Result<()> {
     ocf_tester(world, "evacuator", &["run_root=/run/understudy-tested", "journal=/tmp/evacuation.journal"])
+}
+
+fn ocf_tester_monitor(world: &World) -> Result<()> {
+    ocf_tester(world, "monitor", &["production=n1=127.0.0.1:7905 n2=127.0.0.2:7905", "key=/etc/understudy/key"])
 }
 
 fn force(world: &World) -> Result<()> {

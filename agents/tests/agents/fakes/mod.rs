@@ -17,6 +17,7 @@ pub fn by_name(name: &str) -> Option<fn() -> i32> {
         "understudy-vmm" => Some(vmm),
         "understudy-replicator" => Some(replicator),
         "understudy-serial" => Some(serial),
+        "understudy-monitor" => Some(monitor),
         "crm_attribute" | "cibadmin" | "crm_node" | "attrd_updater" => Some(cluster_tool),
         "understudy-evacuator" => Some(evacuator),
         _ => None,
@@ -257,6 +258,21 @@ fn migrations() -> i32 {
             _ => Answer::No("what?".into()),
         },
     )
+}
+
+/// A node's monitor.
+fn monitor() -> i32 {
+    let root = PathBuf::from(option("--run-root").unwrap());
+    let (node, line) = (option("--node"), std::env::args().skip(1).collect::<Vec<_>>().join(" "));
+    let dir = root.join(".monitor");
+    note(&dir.join("monitor.requests"), &line);
+    serve(&dir.join("monitor.sock"), dir.join("monitor.requests"), move |request| match request["cmd"].as_str() {
+        Some("status") => Answer::Ok(json!({
+            "node": node, "speaks": true, "waits_for": null, "judged": [], "refused": 0, "last_refused": null
+        })),
+        Some("quit") if behaviour("ignores-quit").is_none() => Answer::Exit,
+        _ => Answer::No("what?".into()),
+    })
 }
 
 fn serial() -> i32 {
