@@ -62,5 +62,5 @@ pub struct Judged {
 
 /// Ask the monitor of this node.
 pub fn ask(run_root: &Path, patience: Duration) -> Result<Report, ControlError> {
-    call_once(&socket(run_root), &Request::Status, patience)
+    call_once(socket(run_root), &Request::Status, patience)
 }
