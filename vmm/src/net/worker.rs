@@ -70,6 +70,7 @@ impl Worker {
             if !self.wait(blocked, room && reads, due) {
                 return;
             }
+            self.port.heard(self.queue);
             if due.is_some() {
                 self.core.with_nic(self.nic, |nic| nic.announce_due());
                 self.core.settle();
@@ -84,21 +85,21 @@ impl Worker {
     /// Until something may be done, or something is due. False: there is nothing to wait on.
     fn wait(&self, to_write: bool, to_read: bool, due: Option<Duration>) -> bool {
         let Some(woken) = self.port.woken(self.queue) else { return false };
+        let mut fds = vec![PollFd::new(woken, PollFlags::POLLIN)];
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::POLLIN, to_read);
         flags.set(PollFlags::POLLOUT, to_write);
-        // A port that is not to be waited for would wake us if it is gone.
-        let port = self.port.backend().waits_on(self.queue).filter(|_| !flags.is_empty());
-        let mut fds = [PollFd::new(woken, PollFlags::POLLIN), PollFd::new(port.unwrap_or(woken), flags)];
+        if let Some(fd) = self.port.backend().waits_on(self.queue)
+            && !flags.is_empty()
+        {
+            fds.push(PollFd::new(fd, flags));
+        }
         // Interrupted or not: whoever is woken looks at everything.
         let timeout = due.map_or(PollTimeout::NONE, |due| {
             // Not a moment early: it would be asked again and again.
             PollTimeout::try_from(due + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
         });
         let _ = poll(&mut fds, timeout);
-        if fds[0].any().unwrap_or(true) {
-            self.port.heard(self.queue);
-        }
         true
     }
 
