@@ -296,6 +296,7 @@ fn run(command: Cmd) -> Result<i32> {
                 Err(_) => Default::default(),
             };
             all.insert("back_end".into(), serde_json::to_value(&measured)?);
+            write(&report, &all)?;
             if fs::File::options().read(true).write(true).open("/dev/kvm").is_ok() {
                 let time = std::time::Duration::from_secs(if quick { 2 } else { 8 });
                 let answers = net_cuts::calm::measure(time, &|text| println!("  … {text}"))?;
