@@ -21,6 +21,7 @@ pub mod controller;
 pub mod crm;
 pub mod estate;
 pub mod explain;
+pub mod import;
 pub mod live;
 pub mod merge;
 pub mod model;

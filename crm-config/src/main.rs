@@ -17,7 +17,7 @@ use understudy_crm::policy::Policy;
 use understudy_crm::simulate::{Scheduler, settled};
 use understudy_crm::svg::picture;
 use understudy_crm::xml::Element;
-use understudy_crm::{approvals, cib, crm, live, pcs, planes, watch};
+use understudy_crm::{approvals, cib, crm, import, live, pcs, planes, watch};
 use understudy_monitor::matrix::Matrix;
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
@@ -87,6 +87,13 @@ enum Command {
         /// As what.
         #[arg(long, value_enum, default_value_t = Format::Crm)]
         format: Format,
+    },
+    /// Read a policy from a cluster and print it. What it cannot say stands as a comment at its head, and is said on standard error: exit status 1
+    /// if there is anything.
+    Import {
+        /// A saved configuration (`cibadmin --query`) in place of the cluster's.
+        #[arg(long, value_name = "FILE")]
+        cib: Option<PathBuf>,
     },
     /// Say what `apply` would change in the cluster. Exit status 1 if anything.
     Diff {
@@ -231,6 +238,17 @@ fn run(command: &Command) -> Result<ExitCode> {
                 None => bail!("there is no machine {machine} in {}", file.display()),
             }
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Import { cib } => {
+            let current = match cib {
+                Some(file) => saved(file)?,
+                None => live::query()?,
+            };
+            live::ensure_cib(&current)?;
+            let imported = import::import(&current);
+            imported.warnings.iter().for_each(|warning| eprintln!("understudy-crm: {warning}"));
+            print!("{}", imported.text);
+            Ok(if imported.warnings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
         Command::Diff { file, cib } => {
             let (_, configuration) = configuration(file)?;
