@@ -11,6 +11,7 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use understudy_protocol::key::DEFAULT_KEY_FILE;
 
 use crate::estate::{Automation, Mode};
 use crate::model::{Configuration, Constraint, Discovery, Operation, Primitive, Resource, Score, Test};
@@ -139,6 +140,11 @@ pub fn estate_record(policy: &Policy) -> Option<String> {
         out.insert("max_rack_down".into(), json!(limit.get_ref()));
     }
     let mut all = json!({ "cluster": { "name": policy.cluster.name }, "nodes": nodes, "machines": machines });
+    let key = policy.cluster.key.get_ref();
+    if key != DEFAULT_KEY_FILE {
+        // Codes for approvers are made with it.
+        all["cluster"]["key"] = json!(key);
+    }
     if let Value::Object(all) = &mut all {
         // Only a policy with the section hands automatic machines to the controller.
         put(all, "evacuation", policy.evacuation.as_ref().map(|_| evacuation));

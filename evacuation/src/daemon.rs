@@ -149,10 +149,8 @@ fn round(config: &Config, outside: &mut dyn Outside, journal: &mut Journal, seen
         let status = live::status(&cib)?;
         let snapshot = cluster::read(policy, &cib, &status, beside).map_err(Error::msg)?;
         let decided = decide(policy, &snapshot);
-        for alarm in &decided.alarms {
-            if let Err(why) = outside.tell(alarm) {
-                eprintln!("understudy-evacuator: {why}");
-            }
+        if let Err(why) = outside.tell(&decided.alarms) {
+            eprintln!("understudy-evacuator: {why}");
         }
         if let Some(wanted) = cluster::wanted(policy, &cib, &snapshot, &decided)
             && live::apply_if_unchanged(&cib, &wanted)? == Swapped::Stale

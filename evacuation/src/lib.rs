@@ -18,3 +18,4 @@ pub mod daemon;
 pub mod journal;
 pub mod orders;
 pub mod outside;
+pub mod people;

@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use understudy_crm::records::{Order, Plan, Progress, What, time};
 use understudy_evacuation::daemon::{self, Config};
 use understudy_evacuation::orders;
-use understudy_evacuation::outside::Program;
+use understudy_evacuation::people::People;
 use understudy_protocol::control::call_once;
 use understudy_protocol::evacuator::{EvacuatorFiles, EvacuatorRequest, EvacuatorStatus};
 use understudy_protocol::layout::DEFAULT_RUN_ROOT;
@@ -36,9 +36,6 @@ enum Cmd {
         /// The journal.
         #[arg(long, default_value = "/var/log/understudy/evacuation.journal")]
         journal: PathBuf,
-        /// The program that tells people of alarms [default: understudy-alert, if it is beside this program].
-        #[arg(long)]
-        alert: Option<PathBuf>,
     },
     /// Show what the controller on this node does, as JSON.
     Status {
@@ -91,11 +88,9 @@ fn main() -> ExitCode {
 fn act(command: Cmd) -> Result<()> {
     let order = |plan: String, what, machines| orders::order(&Order { plan, what, machines, by: whoami() });
     match command {
-        Cmd::Run { node, run_root, journal, alert } => {
-            let beside = std::env::current_exe().ok().and_then(|me| Some(me.parent()?.join("understudy-alert")));
-            let tell = alert.or(beside.filter(|p| p.exists()));
+        Cmd::Run { node, run_root, journal } => {
             let config = Config { node, files: EvacuatorFiles::below(run_root), journal };
-            daemon::run(&config, &mut Program { tell })
+            daemon::run(&config, &mut People)
         }
         Cmd::Status { run_root } => {
             let socket = EvacuatorFiles::below(run_root).socket();

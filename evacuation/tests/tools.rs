@@ -10,10 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use understudy_alerts::answering::answer;
+use understudy_alerts::approval::{Answer, CONSOLE, Given, Record, Way, code, property};
+use understudy_alerts::cluster::{Cib, Records as _};
 use understudy_crm::policy::Policy;
 use understudy_crm::records::{self, EVACUATED, Progress, Records};
 use understudy_crm::simulate::settled;
 use understudy_crm::xml::Element;
+use understudy_protocol::key::Key;
 
 fn root() -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/root");
@@ -70,7 +74,7 @@ impl Place {
     fn cib(&self) -> Element {
         // Pacemaker replaces the file as a whole; between two reads it may be gone for a moment.
         let text = || fs::read_to_string(self.at("cib.xml")).ok().and_then(|t| Element::parse(&t).ok());
-        wait("a readable CIB", text)
+        self.wait("a readable CIB", text)
     }
 
     fn records(&self) -> Records {
@@ -83,7 +87,8 @@ impl Place {
         command
             .args(words)
             .env("PATH", format!("{}:{path}", self.at("tools").display()))
-            .env("TMPDIR", self.dir.path());
+            .env("TMPDIR", self.dir.path())
+            .env("UNDERSTUDY_ALERT_SPOOL", self.at("spool"));
         command
     }
 
@@ -95,8 +100,16 @@ impl Place {
         Daemon(command.stdin(Stdio::null()).stderr(log).spawn().unwrap())
     }
 
-    fn said(&self) -> String {
-        fs::read_to_string(self.at("log")).unwrap_or_default()
+    fn wait<T>(&self, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+        let began = Instant::now();
+        loop {
+            if let Some(there) = condition() {
+                return there;
+            }
+            let said = || fs::read_to_string(self.at("log")).unwrap_or_default();
+            assert!(began.elapsed() < Duration::from_secs(60), "no {what} within a minute; it says: {}", said());
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 
@@ -116,34 +129,75 @@ impl Drop for Daemon {
     }
 }
 
-fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(there) = condition() {
-            return there;
-        }
-        assert!(began.elapsed() < Duration::from_secs(60), "no {what} within a minute");
-        std::thread::sleep(Duration::from_millis(50));
+/// n1 is dead and fenced.
+fn without_n1(policy: &str) -> Element {
+    let mut cib = settled(&Policy::parse(policy).unwrap());
+    let n1 = cib.child_or_new("status").children.iter_mut().find(|s| s.attribute("uname") == Some("n1")).unwrap();
+    for (name, value) in [("in_ccm", "false"), ("crmd", "offline"), ("join", "down"), ("expected", "down")] {
+        n1.set(name, value);
     }
+    n1.children.clear();
+    cib
+}
+
+/// From the question in the cluster to the score, with a controller that dies while the question stands.
+#[test]
+fn a_plan_is_carried_out_when_somebody_approves_it_and_not_before() {
+    let Some(root) = root() else { return };
+    let place = Place::new(root);
+    let key = Key::generate(place.at("key")).unwrap();
+    let policy = format!(
+        "cluster = {{ key = \"{}\" }}\nalerts = [{{ name = \"night\", kind = \"command\", to = \"/bin/true\", approves = true }}]\n\
+         approval = {{ expires = \"10min\" }}\n{}",
+        place.at("key").display(),
+        POLICY.replace("\"manual\"", "\"semi\"")
+    );
+    fs::write(place.at("cib.xml"), without_n1(&policy).to_string()).unwrap();
+
+    let first = place.daemon("journal");
+    let record = || {
+        let record = Record::parse(records::property(&place.cib(), &property("p1"))?).ok()?;
+        record.told.then_some(record)
+    };
+    let asked = place.wait("question", record);
+    assert!(asked.request.approvers.contains(&"night".to_owned()) && asked.request.summary.contains("a from n1"));
+    first.kill();
+
+    let second = place.daemon("journal");
+    place.wait("its socket", || place.at(".evacuator/evacuator.sock").exists().then_some(()));
+    assert_eq!(records::wishes(&place.cib(), "a"), [("n1", 1000)], "nobody has answered");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let tools = Cib::through(vec!["env".into(), format!("PATH={}:{path}", place.at("tools").display())]);
+    assert_eq!(tools.all().unwrap().len(), 1, "its successor asks nobody again");
+    let code = code(&key, &asked.request, CONSOLE).to_string();
+    let given = Given { answer: Answer::Approve, code: &code, name: Some("ada"), way: Way::Cli };
+    answer(&tools, &key, "p1", &given, asked.request.asked + 1, &|_| ()).unwrap();
+
+    let score = || {
+        let wishes = place.cib();
+        let wishes = records::wishes(&wishes, "a");
+        (wishes.len() == 1 && wishes[0].1 == EVACUATED).then(|| wishes[0].0.to_owned())
+    };
+    assert_eq!(place.wait("score", score), "n2");
+    place.wait("the decision in the journal", || {
+        fs::read_to_string(place.at("journal"))
+            .ok()
+            .filter(|journal| journal.contains("ada") && journal.contains("approved"))
+    });
+    second.kill();
 }
 
 #[test]
 fn a_killed_controller_goes_on_as_another_through_pacemakers_own_tools() {
     let Some(root) = root() else { return };
     let place = Place::new(root);
-    let mut cib = settled(&Policy::parse(POLICY).unwrap());
-    let n1 = cib.child_or_new("status").children.iter_mut().find(|s| s.attribute("uname") == Some("n1")).unwrap();
-    for (name, value) in [("in_ccm", "false"), ("crmd", "offline"), ("join", "down"), ("expected", "down")] {
-        n1.set(name, value);
-    }
-    n1.children.clear();
-    fs::write(place.at("cib.xml"), cib.to_string()).unwrap();
+    fs::write(place.at("cib.xml"), without_n1(POLICY).to_string()).unwrap();
 
     let first = place.daemon("journal");
     let open = || place.records().plans.into_iter().next();
-    let plan = wait(&format!("plan; it says {}", place.said()), open);
+    let plan = place.wait("plan", open);
     assert_eq!((plan.id.as_str(), &plan.moves[0].progress), ("p1", &Progress::Waiting));
-    wait("journal", || fs::read_to_string(place.at("journal")).ok().filter(|j| j.contains("plan p1")));
+    place.wait("journal", || fs::read_to_string(place.at("journal")).ok().filter(|j| j.contains("plan p1")));
     first.kill();
     assert_eq!(records::wishes(&place.cib(), "a"), [("n1", 1000)]);
 
@@ -157,7 +211,7 @@ fn a_killed_controller_goes_on_as_another_through_pacemakers_own_tools() {
     let second = place.daemon("journal");
     let score =
         || records::wishes(&place.cib(), "a").first().filter(|(_, s)| *s == EVACUATED).map(|(n, _)| n.to_string());
-    assert_eq!(wait(&format!("score; it says {}", place.said()), score), "n2");
+    assert_eq!(place.wait("score", score), "n2");
     assert_eq!(records::wishes(&place.cib(), "a").len(), 1);
     let numbers = || {
         let text = fs::read_to_string(place.at("journal")).ok()?;
@@ -165,7 +219,7 @@ fn a_killed_controller_goes_on_as_another_through_pacemakers_own_tools() {
         let numbers: Vec<u64> = text.lines().filter_map(number).collect();
         text.contains("\"release\"").then_some(numbers)
     };
-    let numbers = wait("release in the journal", numbers);
+    let numbers = place.wait("release in the journal", numbers);
     assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>(), "every event once");
     let socket = place.at(".evacuator/evacuator.sock");
     let status: understudy_protocol::evacuator::EvacuatorStatus = understudy_protocol::control::call_once(
