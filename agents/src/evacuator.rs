@@ -11,7 +11,7 @@ use understudy_protocol::evacuator::{EvacuatorFiles, EvacuatorRequest, Evacuator
 use crate::binaries;
 use crate::paths::{RUN_ROOT, absolute};
 use crate::process::Identity;
-use crate::service::{Observed, Service, ask};
+use crate::service::{Observed, Service, ask, bring_up, stop};
 
 const PROGRAM: &str = "understudy-evacuator";
 
@@ -113,28 +113,12 @@ impl Agent for Evacuator {
 
     fn start(&self, context: &Context) -> ocf::Result {
         let controller = Controller::new(context)?;
-        match controller.observe(Duration::from_secs(5)) {
-            Observed::Answers(_) => {
-                context.log.info("the controller runs already");
-                Ok(())
-            }
-            Observed::Silent(process, why) => {
-                context.log.warning(format!("replacing process {}, which does not answer: {why}", process.pid()));
-                controller.end()?;
-                controller.launch()
-            }
-            Observed::Gone => controller.launch(),
-        }
+        let observed = controller.observe(Duration::from_secs(5));
+        bring_up(context, observed, "the controller runs already", || controller.end(), || controller.launch())
     }
 
     fn stop(&self, context: &Context) -> ocf::Result {
-        match Controller::new(context) {
-            Ok(controller) => controller.end(),
-            Err(failure) => {
-                context.log.warning(format!("nothing to stop: {failure}"));
-                Ok(())
-            }
-        }
+        stop(context, Controller::new(context), |controller| controller.end())
     }
 
     fn monitor(&self, context: &Context) -> ocf::Result<Status> {
@@ -152,14 +136,7 @@ impl Agent for Evacuator {
                 "the controller (process {}) lives and does not answer: {why}",
                 process.pid()
             ))),
-            Observed::Gone if context.is_probe() => {
-                binaries::locate(&context.environment, PROGRAM)?;
-                Ok(Status::NotRunning)
-            }
-            Observed::Gone if controller.service.identity.recorded() => {
-                Err(Failure::generic("the controller has crashed"))
-            }
-            Observed::Gone => Ok(Status::NotRunning),
+            Observed::Gone => controller.service.absent(context, "the controller has crashed"),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::binaries;
 use crate::paths::{RUN_ROOT, SHM_ROOT, absolute};
 use crate::process::Identity;
 use crate::replicator::peers;
-use crate::service::{Observed, Service, ask, check_key};
+use crate::service::{Observed, Service, ask, bring_up, check_key, stop};
 
 const PROGRAM: &str = "understudy-replicator";
 
@@ -139,28 +139,12 @@ impl Agent for Migrations {
 
     fn start(&self, context: &Context) -> ocf::Result {
         let listener = Listener::new(context)?;
-        match listener.observe(Duration::from_secs(5)) {
-            Observed::Answers(_) => {
-                context.log.info("migrations are received already");
-                Ok(())
-            }
-            Observed::Silent(process, why) => {
-                context.log.warning(format!("replacing process {}, which does not answer: {why}", process.pid()));
-                listener.end()?;
-                listener.launch()
-            }
-            Observed::Gone => listener.launch(),
-        }
+        let observed = listener.observe(Duration::from_secs(5));
+        bring_up(context, observed, "migrations are received already", || listener.end(), || listener.launch())
     }
 
     fn stop(&self, context: &Context) -> ocf::Result {
-        match Listener::new(context) {
-            Ok(listener) => listener.end(),
-            Err(failure) => {
-                context.log.warning(format!("nothing to stop: {failure}"));
-                Ok(())
-            }
-        }
+        stop(context, Listener::new(context), |listener| listener.end())
     }
 
     fn monitor(&self, context: &Context) -> ocf::Result<Status> {
@@ -171,14 +155,7 @@ impl Agent for Migrations {
                 "the process that receives migrations ({}) lives and does not answer: {why}",
                 process.pid()
             ))),
-            Observed::Gone if context.is_probe() => {
-                binaries::locate(&context.environment, PROGRAM)?;
-                Ok(Status::NotRunning)
-            }
-            Observed::Gone if listener.service.identity.recorded() => {
-                Err(Failure::generic("the process that receives migrations has crashed"))
-            }
-            Observed::Gone => Ok(Status::NotRunning),
+            Observed::Gone => listener.service.absent(context, "the process that receives migrations has crashed"),
         }
     }
 }

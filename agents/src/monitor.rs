@@ -14,7 +14,7 @@ use understudy_protocol::key::DEFAULT_KEY_FILE;
 use crate::binaries;
 use crate::paths::{RUN_ROOT, absolute};
 use crate::process::Identity;
-use crate::service::{Observed, Service, ask, check_key};
+use crate::service::{Observed, Service, ask, bring_up, check_key, stop};
 
 const PROGRAM: &str = "understudy-monitor";
 
@@ -201,28 +201,12 @@ impl Agent for Monitor {
 
     fn start(&self, context: &Context) -> ocf::Result {
         let watcher = Watcher::new(context)?;
-        match watcher.observe(Duration::from_secs(5)) {
-            Observed::Answers(_) => {
-                context.log.info("the monitor runs already");
-                Ok(())
-            }
-            Observed::Silent(process, why) => {
-                context.log.warning(format!("replacing process {}, which does not answer: {why}", process.pid()));
-                watcher.end()?;
-                watcher.launch()
-            }
-            Observed::Gone => watcher.launch(),
-        }
+        let observed = watcher.observe(Duration::from_secs(5));
+        bring_up(context, observed, "the monitor runs already", || watcher.end(), || watcher.launch())
     }
 
     fn stop(&self, context: &Context) -> ocf::Result {
-        match Watcher::new(context) {
-            Ok(watcher) => watcher.end(),
-            Err(failure) => {
-                context.log.warning(format!("nothing to stop: {failure}"));
-                Ok(())
-            }
-        }
+        stop(context, Watcher::new(context), |watcher| watcher.end())
     }
 
     fn monitor(&self, context: &Context) -> ocf::Result<Status> {
@@ -233,14 +217,7 @@ impl Agent for Monitor {
                 "the monitor of this node (process {}) lives and does not answer: {why}",
                 process.pid()
             ))),
-            Observed::Gone if context.is_probe() => {
-                binaries::locate(&context.environment, PROGRAM)?;
-                Ok(Status::NotRunning)
-            }
-            Observed::Gone if watcher.service.identity.recorded() => {
-                Err(Failure::generic("the monitor of this node has crashed"))
-            }
-            Observed::Gone => Ok(Status::NotRunning),
+            Observed::Gone => watcher.service.absent(context, "the monitor of this node has crashed"),
         }
     }
 }

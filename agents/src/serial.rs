@@ -16,7 +16,7 @@ use understudy_protocol::layout::{DEFAULT_RUN_ROOT, Layout};
 use crate::binaries;
 use crate::paths::{absolute, machine_name};
 use crate::process::Identity;
-use crate::service::{Observed, Service, ask, check_key};
+use crate::service::{Observed, Service, ask, bring_up, check_key, stop};
 
 const PROGRAM: &str = "understudy-serial";
 
@@ -209,30 +209,12 @@ impl Agent for Serial {
 
     fn start(&self, context: &Context) -> ocf::Result {
         let line = Line::new(context)?;
-        match line.observe(Duration::from_secs(5)) {
-            Observed::Answers(_) => {
-                context.log.info(format!("{} is served already", line.title));
-                Ok(())
-            }
-            Observed::Silent(process, why) => {
-                context
-                    .log
-                    .warning(format!("replacing service process {}, which does not answer: {why}", process.pid()));
-                line.end()?;
-                line.launch()
-            }
-            Observed::Gone => line.launch(),
-        }
+        let observed = line.observe(Duration::from_secs(5));
+        bring_up(context, observed, &format!("{} is served already", line.title), || line.end(), || line.launch())
     }
 
     fn stop(&self, context: &Context) -> ocf::Result {
-        match Line::new(context) {
-            Ok(line) => line.end(),
-            Err(failure) => {
-                context.log.warning(format!("nothing to stop: {failure}"));
-                Ok(())
-            }
-        }
+        stop(context, Line::new(context), |line| line.end())
     }
 
     fn monitor(&self, context: &Context) -> ocf::Result<Status> {
@@ -249,14 +231,7 @@ impl Agent for Serial {
                 line.title,
                 process.pid()
             ))),
-            Observed::Gone if context.is_probe() => {
-                binaries::locate(&context.environment, PROGRAM)?;
-                Ok(Status::NotRunning)
-            }
-            Observed::Gone if line.service.identity.recorded() => {
-                Err(Failure::generic(format!("the service of {} has crashed", line.title)))
-            }
-            Observed::Gone => Ok(Status::NotRunning),
+            Observed::Gone => line.service.absent(context, &format!("the service of {} has crashed", line.title)),
         }
     }
 }

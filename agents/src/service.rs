@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ocf::{Context, Deadline, Failure};
+use ocf::{Context, Deadline, Failure, Status};
 use serde::de::DeserializeOwned;
 use understudy_protocol::control::{ControlError, call_once};
 
+use crate::binaries;
 use crate::daemon;
 use crate::process::{Identity, Process, remove};
 
@@ -43,7 +44,52 @@ pub fn check_key(file: &str, here: &str) -> ocf::Result {
     })
 }
 
+/// What `start` does about a process as it was observed: nothing, if it answers; one that does not is ended first.
+pub fn bring_up<S>(
+    context: &Context,
+    observed: Observed<S>,
+    already: &str,
+    end: impl FnOnce() -> ocf::Result,
+    launch: impl FnOnce() -> ocf::Result,
+) -> ocf::Result {
+    match observed {
+        Observed::Answers(_) => {
+            context.log.info(already);
+            return Ok(());
+        }
+        Observed::Silent(process, why) => {
+            context.log.warning(format!("replacing process {}, which does not answer: {why}", process.pid()));
+            end()?;
+        }
+        Observed::Gone => {}
+    }
+    launch()
+}
+
+/// `stop` succeeds where the parameters do not even say what to stop: nothing of it can run there.
+pub fn stop<T>(context: &Context, found: ocf::Result<T>, end: impl FnOnce(T) -> ocf::Result) -> ocf::Result {
+    match found {
+        Ok(found) => end(found),
+        Err(failure) => {
+            context.log.warning(format!("nothing to stop: {failure}"));
+            Ok(())
+        }
+    }
+}
+
 impl Service {
+    /// What `monitor` says of a process that is gone. On a node without the software a probe says so. `crashed` is for one that was not stopped.
+    pub fn absent(&self, context: &Context, crashed: &str) -> ocf::Result<Status> {
+        if context.is_probe() {
+            binaries::locate(&context.environment, self.identity.program)?;
+            return Ok(Status::NotRunning);
+        }
+        if self.identity.recorded() {
+            return Err(Failure::generic(crashed));
+        }
+        Ok(Status::NotRunning)
+    }
+
     /// Ask `status` until it answers, is gone, or the deadline passes. The healthy path is one round trip.
     pub fn observe<S>(&self, status: impl Fn(Duration) -> Result<S, ControlError>, deadline: Deadline) -> Observed<S> {
         loop {
