@@ -383,14 +383,7 @@ fn listener(configuration: &mut Configuration, policy: &Policy) {
             operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
         },
     });
-    configuration.constraints.push(Constraint::Location {
-        id: format!("understudy-location-{clone}"),
-        resource: clone,
-        role: None,
-        score: Score::MinusInfinity,
-        tests: vec![Test::is_remote()],
-        discovery: Discovery::Never,
-    });
+    configuration.constraints.push(Constraint::on_hosts(&clone));
 }
 
 /// A monitor on every host that is not a board. What runs there does not depend on it.
@@ -440,14 +433,7 @@ fn monitors(configuration: &mut Configuration, policy: &Policy, monitoring: Moni
             operations: vec![once("start", 30), once("stop", 30), monitor(10, 20, None)],
         },
     });
-    configuration.constraints.push(Constraint::Location {
-        id: format!("understudy-location-{clone}"),
-        resource: clone,
-        role: None,
-        score: Score::MinusInfinity,
-        tests: vec![Test::is_remote()],
-        discovery: Discovery::Never,
-    });
+    configuration.constraints.push(Constraint::on_hosts(&clone));
 }
 
 /// All of a node's addresses for replication, with commas between.
@@ -557,14 +543,7 @@ fn placement(machine: &Machine, policy: &Policy, resource: &str) -> Constraint {
     } else {
         vec![Test::is_remote()]
     };
-    Constraint::Location {
-        id: format!("understudy-location-{resource}"),
-        resource: resource.into(),
-        role: None,
-        score: Score::MinusInfinity,
-        tests,
-        discovery: Discovery::Never,
-    }
+    Constraint::never_where(resource, tests)
 }
 
 /// The primary, when there is a choice.

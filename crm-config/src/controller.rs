@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use understudy_protocol::key::DEFAULT_KEY_FILE;
 
 use crate::estate::{Automation, Mode};
-use crate::model::{Configuration, Constraint, Discovery, Operation, Primitive, Resource, Score, Test};
+use crate::model::{Configuration, Constraint, Operation, Primitive, Resource};
 use crate::policy::{Machine, Policy, Seconds};
 use crate::span::Spanned;
 
@@ -232,14 +232,7 @@ pub(crate) fn resource(configuration: &mut Configuration, policy: &Policy) {
             Operation { name: "monitor", interval: 10, timeout: 20, role: None, on_fail: None },
         ],
     }));
-    configuration.constraints.push(Constraint::Location {
-        id: format!("understudy-location-{RESOURCE}"),
-        resource: RESOURCE.into(),
-        role: None,
-        score: Score::MinusInfinity,
-        tests: vec![Test::is_remote()],
-        discovery: Discovery::Never,
-    });
+    configuration.constraints.push(Constraint::on_hosts(RESOURCE));
 }
 
 #[cfg(test)]

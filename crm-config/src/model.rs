@@ -200,6 +200,23 @@ pub enum Constraint {
 }
 
 impl Constraint {
+    /// The resource runs on hosts only: boards are remote nodes.
+    pub(crate) fn on_hosts(resource: &str) -> Self {
+        Self::never_where(resource, vec![Test::is_remote()])
+    }
+
+    /// The resource is never on, and never looked for on, nodes of which one of these is true.
+    pub(crate) fn never_where(resource: &str, tests: Vec<Test>) -> Self {
+        Self::Location {
+            id: format!("understudy-location-{resource}"),
+            resource: resource.into(),
+            role: None,
+            score: Score::MinusInfinity,
+            tests,
+            discovery: Discovery::Never,
+        }
+    }
+
     /// Its id.
     pub fn id(&self) -> &str {
         match self {
