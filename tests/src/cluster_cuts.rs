@@ -105,9 +105,7 @@ impl Mix {
         for (event, count) in [(Event::Both, self.both), (Event::Sequence, self.sequence), (Event::Move, self.moves)] {
             events.extend(std::iter::repeat_n(event, count));
         }
-        for at in (1..events.len()).rev() {
-            events.swap(at, random.below(at as u64 + 1) as usize);
-        }
+        random.shuffle(&mut events);
         events
     }
 }

@@ -108,9 +108,7 @@ impl Mix {
         ] {
             events.extend(std::iter::repeat_n(event, count));
         }
-        for at in (1..events.len()).rev() {
-            events.swap(at, random.below(at as u64 + 1) as usize);
-        }
+        random.shuffle(&mut events);
         events
     }
 }

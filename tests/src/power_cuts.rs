@@ -142,6 +142,13 @@ pub(crate) fn ms(time: Duration) -> f64 {
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
+    /// Any order is as likely as any other.
+    pub(crate) fn shuffle<T>(&mut self, all: &mut [T]) {
+        for at in (1..all.len()).rev() {
+            all.swap(at, self.below(at as u64 + 1) as usize);
+        }
+    }
+
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
