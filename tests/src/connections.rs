@@ -15,8 +15,8 @@
 
 pub mod clients;
 pub mod judge;
-mod switch;
-mod world;
+pub mod switch;
+pub mod world;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

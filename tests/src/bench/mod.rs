@@ -6,6 +6,7 @@
 //! | on the host's own KVM | pauses of the fastest writer, first copy, the VMM's own memory, an agent's monitor | [`host`] |
 //! | where the nodes run | first serial byte beside QEMU, monitor beside a shell agent, memory with Linux, power cuts | [`lab`] |
 //! | where the nodes run | virtio-blk beside QEMU's, and protected | [`disk_guest`] |
+//! | where the nodes run | virtio-net beside QEMU's, and protected | [`net_guest`] |
 //! | on the host's own kernel, no guest | the network back end beside plain reads and writes of taps | [`net`] |
 //! | nowhere | size of the code | [`size`] |
 //!
@@ -26,6 +27,7 @@ pub mod lab;
 pub mod limits;
 pub mod memory;
 pub mod net;
+pub mod net_guest;
 pub mod output;
 pub mod pair;
 pub mod pauses;

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
-use understudy_tests::bench::{disk, disk_guest, host, lab, net, pair, pauses, replication, rows, size};
+use understudy_tests::bench::{disk, disk_guest, host, lab, net, net_guest, pair, pauses, replication, rows, size};
 use understudy_tests::cluster_cuts;
 use understudy_tests::connections;
 use understudy_tests::disk_cuts;
@@ -134,6 +134,12 @@ enum Cmd {
         #[arg(long)]
         quick: bool,
     },
+    /// Where Linux runs: virtio-net beside QEMU's with the same guest, tap and bridge, and protected beside unprotected
+    NetGuest {
+        /// The figures go into its key `guest`
+        #[arg(long, default_value = "target/bench/net.json")]
+        report: PathBuf,
+    },
     /// The VMM of the measured machines
     #[command(hide = true)]
     FlatVmm(pair::FlatVmm),
@@ -237,12 +243,7 @@ fn run(command: Cmd) -> Result<i32> {
             let say = |text: &str| println!("  {:>4} s … {text}", started.elapsed().as_secs());
             let measured = disk::measure(quick, &place, &say)?;
             print!("\n{}", disk::table(&measured));
-            let mut all: serde_json::Map<String, serde_json::Value> = match fs::read(&report) {
-                Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("reading {}", report.display()))?,
-                Err(_) => Default::default(),
-            };
-            all.insert("block_layer".into(), serde_json::to_value(&measured)?);
-            write(&report, &all)?;
+            write_key(&report, "block_layer", &measured)?;
             Ok(0)
         }
         Cmd::ClusterCuts { report, mix } => {
@@ -280,36 +281,45 @@ fn run(command: Cmd) -> Result<i32> {
         Cmd::DiskGuest { report } => {
             let measured = disk_guest::measure(&|text| println!("  … {text}"))?;
             print!("{}", disk_guest::table(&measured));
-            let mut all: serde_json::Value = match fs::read(&report) {
-                Ok(text) => serde_json::from_slice(&text).with_context(|| format!("reading {}", report.display()))?,
-                Err(_) => serde_json::json!({}),
-            };
-            all["guest"] = serde_json::to_value(&measured)?;
-            write(&report, &all)?;
+            write_key(&report, "guest", &measured)?;
             Ok(0)
         }
         Cmd::Net { report, quick } => {
             let measured = net::measure(quick, &|text| println!("  … {text}"))?;
             print!("\n{}", net::table(&measured));
-            let mut all: serde_json::Map<String, serde_json::Value> = match fs::read(&report) {
-                Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("reading {}", report.display()))?,
-                Err(_) => Default::default(),
-            };
-            all.insert("back_end".into(), serde_json::to_value(&measured)?);
-            write(&report, &all)?;
+            write_key(&report, "back_end", &measured)?;
             if fs::File::options().read(true).write(true).open("/dev/kvm").is_ok() {
                 let time = std::time::Duration::from_secs(if quick { 2 } else { 8 });
                 let answers = net_cuts::calm::measure(time, &|text| println!("  … {text}"))?;
                 print!("\n{}", net_cuts::calm::table(&answers));
-                all.insert("answers".into(), serde_json::to_value(&answers)?);
+                write_key(&report, "answers", &answers)?;
             } else {
                 println!("  answers of a protected machine were not measured: /dev/kvm cannot be opened");
             }
-            write(&report, &all)?;
             Ok(0)
+        }
+        Cmd::NetGuest { report } => {
+            let started = std::time::Instant::now();
+            let say = |text: &str| println!("  {:>4} s … {text}", started.elapsed().as_secs());
+            let (measured, bars) = net_guest::measure(&say)?;
+            println!("\n{} (figures of other backends are not comparable)", measured.kvm_backend());
+            print!("{}\n{}", measured.table("-"), rows::bars_table(&bars));
+            write_key(&report, "guest", &serde_json::json!({ "rows": measured.rows, "bars": bars }))?;
+            // A part that could not be measured is no success, though its figures are written.
+            Ok(i32::from(measured.rows.iter().any(|r| r.name.ends_with("/failed"))))
         }
         Cmd::FlatVmm(args) => pair::flat_vmm(args),
     }
+}
+
+/// Into a report that several commands share: this one's key, and everything else stays.
+fn write_key(path: &Path, key: &str, value: &impl Serialize) -> Result<()> {
+    let mut all: serde_json::Map<String, serde_json::Value> = match fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("reading {}", path.display()))?,
+        Err(_) => Default::default(),
+    };
+    all.insert(key.into(), serde_json::to_value(value)?);
+    write(path, &all)
 }
 
 fn write(path: &Path, value: &impl Serialize) -> Result<()> {

@@ -378,7 +378,7 @@ pub fn wait_for_servers(bound: Duration) -> Result<()> {
 }
 
 /// Run something in the client's network namespace: in a thread of its own, since a namespace is a thread's.
-fn in_client<T: Send>(run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub fn in_client<T: Send>(run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
             enter_client()?;
@@ -389,7 +389,7 @@ fn in_client<T: Send>(run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
 }
 
 /// The calling thread is in the client's network namespace from now on.
-fn enter_client() -> Result<()> {
+pub fn enter_client() -> Result<()> {
     let namespace = File::open(Path::new("/run/netns").join(CLIENT)).context("opening the client's namespace")?;
     setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).context("entering the client's namespace")
 }

@@ -1,6 +1,7 @@
 //! The two hosts, their cables, the clients, and what is done to them.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -19,13 +20,16 @@ use crate::lab::{guest_disk, places, wait_for};
 use crate::power_cuts::veto;
 
 /// RAM.
-const MEMORY_MIB: u64 = 192;
+pub const MEMORY_MIB: u64 = 192;
 /// Whatever an emulated processor does, it does within this time: a boot with the recovery of a database, a first copy, a connection's next try.
 const BOUND: Duration = Duration::from_secs(300);
 /// A host with other work may say nothing for a while; what is lost must be lost by the cut.
 const PEER_TIMEOUT_MS: u64 = 15_000;
 const NAMES: [&str; 2] = ["a", "b"];
-const MAC: &str = "52:54:00:78:00:05";
+/// Of the guest's card, and the tap that it is behind.
+pub const MAC: &str = "52:54:00:78:00:05";
+/// See [`MAC`].
+pub const TAP: &str = "guest0";
 const PORT: u16 = 7790;
 
 /// Silence of each kind of client.
@@ -46,57 +50,82 @@ pub struct World {
     dir: tempfile::TempDir,
 }
 
+/// How the machine is protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Protection {
+    /// Between two checkpoints, ms.
+    pub interval_ms: u64,
+    /// At least, when packets wait, ms.
+    pub min_interval_ms: u64,
+    /// Packets do not wait for their commit.
+    pub leak: bool,
+}
+
+/// The guest's disk and a client's key are made in `dir`, by the names `disk` and `ssh`; what boots from that disk and serves.
+pub fn guest_files(dir: &Path, kernel: Option<&Path>) -> Result<Linux> {
+    run_quiet(Command::new("cp").arg("--sparse=always").arg(guest_disk::ensure()?).arg(dir.join("disk")))?;
+    let key = dir.join("ssh");
+    run_quiet(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "client", "-f"]).arg(&key))?;
+    let public = fs::read_to_string(key.with_extension("pub")).context("reading the client's key")?;
+    let public = public.split(' ').nth(1).context("ssh-keygen wrote no key")?;
+    let kernel = match kernel {
+        Some(kernel) => kernel.to_owned(),
+        None => places::root_dir()?.join("boot/vmlinuz"),
+    };
+    let initrd = places::lab_dir()?.join("guest/initrd-disk");
+    ensure!(initrd.exists(), "the guest's initramfs is not at {}: `make lab-disk` builds it", initrd.display());
+    let cmdline = format!(
+        "console=ttyS1 quiet mitigations=off understudy.disk=/dev/vda understudy.net={} understudy.ssh={public}",
+        guest_with_prefix()
+    );
+    Ok(Linux { kernel, initrd, cmdline })
+}
+
 impl World {
     /// Everything runs and is protected, and every client has got somewhere.
     pub fn new(mix: &Mix, say: &dyn Fn(&str)) -> Result<Self> {
-        need_tools(&[
-            ("ssh", "openssh-client"),
-            ("curl", "curl"),
-            ("/usr/lib/postgresql/17/bin/psql", "postgresql-client-17"),
-            ("iperf3", "iperf3"),
-        ])?;
+        need_tools(&[("ssh", "openssh-client"), ("curl", "curl")])?;
+        let Mix { interval_ms, min_interval_ms, leak, .. } = *mix;
+        let mut this = Self::boot(mix.kernel.as_deref(), Protection { interval_ms, min_interval_ms, leak }, say)?;
+        say("the standby comes");
+        this.recover().map_err(|e| this.explain(e))?;
+        say("clients connect");
+        let clients = Clients::start(this.dir.path(), &mix.load, BOUND).map_err(|e| this.explain(e))?;
+        this.clients = Some(clients);
+        Ok(this)
+    }
+
+    /// The machine serves, without a standby and without clients. [`World::recover`] protects it.
+    pub fn boot(kernel: Option<&Path>, protection: Protection, say: &dyn Fn(&str)) -> Result<Self> {
+        need_tools(&[("/usr/lib/postgresql/17/bin/psql", "postgresql-client-17"), ("iperf3", "iperf3")])?;
         need_tun()?;
         let dir = tempfile::tempdir_in("/dev/shm").context("making a directory in /dev/shm")?;
         let at = dir.path();
         say("copying the guest's disk");
-        run_quiet(Command::new("cp").arg("--sparse=always").arg(guest_disk::ensure()?).arg(at.join("disk")))?;
+        let linux = guest_files(at, kernel)?;
         keygen(&at.join("key"))?;
-        let key = at.join("ssh");
-        run_quiet(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "client", "-f"]).arg(&key))?;
-        let public = fs::read_to_string(key.with_extension("pub")).context("reading the client's key")?;
-        let public = public.split(' ').nth(1).context("ssh-keygen wrote no key")?;
         let script = format!("case $1 in veto) : > {0};; clear-veto) rm -f {0};; esac\n", veto(at).display());
         fs::write(at.join("hook"), script).context("writing the hook")?;
-        let kernel = match &mix.kernel {
-            Some(kernel) => kernel.clone(),
-            None => places::root_dir()?.join("boot/vmlinuz"),
-        };
-        let initrd = places::lab_dir()?.join("guest/initrd-disk");
-        ensure!(initrd.exists(), "the guest's initramfs is not at {}: `make lab-disk` builds it", initrd.display());
-        let cmdline = format!(
-            "console=ttyS1 quiet mitigations=off understudy.disk=/dev/vda understudy.net={} understudy.ssh={public}",
-            guest_with_prefix()
-        );
         let disk = format!(
             "name=vda,file={},format=raw,mode=shared,slices={}",
             at.join("disk").display(),
             at.join("slices").display()
         );
-        let nic = format!("name=net0,tap=guest0,bridge={BRIDGE},mac={MAC}");
+        let nic = format!("name=net0,tap={TAP},bridge={BRIDGE},mac={MAC}");
         // Outputs may wait: a guest that is slowed down for emulated replication gets nothing done.
-        let least = mix.min_interval_ms.to_string();
+        let least = protection.min_interval_ms.to_string();
         let more = ["--pipeline", "3", "--slow-link", "stall", "--min-interval-ms", &least, "--peer-timeout-ms"];
         let more = more.map(str::to_owned);
         let setup = Setup {
             vcpus: 1,
-            interval_ms: mix.interval_ms,
-            leak: mix.leak,
+            interval_ms: protection.interval_ms,
+            leak: protection.leak,
             serial: Some(format!("file:{}", at.join("com1").display())),
             disk: Some(disk.parse().context("naming the disk")?),
             nic: Some(nic.parse().context("naming the card")?),
             hook: Some(format!("/bin/sh {}", at.join("hook").display())),
             replicator: more.into_iter().chain([PEER_TIMEOUT_MS.to_string()]).collect(),
-            linux: Some(Linux { kernel, initrd, cmdline }),
+            linux: Some(linux),
             ..Setup::new(MEMORY_MIB)
         };
         let peer = |side: u8| {
@@ -113,12 +142,7 @@ impl World {
         let mut this = Self { clients: None, sides, on, primary: 0, generation: 0, setup, peers, switch, dir };
         say("the guest boots");
         // Without a standby: that much is new in each moment of a boot.
-        this.boot().and_then(|()| wait_for_servers(BOUND)).map_err(|e| this.explain(e))?;
-        say("the standby comes");
-        this.recover().map_err(|e| this.explain(e))?;
-        say("clients connect");
-        let clients = Clients::start(this.dir.path(), &mix.load, BOUND).map_err(|e| this.explain(e))?;
-        this.clients = Some(clients);
+        this.cold_boot().and_then(|()| wait_for_servers(BOUND)).map_err(|e| this.explain(e))?;
         Ok(this)
     }
 
@@ -205,7 +229,8 @@ impl World {
         silences
     }
 
-    fn primary_status(&self) -> Result<ReplicatorStatus> {
+    /// Of the replicator of the machine's host.
+    pub fn primary_status(&self) -> Result<ReplicatorStatus> {
         self.sides[self.primary].replicator()
     }
 
@@ -227,7 +252,7 @@ impl World {
     }
 
     /// The machine boots on the first host.
-    fn boot(&mut self) -> Result<()> {
+    fn cold_boot(&mut self) -> Result<()> {
         self.start(self.primary)?;
         self.generation += 1;
         let (generation, from) = (Generation(self.generation), PromoteFrom::ColdBoot);
