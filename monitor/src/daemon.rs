@@ -26,6 +26,7 @@ use nix::fcntl::{Flock, FlockArg};
 use understudy_protocol::control::{encode_line, read_line};
 use understudy_protocol::key::Key;
 
+use crate::load::{self, Load, Times};
 use crate::local::Machines;
 use crate::matrix::{Production, Verdict};
 use crate::members;
@@ -266,6 +267,7 @@ fn receive(plane: Plane, socket: &UdpSocket, shared: &Shared, key: &Key) {
 fn cluster(settings: &Settings, shared: &Shared, told: &Receiver<Production>) {
     let mut complained = None;
     let mut publish: Option<Production> = None;
+    let mut load = Load::default();
     while !shared.ends() {
         let asked = match settings.crm_mon.split_first() {
             Some((program, words)) => output(Command::new(program).args(words), TOOL),
@@ -289,25 +291,34 @@ fn cluster(settings: &Settings, shared: &Shared, told: &Receiver<Production>) {
         {
             publish = None;
         }
+        let times = std::fs::read_to_string("/proc/stat").ok().and_then(|stat| Times::parse(&stat));
+        if let Some(percent) = times.and_then(|times| load.look(shared.now(), times))
+            && set_attribute(settings, load::ATTRIBUTE, &percent.to_string())
+        {
+            load.told(percent);
+        }
     }
 }
 
 /// Publish how this node is connected. False: try again.
 fn tell_cluster(settings: &Settings, production: Production) -> bool {
-    let set = |name: &str, value: &str| {
-        let mut command = Command::new(&settings.attrd_updater);
-        match output(command.args(["--name", name, "--update", value]), TOOL) {
-            Ok(_) => true,
-            Err(why) => {
-                eprintln!("WARNING: {name}={value} is not published: {why}");
-                false
-            }
-        }
-    };
+    let set = |name: &str, value: &str| set_attribute(settings, name, value);
     // Where everything is cut off no node is worse than another.
     let cut_off = matches!(production, Production::Node | Production::Rack);
     set(PRODUCTION_ATTRIBUTE, production.as_str())
         && (!settings.health || set(HEALTH_ATTRIBUTE, if cut_off { "red" } else { "green" }))
+}
+
+/// Set a transient attribute of this node. False: try again.
+fn set_attribute(settings: &Settings, name: &str, value: &str) -> bool {
+    let mut command = Command::new(&settings.attrd_updater);
+    match output(command.args(["--name", name, "--update", value]), TOOL) {
+        Ok(_) => true,
+        Err(why) => {
+            eprintln!("WARNING: {name}={value} is not published: {why}");
+            false
+        }
+    }
 }
 
 /// Run a tool, with a bound. What it prints may be large, so it is read while it runs.

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod daemon;
+pub mod load;
 pub mod local;
 pub mod matrix;
 pub mod members;
