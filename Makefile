@@ -40,6 +40,7 @@ bench: needs-root build lab-guest lab-disk ## the figures; JSON under target/ben
 	$(dir $(BIN))release/understudy-bench cluster-cuts --count 12 --both 4 --sequence 4 --moves 4
 	$(LAB) vm run -- understudy-bench lab
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-guest
+	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench net-guest
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts
 	UNDERSTUDY_BIN_DIR=$(dir $(BIN))release $(LAB) vm run -- understudy-bench disk-cuts --unredirected --count 8 --both 0 --sequence 0 \
 	  --moves 0 --missing 0 --full 0 --report target/bench/disk-cuts-unredirected.json

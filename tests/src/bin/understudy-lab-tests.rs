@@ -93,10 +93,12 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
     if tally.wants(disks::POWER_CUTS) {
         tally.run(disks::POWER_CUTS, disks::power_cuts);
     }
-    // Minutes where the processor is emulated: only when it is asked for.
-    if !arguments.only.is_empty() && connections::LIVE_ON.starts_with(&arguments.only) {
+    if tally.wants(connections::LIVE_ON) {
         tally.run(connections::LIVE_ON, connections::live_on);
-        return;
+        if !arguments.only.is_empty() && connections::LIVE_ON.starts_with(&arguments.only) {
+            // It brings hosts of its own.
+            return;
+        }
     }
     let mut started = None;
     if !tally.run("two cluster nodes and a board come up", || {

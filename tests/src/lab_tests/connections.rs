@@ -1,5 +1,4 @@
-//! Connections of real clients to a Linux guest, through a few events; `understudy-bench connections` is the long version. It runs only when it is asked for
-//! (`--only ssh,`): a guest with six clients takes an emulated processor minutes to connect.
+//! Connections of real clients to a Linux guest, through a few events; `understudy-bench connections` is the long version.
 
 use std::process::Command;
 
