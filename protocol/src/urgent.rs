@@ -80,6 +80,11 @@ pub fn brisk() {
     set(Level::Brisk);
 }
 
+/// The calling thread is what it was before it was urgent or brisk.
+pub fn ordinary() {
+    set(Level::Ordinary);
+}
+
 /// Do something; if it `takes_long`, not as an urgent thread.
 pub fn heavy<T>(takes_long: bool, work: impl FnOnce() -> T) -> T {
     let before = LEVEL.get();

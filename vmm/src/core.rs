@@ -132,6 +132,20 @@ impl Core {
         nic.has_room(pair)
     }
 
+    /// By a card's worker: some of what the guest has sent goes into the gate. False: there is no more now, or somebody else sees to it.
+    pub fn take_deferred(&self, nic: usize) -> bool {
+        let mut hardware = self.hardware();
+        // After the thaw it is woken again.
+        if hardware.frozen {
+            return false;
+        }
+        let some = hardware.take_deferred(nic, self.env());
+        if some {
+            self.arm(&mut hardware);
+        }
+        some
+    }
+
     /// Something outside has changed; let the devices see it (unless they are frozen: then the thaw does).
     pub fn settle(&self) {
         let mut hardware = self.hardware();
@@ -205,18 +219,27 @@ impl Core {
     }
 }
 
+impl Core {
+    fn after_exit(&self, mut hardware: MutexGuard<'_, Hardware>) {
+        self.arm(&mut hardware);
+        let wakes = hardware.late_wakes();
+        drop(hardware);
+        wakes.for_each(|port| port.wake(0));
+    }
+}
+
 impl Exits for Core {
     fn io(&self, port: u16, write: bool, data: &mut [u8]) -> Action {
         let mut hardware = self.hardware();
         let action = hardware.io(port, write, data, self.env());
-        self.arm(&mut hardware);
+        self.after_exit(hardware);
         action
     }
 
     fn mmio(&self, addr: u64, write: bool, data: &mut [u8]) -> Action {
         let mut hardware = self.hardware();
         let action = hardware.mmio(addr, write, data, self.env());
-        self.arm(&mut hardware);
+        self.after_exit(hardware);
         action
     }
 

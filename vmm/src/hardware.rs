@@ -6,6 +6,8 @@
 //! What must hold: while [`Hardware::frozen`] is set, no device is touched (the machine is being captured, or stands still); so
 //! neither guest RAM nor any state that a checkpoint contains changes.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
@@ -231,7 +233,7 @@ impl Hardware {
                 Action::None
             }
         };
-        self.settle(env);
+        self.work(env);
         action
     }
 
@@ -243,7 +245,7 @@ impl Hardware {
         } else {
             self.pci.mmio_read(addr, data, &ctx);
         }
-        self.settle(env);
+        self.work(env);
         Action::None
     }
 
@@ -273,6 +275,27 @@ impl Hardware {
 
     /// Move what came out of the devices: bytes to the streams, input to the UARTs, levels and messages to KVM.
     pub fn settle(&mut self, env: Env) {
+        self.work(env);
+        self.late_wakes().for_each(|port| port.wake(0));
+    }
+
+    /// Ports whose threads are to be woken now that a vCPU's exit is over ([`Nic::late_wake`]).
+    pub fn late_wakes(&mut self) -> impl Iterator<Item = Arc<NetPort>> + use<> {
+        self.nics.iter_mut().filter_map(Nic::late_wake).collect::<Vec<_>>().into_iter()
+    }
+
+    /// What the guest has sent by this card, as far as it is deferred, goes into the gate. False: there is no more now.
+    pub fn take_deferred(&mut self, nic: usize, env: Env) -> bool {
+        let ctx = Ctx { now: self.stopwatch.now(), ram: env.ram };
+        let Some(nic) = self.nics.get_mut(nic) else { return false };
+        let some = crate::plug::take_deferred(&mut self.pci, nic, &ctx);
+        if some {
+            self.settle(env);
+        }
+        some
+    }
+
+    fn work(&mut self, env: Env) {
         let ctx = Ctx { now: self.stopwatch.now(), ram: env.ram };
         for s in &mut self.serial {
             s.settle(ctx.now);
@@ -486,7 +509,7 @@ impl Hardware {
     }
 
     /// The network cards are configured so, with these ports.
-    pub fn connect_nics(&mut self, machine: &str, specs: &[NicSpec], ports: Vec<std::sync::Arc<NetPort>>) {
+    pub fn connect_nics(&mut self, machine: &str, specs: &[NicSpec], ports: Vec<Arc<NetPort>>) {
         for ((nic, spec), port) in self.nics.iter_mut().zip(specs).zip(ports) {
             nic.connect(spec, spec.address(machine), port);
         }

@@ -106,6 +106,11 @@ pub fn settle_nics(pci: &mut PciBus, nics: &mut [Nic], ctx: &Ctx) {
     }
 }
 
+/// A card's worker takes what the guest has sent. False: there is no more now.
+pub fn take_deferred(pci: &mut PciBus, nic: &mut Nic, ctx: &Ctx) -> bool {
+    pci.get_mut::<VirtioPci<Net>>(nic.slot).is_some_and(|device| nic.take_deferred(device, ctx))
+}
+
 /// The device of a network card.
 pub fn card(pci: &PciBus, slot: u8) -> Option<&VirtioPci<Net>> {
     pci.get(slot)

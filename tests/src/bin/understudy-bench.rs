@@ -139,6 +139,9 @@ enum Cmd {
         /// The figures go into its key `guest`
         #[arg(long, default_value = "target/bench/net.json")]
         report: PathBuf,
+        /// Only these parts, beside our card without protection
+        #[arg(long, value_delimiter = ',', value_parser = net_guest::PARTS)]
+        only: Vec<String>,
     },
     /// The VMM of the measured machines
     #[command(hide = true)]
@@ -298,10 +301,10 @@ fn run(command: Cmd) -> Result<i32> {
             }
             Ok(0)
         }
-        Cmd::NetGuest { report } => {
+        Cmd::NetGuest { report, only } => {
             let started = std::time::Instant::now();
             let say = |text: &str| println!("  {:>4} s … {text}", started.elapsed().as_secs());
-            let (measured, bars) = net_guest::measure(&say)?;
+            let (measured, bars) = net_guest::measure(&only, &say)?;
             println!("\n{} (figures of other backends are not comparable)", measured.kvm_backend());
             print!("{}\n{}", measured.table("-"), rows::bars_table(&bars));
             write_key(&report, "guest", &serde_json::json!({ "rows": measured.rows, "bars": bars }))?;

@@ -158,6 +158,11 @@ impl PacketGate {
         self.gate == Gate::Open && self.queue.is_empty() && self.lent.is_empty()
     }
 
+    /// Whether packets do not wait for a commit.
+    pub fn is_open(&self) -> bool {
+        self.gate == Gate::Open
+    }
+
     /// A packet went by without being given to the gate ([`PacketGate::passes`]).
     pub fn passed(&mut self, packets: u64) {
         self.stats.pushed += packets;

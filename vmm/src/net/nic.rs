@@ -3,6 +3,7 @@
 //! ```text
 //!  device ──take_packets()──► filter ─► gate ──passes──────────────────────► port      gate open, nothing before it: at once, by the thread of the vCPU
 //!                              │ held … commit … released ─► worker ─┘
+//!         ──take_deferred()─► filter ─► gate ─► released ──► worker ─┘                 gate open, and the guest sends much: all by the worker
 //!  device ◄──receive()── arrived ◄── filter ◄── worker ◄──── port
 //! ```
 //! On the way what the guest's addresses are is learnt ([`Addresses`]); when the machine begins to run here the network is told ([`Nic::announce`]), before
@@ -34,6 +35,8 @@ use crate::devices::virtio::net::{Offloads, Received};
 use crate::devices::virtio::{Net, VirtioPci};
 use crate::devices::{Ctx, VmTime};
 
+/// A notification that brings so many packets, or bytes, is much: the worker takes the next ones.
+const MUCH: Count = Count { packets: 2, bytes: 4 << 10 };
 /// Rounds of work in one settling; what is left comes with the next access or tick.
 const ROUNDS: usize = 16;
 
@@ -45,6 +48,10 @@ struct Count {
 }
 
 impl Count {
+    fn is_much(self) -> bool {
+        self.packets >= MUCH.packets || self.bytes >= MUCH.bytes
+    }
+
     fn add(&mut self, frame: usize) {
         self.packets += 1;
         self.bytes += frame as u64;
@@ -71,6 +78,12 @@ pub struct Nic {
     timed: bool,
     /// See [`Nic::leak`].
     leaks: bool,
+    /// The guest sends much: see [`Nic::defers`].
+    busy: bool,
+    /// What the worker took since it was woken.
+    took: Count,
+    /// The worker is to be woken ([`Nic::late_wake`]).
+    late: bool,
     arrived: Arrived,
     /// Buffers of packets that the guest has taken, for those who read.
     taken: Vec<Vec<u8>>,
@@ -98,6 +111,9 @@ impl Nic {
             began: Instant::now(),
             timed: false,
             leaks: false,
+            busy: false,
+            took: Count::default(),
+            late: false,
             arrived: Arrived::default(),
             taken: Vec::new(),
             spent: Vec::new(),
@@ -123,6 +139,37 @@ impl Nic {
 
     /// What the device has sent goes; what has arrived, it is given.
     pub fn settle(&mut self, device: &mut VirtioPci<Net>, ctx: &Ctx) {
+        self.send(device, ctx);
+        let offloads = device.device().offloads();
+        if self.offloads != Some(offloads)
+            && let Some(port) = &self.port
+        {
+            port.set_offloads(offloads);
+            self.offloads = Some(offloads);
+        }
+        self.deliver(device, ctx);
+        // While it was given something it may have seen that the guest had sent something: nobody will say so again.
+        if device.has_packets() {
+            self.send(device, ctx);
+        }
+        // The next notification comes before the next settling.
+        device.defer(self.defers());
+    }
+
+    /// Whether the worker takes what the guest sends, and not the vCPU that notifies. The vCPU goes on, and what it sends meanwhile makes no exits; a packet
+    /// that comes alone is quicker without another thread. While packets wait for a commit the worker would only make a copy later.
+    fn defers(&self) -> bool {
+        self.busy && self.gate.is_open() && self.port.is_some()
+    }
+
+    fn send(&mut self, device: &mut VirtioPci<Net>, ctx: &Ctx) {
+        let defers = self.defers();
+        device.defer(defers);
+        if defers {
+            self.late |= device.has_packets();
+            return;
+        }
+        let mut sent = Count::default();
         for _ in 0..ROUNDS {
             let now = self.since.elapsed();
             let room = self.gate.ask_room() && !self.must_wait(now);
@@ -133,19 +180,45 @@ impl Nic {
             }
             self.gate.set_time(now);
             for packet in packets {
+                sent.add(packet.frame.len());
                 if let Some(Packet { frame, .. }) = self.transmit(packet, now, ctx.now) {
                     self.spent.push(frame);
                 }
             }
         }
-        let offloads = device.device().offloads();
-        if self.offloads != Some(offloads)
-            && let Some(port) = &self.port
-        {
-            port.set_offloads(offloads);
-            self.offloads = Some(offloads);
+        self.busy = sent.is_much();
+    }
+
+    /// By the worker: some of what the guest has sent goes into the open gate, and from there into bursts ([`Nic::take_released`]). False: there is no more now.
+    pub fn take_deferred(&mut self, device: &mut VirtioPci<Net>, ctx: &Ctx) -> bool {
+        if !self.defers() {
+            return false;
         }
-        self.deliver(device, ctx);
+        let now = self.since.elapsed();
+        if !self.gate.ask_room() || self.must_wait(now) {
+            return false;
+        }
+        device.device_mut().give_back(self.spent.drain(..));
+        let packets = device.take_deferred(ctx);
+        self.gate.set_time(now);
+        let some = !packets.is_empty();
+        for packet in packets {
+            self.took.add(packet.frame.len());
+            if let Some(packet) = self.outbound(packet, now, ctx.now) {
+                self.gate.push(packet);
+            }
+        }
+        if !some {
+            let took = std::mem::take(&mut self.took);
+            // Nothing at all says nothing: somebody was quicker.
+            self.busy = took.packets == 0 || took.is_much();
+        }
+        some
+    }
+
+    /// Whether the worker is to be woken, which then has to be done at once. Not while the devices are locked, if that can be helped: it would wait for them.
+    pub fn late_wake(&mut self) -> Option<Arc<NetPort>> {
+        std::mem::take(&mut self.late).then(|| self.port.clone()).flatten()
     }
 
     /// Whether a rate keeps the guest's next packet; then the worker comes back when it does not.
@@ -161,14 +234,21 @@ impl Nic {
         waits
     }
 
-    /// The guest sent this. What comes back is done with: it has left, or never will.
-    fn transmit(&mut self, mut packet: Packet, now: Duration, vm_time: VmTime) -> Option<Packet> {
+    /// The guest sent this. As it leaves, if it may.
+    fn outbound(&mut self, mut packet: Packet, now: Duration, vm_time: VmTime) -> Option<Packet> {
         if let Err(reason) = self.filter.outbound(&packet.frame, now) {
             self.drop(reason.name());
-            return Some(packet);
+            self.spent.push(packet.frame);
+            return None;
         }
         self.addresses.sent(&packet.frame, vm_time);
         self.filter.tag(&mut packet);
+        Some(packet)
+    }
+
+    /// The guest sent this. What comes back is done with: it has left, or never will.
+    fn transmit(&mut self, packet: Packet, now: Duration, vm_time: VmTime) -> Option<Packet> {
+        let packet = self.outbound(packet, now, vm_time)?;
         let Some(port) = &self.port else { return Some(packet) };
         if !self.gate.passes() {
             self.gate.push(packet);

@@ -1,6 +1,7 @@
-//! The threads of a card, one for each pair of queues: what arrives there is brought to the device; the first of them also writes what the gate has released.
+//! The threads of a card, one for each pair of queues: what arrives there is brought to the device; the first of them also writes what the gate has released,
+//! and takes what a guest sends that sends much.
 //!
-//! It exists so that neither a vCPU nor a cut ever waits for the network.
+//! It exists so that neither a vCPU nor a cut ever waits for the network. They are urgent while packets wait for commits, and ordinary threads otherwise.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use understudy_protocol::urgent;
 
 use super::burst::{self, BURST, Reader};
 use super::port::NetPort;
@@ -30,8 +33,6 @@ impl Workers {
             let worker = Worker { core: core.clone(), nic, queue, port: port.clone(), stop: workers.stop.clone() };
             let thread =
                 std::thread::Builder::new().name(format!("{name}-{queue}")).stack_size(256 * 1024).spawn(move || {
-                    // An output that was let go leaves here.
-                    understudy_protocol::urgent::this_thread();
                     worker.main();
                 });
             workers.threads.push(thread.context("cannot start a network card's thread")?);
@@ -66,7 +67,14 @@ impl Worker {
         // Whether there is something that did not go, and room for what arrives.
         let (mut blocked, mut room, mut reads) = (false, true, true);
         while !self.stop.load(Ordering::Acquire) {
-            let due = self.core.with_nic(self.nic, |nic| nic.next_due()).flatten();
+            let (due, open) =
+                self.core.with_nic(self.nic, |nic| (nic.next_due(), nic.gate.is_open())).unwrap_or_default();
+            // An output that was let go leaves here.
+            if open {
+                urgent::ordinary()
+            } else {
+                urgent::this_thread()
+            }
             if !self.wait(blocked, room && reads, due) {
                 return;
             }
@@ -76,7 +84,7 @@ impl Worker {
                 self.core.settle();
             }
             if self.queue == 0 {
-                blocked = !self.port.flush() || !self.write();
+                blocked = !self.port.flush() || !self.send();
             }
             (room, reads) = self.read(&mut reader, reads);
         }
@@ -101,6 +109,19 @@ impl Worker {
         });
         let _ = poll(&mut fds, timeout);
         true
+    }
+
+    /// Take what the guest sends, if that is left to this thread, and write what is released. False: not all of it goes now.
+    fn send(&self) -> bool {
+        loop {
+            let more = self.core.take_deferred(self.nic);
+            if !self.write() {
+                return false;
+            }
+            if !more {
+                return true;
+            }
+        }
     }
 
     /// Write what is released. False: not all of it goes now.

@@ -23,7 +23,7 @@ pub mod requests;
 pub mod rng;
 pub mod scsi;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 pub mod transport;

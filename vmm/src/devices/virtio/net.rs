@@ -106,8 +106,10 @@ pub struct Net {
     out_bytes: usize,
     /// The owner's wish; not part of the machine's state.
     room: bool,
-    /// Packets wait in the rings for room.
+    /// Packets wait in the rings, for room or for the owner's thread.
     waiting: bool,
+    /// The owner's wish too: see [`VirtioPci::defer`].
+    deferred: bool,
     /// The pair whose turn it is, and how many bytes of its turn are used.
     turn: u16,
     used: usize,
@@ -133,6 +135,7 @@ impl Net {
             out_bytes: 0,
             room: true,
             waiting: false,
+            deferred: false,
             turn: 0,
             used: 0,
             pool: Pool::default(),
@@ -167,6 +170,13 @@ impl Net {
     /// Pairs take turns, of [`TURN`] bytes each: one that always has something to send keeps no other waiting.
     fn transmit(&mut self, queues: &mut [VirtQueue], ram: &GuestRam) -> Result<Progress, Broken> {
         self.waiting = false;
+        if self.deferred {
+            // (As long as they are there the driver is not asked to notify: with EVENT_IDX it does not.)
+            for queue in queues.iter().skip(1).step_by(2).take(usize::from(self.pairs)) {
+                self.waiting |= queue.has_some(ram)?;
+            }
+            return Ok(Progress::Idle);
+        }
         let mut left = CHAINS_PER_CALL;
         let mut empty = 0;
         while empty < self.pairs {
@@ -364,6 +374,26 @@ impl VirtioPci<Net> {
         std::mem::take(&mut device.out)
     }
 
+    /// Whether notifications take nothing out of the rings: the owner has a thread for that, which calls [`VirtioPci::take_deferred`].
+    pub fn defer(&mut self, deferred: bool) {
+        self.device_mut().deferred = deferred;
+    }
+
+    /// As [`VirtioPci::take_packets`] with room, by that thread, whether or not anything was notified.
+    pub fn take_deferred(&mut self, ctx: &Ctx) -> Vec<Packet> {
+        let device = self.device_mut();
+        device.waiting = true;
+        let deferred = std::mem::take(&mut device.deferred);
+        let packets = self.take_packets(true, ctx);
+        self.device_mut().deferred = deferred;
+        packets
+    }
+
+    /// Whether anything waits to be taken, out of the device or out of its rings.
+    pub fn has_packets(&self) -> bool {
+        self.device().waiting || !self.device().out.is_empty()
+    }
+
     /// A packet for the guest, header and frame, that came by this pair. The interrupt is left to [`VirtioPci::process`], so that a burst makes one.
     pub fn receive(&mut self, pair: u16, packet: &mut [u8], ctx: &Ctx) -> Received {
         if !self.running() {
@@ -461,7 +491,8 @@ impl Snapshot for Net {
             out_bytes: _,
             room: _,    // the owner's
             waiting: _, // after a restore the transport has the queues looked at
-            turn: _,    // any order is fair to begin with
+            deferred: _,
+            turn: _, // any order is fair to begin with
             used: _,
             pool: _,
             refused: _, // a count of this process
@@ -491,7 +522,7 @@ impl Snapshot for Net {
         if guest_offloads.is_some_and(|offloads| offloads & !GUEST_OFFLOADS != 0) {
             return Err(invalid("it takes offloads that there are not"));
         }
-        let (features, room, refused) = (self.features, self.room, self.refused);
+        let (features, room, deferred, refused) = (self.features, self.room, self.deferred, self.refused);
         *self = Self {
             filters,
             pairs,
@@ -500,6 +531,7 @@ impl Snapshot for Net {
             announce,
             features,
             room,
+            deferred,
             refused,
             ..Self::new(self.config)
         };

@@ -248,6 +248,11 @@ impl VirtQueue {
         collect(chain, ram, self.setup.size).map(Some)
     }
 
+    /// Whether the driver has made a chain available that was not taken yet. It is not asked to notify.
+    pub fn has_some(&self, ram: &GuestRam) -> Result<bool, Broken> {
+        self.ring.as_ref().map_or(Ok(false), |ring| available(ring, ram))
+    }
+
     /// Put the chain that [`VirtQueue::next_chain`] returned last back: it will come again.
     pub fn put_back(&mut self) {
         if let Some(ring) = &mut self.ring {

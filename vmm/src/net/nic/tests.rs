@@ -5,9 +5,13 @@ use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 
 use etherparse::PacketBuilder;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::devices::virtio::net::NetConfig;
+use crate::devices::virtio::testing::{EVENT_IDX, Guest, SIZE, VERSION_1, ring};
 use crate::net::backend::NetBackend;
+use crate::net::burst;
 
 const MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
 const NOW: VmTime = VmTime(0);
@@ -134,4 +138,104 @@ fn a_rate_keeps_the_guest_waiting_and_the_worker_comes_back_for_it() {
     (0..60).for_each(|number| send(&mut n, number));
     assert!(n.must_wait(now) && n.timed);
     assert!(n.next_due().is_some_and(|due| due < Duration::from_secs(1)));
+}
+
+const TX: u16 = 1;
+
+/// A guest at a card with an open gate.
+fn guest() -> (Guest<Net>, Nic, Wire) {
+    let config = NetConfig { mac: MAC, pairs: 1, offloads: false, mtu: None };
+    let (mut nic, wire) = nic("");
+    nic.set_gate(Gate::Open);
+    wire.happened();
+    (Guest::ready(Net::new(config), VERSION_1 | EVENT_IDX), nic, wire)
+}
+
+/// The guest makes a packet available. Whether it notifies, by what the device asked for (virtio 1.2, 2.7.10).
+fn offer(guest: &mut Guest<Net>, number: u8) -> bool {
+    let bytes = [&[0; HEADER][..], &packet(number).frame].concat();
+    let (_, driver, device) = ring(TX);
+    let before: u16 = guest.ram.read_obj(GuestAddress(driver + 2)).unwrap();
+    guest.send(TX, 0x5000 + 0x100 * u64::from(number), &bytes);
+    let event: u16 = guest.ram.read_obj(GuestAddress(device + 4 + 8 * u64::from(SIZE))).unwrap();
+    before == event
+}
+
+/// An exit of the vCPU: the worker is to be woken if true.
+fn exit(guest: &mut Guest<Net>, nic: &mut Nic) -> bool {
+    guest.kick(TX);
+    guest.with(|device, ctx| nic.settle(device, ctx));
+    nic.late_wake().is_some()
+}
+
+/// What the worker does when it is woken.
+fn worker(guest: &mut Guest<Net>, nic: &mut Nic) {
+    while guest.with(|device, ctx| nic.take_deferred(device, ctx)) {
+        let port = nic.port.clone().unwrap();
+        while !nic.gate.passes() {
+            let written = burst::write(&port, nic.take_released(burst::BURST));
+            nic.wrote(written);
+        }
+    }
+}
+
+#[test]
+fn a_packet_that_comes_alone_leaves_in_the_exit_and_a_stream_by_the_worker_without_exits() {
+    let (mut guest, mut nic, wire) = guest();
+    assert!(offer(&mut guest, 1));
+    assert!(!exit(&mut guest, &mut nic));
+    assert_eq!(wire.happened(), ["packet 1"]);
+    // Two at once: from now on it is much.
+    assert!(offer(&mut guest, 2));
+    offer(&mut guest, 3);
+    assert!(!exit(&mut guest, &mut nic));
+    assert_eq!(wire.happened(), ["packet 2", "packet 3"]);
+    assert!(offer(&mut guest, 4));
+    assert!(exit(&mut guest, &mut nic), "the worker is wanted");
+    assert!(wire.happened().is_empty());
+    assert!(!offer(&mut guest, 5) && !offer(&mut guest, 6), "while they wait the guest need not notify");
+    worker(&mut guest, &mut nic);
+    assert_eq!(wire.happened(), ["packet 4", "packet 5", "packet 6"]);
+    // The worker saw an empty ring: the guest notifies again. One alone is not much.
+    assert!(offer(&mut guest, 7));
+    assert!(exit(&mut guest, &mut nic));
+    worker(&mut guest, &mut nic);
+    assert!(offer(&mut guest, 8));
+    assert!(!exit(&mut guest, &mut nic));
+    assert_eq!(wire.happened(), ["packet 7", "packet 8"]);
+}
+
+#[test]
+fn what_waits_for_the_worker_when_the_gate_closes_is_held_with_the_rest() {
+    let (mut guest, mut nic, wire) = guest();
+    (1..=2).for_each(|number| _ = offer(&mut guest, number));
+    exit(&mut guest, &mut nic);
+    wire.happened();
+    offer(&mut guest, 3);
+    assert!(exit(&mut guest, &mut nic));
+    nic.set_gate(Gate::Hold);
+    worker(&mut guest, &mut nic);
+    offer(&mut guest, 4);
+    assert!(!exit(&mut guest, &mut nic));
+    assert_eq!((nic.gate.held_packets(), wire.happened().len()), (2, 0));
+    nic.gate.seal(Epoch(1));
+    nic.commit(Epoch(1));
+    work(&mut nic);
+    assert_eq!(wire.happened(), ["packet 3", "packet 4"]);
+}
+
+#[test]
+fn what_the_guest_sends_while_it_is_given_something_leaves_at_once() {
+    let (mut guest, mut nic, wire) = guest();
+    guest.add(0, &[(0x9000, 2048, true)]);
+    // Between the two looks at the queue of this settling: the guest need not notify any more once it was seen.
+    nic.arrived(0, std::iter::once([&[0; HEADER][..], &packet(1).frame].concat()));
+    guest.with(|device, ctx| nic.send(device, ctx));
+    offer(&mut guest, 9);
+    guest.with(|device, ctx| {
+        nic.deliver(device, ctx);
+        assert!(device.has_packets(), "it was taken out of the ring");
+        nic.settle(device, ctx);
+    });
+    assert_eq!(wire.happened(), ["packet 9"]);
 }
