@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{Epoch, Generation};
 use crate::statistics::{DiskVerifyStatus, Statistics, VerifyStatus};
+use crate::watchdog::WatchdogStatus;
 
 mod board;
 mod devices;
@@ -356,6 +357,9 @@ pub struct VmmStatus {
     /// The network cards.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<NicStatus>,
+    /// Its watchdog, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<WatchdogStatus>,
 }
 
 /// Reply to [`VmmRequest::Attach`].

@@ -12,6 +12,7 @@
 //! | [`disk`]    | administrators → agents, vmm | how a machine's disks are written |
 //! | [`cdrom`]   | administrators → agents, vmm | how its CD-ROM drives are written |
 //! | [`nic`]     | administrators → agents, vmm | how its network cards are written |
+//! | [`watchdog`] | administrators → agents, vmm → monitor | its watchdog |
 //! | [`ids`]     | everybody | types that keep an epoch from being taken for a generation |
 //!
 //! Nothing here knows Pacemaker, KVM or a device: it is the one crate that both sides of every boundary depend on.
@@ -31,3 +32,4 @@ pub mod nic_filter;
 pub mod secure;
 pub mod statistics;
 pub mod urgent;
+pub mod watchdog;

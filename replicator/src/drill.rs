@@ -258,6 +258,9 @@ impl StandIn {
         for nic in &shape.nics {
             command.args(["--nic", &NicSpec::disconnected(nic).to_string()]);
         }
+        if let Some(watchdog) = shape.watchdog {
+            command.args(["--watchdog", watchdog.name()]);
+        }
         if shape.console {
             command.arg("--console");
         }

@@ -157,8 +157,7 @@ impl Core {
 
     /// Devices work again.
     pub fn thaw(&self, hardware: &mut Hardware) {
-        hardware.frozen = false;
-        hardware.settle(self.env());
+        hardware.thaw(self.env());
         self.timer.notify_all();
     }
 
@@ -193,7 +192,8 @@ impl Core {
         if !hardware.frozen && hardware.stopwatch.runs() {
             let due = |h: &Hardware| h.deadline().is_some_and(|d: VmTime| d <= h.stopwatch.now());
             if due(&hardware) {
-                hardware.tick(self.env());
+                let action = hardware.tick(self.env());
+                self.ask(&mut hardware, action);
             }
             if let Some(at) = hardware.deadline().and_then(|d| hardware.stopwatch.instant_of(d)) {
                 wait = wait.min(at.saturating_duration_since(Instant::now()));
@@ -204,6 +204,20 @@ impl Core {
         }
         if wait > Duration::ZERO {
             let _ = self.timer.wait_timeout(hardware, wait);
+        }
+    }
+
+    /// The guest, or its watchdog, wants something of the machine's owner.
+    fn ask(&self, hardware: &mut Hardware, what: Action) {
+        let (asked, event) = match what {
+            Action::None => return,
+            Action::Reset => (Asked::Reset, Event::Reset),
+            Action::PowerOff => (Asked::PowerOff, Event::PowerOff),
+        };
+        // Several vCPUs may ask; once is enough.
+        if hardware.asked.is_none() {
+            hardware.asked = Some(asked);
+            self.tell(event);
         }
     }
 
@@ -244,16 +258,8 @@ impl Exits for Core {
     }
 
     fn asks(&self, what: Action) {
-        let (asked, event) = match what {
-            Action::None => return,
-            Action::Reset => (Asked::Reset, Event::Reset),
-            Action::PowerOff => (Asked::PowerOff, Event::PowerOff),
-        };
-        let mut hardware = self.hardware();
-        // Several vCPUs may ask; once is enough.
-        if hardware.asked.is_none() {
-            hardware.asked = Some(asked);
-            self.tell(event);
+        if what != Action::None {
+            self.ask(&mut self.hardware(), what);
         }
     }
 

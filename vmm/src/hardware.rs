@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use understudy_protocol::control::{CdromShape, DiskShape, Gate, NicShape, NicStatus};
 use understudy_protocol::ids::Epoch;
 use understudy_protocol::nic::NicSpec;
+use understudy_protocol::watchdog::{WatchdogSpec, WatchdogStatus};
 
 use crate::clock::Stopwatch;
 use crate::devices::acpi_pm::AcpiPm;
@@ -94,6 +95,8 @@ pub struct HardwareConfig {
     pub scsi_queues: u16,
     /// Its network cards.
     pub nics: Vec<NicShape>,
+    /// Its watchdog, if it has one.
+    pub watchdog: Option<WatchdogSpec>,
 }
 
 /// The devices. See the module.
@@ -112,6 +115,8 @@ pub struct Hardware {
     pub asked: Option<Asked>,
     /// No device may be touched.
     pub frozen: bool,
+    /// Since when the vCPUs stand still for a cut.
+    still_since: Option<VmTime>,
     /// When the timer thread wakes by itself; `None` while it stands still.
     pub armed: Option<VmTime>,
     /// Rings when output begins to wait for a cut.
@@ -162,6 +167,7 @@ impl Hardware {
             nics,
             asked: None,
             frozen: true,
+            still_since: None,
             armed: None,
             bell: std::sync::Arc::default(),
             uncovered: false,
@@ -249,16 +255,48 @@ impl Hardware {
         Action::None
     }
 
+    /// The vCPUs have stopped for a cut: no device may be touched until [`Hardware::thaw`]. VM time goes on.
+    pub fn freeze(&mut self) {
+        self.frozen = true;
+        self.still_since.get_or_insert(self.stopwatch.now());
+    }
+
+    /// They are about to run again.
+    pub fn thaw(&mut self, env: Env) {
+        self.frozen = false;
+        if let Some(since) = self.still_since.take() {
+            crate::plug::stood_still(&mut self.pci, self.stopwatch.now().since(since));
+        }
+        self.settle(env);
+    }
+
     /// Time has passed.
-    pub fn tick(&mut self, env: Env) {
+    pub fn tick(&mut self, env: Env) -> Action {
         let now = self.stopwatch.now();
         for s in &mut self.serial {
             s.uart.tick(now);
         }
         self.rtc.tick(now);
         self.pm.tick(now);
-        self.pci.tick(&Ctx { now, ram: env.ram });
+        let expirations = |h: &Self| h.watchdog_status().map_or(0, |watchdog| watchdog.expirations);
+        let before = expirations(self);
+        let action = self.pci.tick(&Ctx { now, ram: env.ram });
+        if expirations(self) != before {
+            self.say_expired(action);
+        }
         self.settle(env);
+        action
+    }
+
+    /// For the log.
+    fn say_expired(&self, action: Action) {
+        let unfed = self.watchdog_status().and_then(|watchdog| watchdog.fed_ms_ago).unwrap_or(0);
+        let follows = match action {
+            Action::None => "it is reported",
+            Action::Reset => "the machine is reset",
+            Action::PowerOff => "the machine is switched off",
+        };
+        eprintln!("warning: the guest has not fed its watchdog for {:.1} s: {follows}", unfed as f64 / 1e3);
     }
 
     /// When [`Hardware::tick`] is wanted.
@@ -427,6 +465,7 @@ impl Hardware {
             disks: _, // a request is in its device's state until it is done
             asked,
             frozen: _,
+            still_since: _, // the state is that of the instant since when
             armed: _,
             bell: _,
             uncovered: _,
@@ -525,6 +564,11 @@ impl Hardware {
     /// No packet leaves any more: the machine does not run here. What was released still does if it can at once (`polite`).
     pub fn silence_nics(&mut self, polite: bool) {
         self.nics.iter_mut().for_each(|nic| nic.silence(polite));
+    }
+
+    /// The watchdog, for the status.
+    pub fn watchdog_status(&self) -> Option<WatchdogStatus> {
+        crate::plug::watchdog(&self.pci).map(|watchdog| watchdog.status(self.stopwatch.now()))
     }
 
     /// The network cards, for the status.

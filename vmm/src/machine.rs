@@ -28,6 +28,7 @@ use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, SerialStatus
 use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::nic::{self, NicSpec};
+use understudy_protocol::watchdog::WatchdogSpec;
 
 use crate::acpi::{self, Platform};
 use crate::backend::{BackendConfig, Start};
@@ -105,6 +106,8 @@ pub struct MachineConfig {
     pub cdroms: Vec<CdromSpec>,
     /// Its network cards.
     pub nics: Vec<NicSpec>,
+    /// Its watchdog, if it has one.
+    pub watchdog: Option<WatchdogSpec>,
     /// This node's name: the disks' owner records have it.
     pub node: String,
     /// The RAM file.
@@ -276,6 +279,7 @@ impl Machine {
             disks,
             cdroms: self.drives.status(|name| hardware.drive(name).cloned()),
             nics: hardware.nics_status(&self.config.nics, &self.config.name),
+            watchdog: hardware.watchdog_status(),
         }
     }
 
@@ -289,6 +293,7 @@ impl Machine {
             disks: storage::shapes(&self.config.disks, self.config.vcpus),
             cdroms: storage::media::shapes(&self.config.cdroms),
             nics: net::shapes(&self.config.name, &self.config.nics),
+            watchdog: self.config.watchdog.map(|watchdog| watchdog.model),
         }
     }
 

@@ -16,6 +16,7 @@ use understudy_protocol::disk::DiskSpec;
 use understudy_protocol::ids::{Epoch, Generation};
 use understudy_protocol::layout::{DEFAULT_RUN_ROOT, DEFAULT_SHM_ROOT, Layout, valid_machine_name};
 use understudy_protocol::nic::NicSpec;
+use understudy_protocol::watchdog::{WatchdogAction, WatchdogModel, WatchdogSpec, WatchdogState, WatchdogStatus};
 use understudy_vmm::backend::BackendConfig;
 use understudy_vmm::machine::{BootSource, MachineConfig};
 use understudy_vmm::run::{self, RunConfig};
@@ -190,6 +191,9 @@ enum Command {
         /// A network card, as run's --nic, with nothing behind it: none, or none=offloads.
         #[arg(long, value_name = "NIC")]
         nic: Vec<NicSpec>,
+        /// With this watchdog: i6300esb.
+        #[arg(long, value_name = "MODEL")]
+        watchdog: Option<WatchdogModel>,
     },
     /// End a machine at once, without asking the guest.
     Quit(Which),
@@ -237,6 +241,13 @@ struct Run {
     /// At most hold bytes of packets wait for their checkpoint; then the guest waits, or packets are dropped.
     #[arg(long, value_name = "NIC")]
     nic: Vec<NicSpec>,
+    /// A watchdog, which the guest arms and feeds: i6300esb. What becomes of it is in the status.
+    #[arg(long, value_name = "MODEL")]
+    watchdog: Option<WatchdogModel>,
+    /// What follows when the guest has armed its watchdog and does not feed it: report (it stands in the status, and nothing else happens), reset (the
+    /// machine is reset where it is) or off (it is switched off).
+    #[arg(long, value_name = "ACTION", default_value_t, requires = "watchdog")]
+    watchdog_action: WatchdogAction,
     /// This node's name in the cluster: it stands in the records of whose the disks are [default: the host's name].
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
@@ -271,7 +282,7 @@ fn dispatch(command: Command) -> Result<i32> {
     const SLOW: Duration = Duration::from_secs(600);
     match command {
         Command::Run(run) => return start(*run),
-        Command::StandIn { which, memory, vcpus, serial_ports, console, nic } => {
+        Command::StandIn { which, memory, vcpus, serial_ports, console, nic, watchdog } => {
             let shape = MachineShape {
                 memory_mib: memory,
                 vcpus,
@@ -280,6 +291,7 @@ fn dispatch(command: Command) -> Result<i32> {
                 disks: Vec::new(),
                 cdroms: Vec::new(),
                 nics: understudy_vmm::net::shapes(&which.machine, &nic),
+                watchdog,
             };
             return run::stand_in(&which.machine, &shape, which.layout()?);
         }
@@ -380,6 +392,7 @@ fn start(run: Run) -> Result<i32> {
         disks: run.disk,
         cdroms: run.cdrom,
         nics: run.nic,
+        watchdog: run.watchdog.map(|model| WatchdogSpec { model, action: run.watchdog_action }),
         node: run.node.map_or_else(hostname, Ok)?,
         ram_file: layout.ram(),
     };
@@ -397,6 +410,18 @@ fn start(run: Run) -> Result<i32> {
 fn hostname() -> Result<String> {
     let name = nix::unistd::gethostname().context("cannot tell the host's name; give --node")?;
     name.into_string().map_err(|_| anyhow!("the host's name is not valid UTF-8; give --node"))
+}
+
+fn watched(w: &WatchdogStatus) -> String {
+    let seconds = |ms: Option<u64>| ms.unwrap_or(0) as f64 / 1e3;
+    let state = match w.state {
+        WatchdogState::NotArmed => "not armed by the guest".into(),
+        WatchdogState::Fed => {
+            format!("fed {:.1} s ago, expires after {:.1} s", seconds(w.fed_ms_ago), seconds(w.timeout_ms))
+        }
+        WatchdogState::Expired => format!("EXPIRED {:.1} s ago: the guest hangs", seconds(w.expired_ms_ago)),
+    };
+    format!("{state} (then: {}); expired {} times", w.action, w.expirations)
 }
 
 fn readable(s: &VmmStatus) -> String {
@@ -445,6 +470,9 @@ fn readable(s: &VmmStatus) -> String {
     }
     if s.capture.throttle_percent < 100 {
         let _ = writeln!(out, "  throttled: the vCPUs run {} % of the time", s.capture.throttle_percent);
+    }
+    if let Some(watchdog) = &s.watchdog {
+        let _ = writeln!(out, "  watchdog {}: {}", watchdog.model, watched(watchdog));
     }
     for p in &s.serial {
         let _ = writeln!(

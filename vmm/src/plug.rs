@@ -1,5 +1,5 @@
-//! What is plugged into the PCI bus: an entropy device, a console if the machine has one, its disks, its network cards, and a SCSI
-//! controller if a disk or a drive needs it.
+//! What is plugged into the PCI bus: an entropy device, a console if the machine has one, its disks, its network cards, a SCSI
+//! controller if a disk or a drive needs it, and a watchdog if the machine has one.
 
 use std::fs::File;
 use std::io::Read;
@@ -8,8 +8,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use understudy_protocol::control::NicShape;
 use understudy_protocol::disk::DiskBus;
+use understudy_protocol::watchdog::WatchdogModel;
 
 use crate::devices::Ctx;
+use crate::devices::i6300esb::I6300esb;
 use crate::devices::pci::PciBus;
 use crate::devices::scsi::Unit;
 use crate::devices::virtio::console::Console;
@@ -30,6 +32,8 @@ const DISK_SLOT: u8 = 3;
 const SCSI_SLOT: u8 = 16;
 /// The first network card's; the others follow.
 const NIC_SLOT: u8 = 17;
+/// The watchdog's: the last one, out of everybody's way.
+const WATCHDOG_SLOT: u8 = 31;
 /// Rounds of work for a device in one settling; what is left comes with the next access or tick.
 const ROUNDS: usize = 16;
 
@@ -83,7 +87,25 @@ pub fn plug(pci: &mut PciBus, config: &HardwareConfig) -> Result<Vec<Plugged>> {
         pci.add(SCSI_SLOT, Box::new(VirtioPci::new(Scsi::new(queues, units))))
             .context("plugging the SCSI controller")?;
     }
+    if let Some(spec) = config.watchdog {
+        match spec.model {
+            WatchdogModel::I6300esb => pci.add(WATCHDOG_SLOT, Box::new(I6300esb::new(spec))),
+        }
+        .context("plugging the watchdog")?;
+    }
     Ok(plugged)
+}
+
+/// The watchdog, if there is one.
+pub fn watchdog(pci: &PciBus) -> Option<&I6300esb> {
+    pci.get(WATCHDOG_SLOT)
+}
+
+/// The vCPUs did not run for `ns` nanoseconds of VM time.
+pub fn stood_still(pci: &mut PciBus, ns: u64) {
+    if let Some(watchdog) = pci.get_mut::<I6300esb>(WATCHDOG_SLOT) {
+        watchdog.stood_still(ns);
+    }
 }
 
 /// Plug the machine's network cards.

@@ -17,6 +17,7 @@ use understudy_protocol::control::{Gate, MachineShape, PromoteFrom, Strategy, Vm
 use understudy_protocol::ids::Generation;
 use understudy_protocol::layout::Layout;
 use understudy_protocol::nic::NicSpec;
+use understudy_protocol::watchdog::{WatchdogAction, WatchdogSpec};
 
 use crate::backend::BackendConfig;
 use crate::control;
@@ -110,6 +111,8 @@ pub fn stand_in(name: &str, shape: &MachineShape, layout: Layout) -> Result<i32>
         disks: Vec::new(),
         cdroms: Vec::new(),
         nics: shape.nics.iter().map(NicSpec::disconnected).collect(),
+        // Whether its guest hangs is for others to say.
+        watchdog: shape.watchdog.map(|model| WatchdogSpec { model, action: WatchdogAction::Report }),
         node: String::new(),
         ram_file: layout.ram(),
     };
@@ -215,11 +218,11 @@ fn supervise(machine: &Arc<Machine>, inbox: &Receiver<Event>, way: Way) -> i32 {
 fn grant(machine: &Machine, wish: &Event, standby: bool) {
     let result = match wish {
         Event::Reset => {
-            eprintln!("the guest resets the machine");
+            eprintln!("the machine is reset");
             machine.reset()
         }
         _ => {
-            eprintln!("the guest has switched the machine off");
+            eprintln!("the machine is switched off");
             machine.shut_down()
         }
     };

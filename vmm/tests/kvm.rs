@@ -51,6 +51,7 @@ fn rig(code: &[u8], vcpus: u32, arena_bytes: u64) -> Rig {
         disks: Vec::new(),
         cdroms: Vec::new(),
         nics: Vec::new(),
+        watchdog: None,
         node: String::new(),
         ram_file: dir.path().join("ram"),
     };

@@ -127,6 +127,7 @@ impl Shared {
             disks: vec![self.spec()],
             cdroms: self.cdroms.clone(),
             nics: Vec::new(),
+            watchdog: None,
             node: format!("n{}", self.nodes),
             ram_file: dir.join("ram"),
         };

@@ -70,6 +70,7 @@ impl Node {
             disks: Vec::new(),
             cdroms: Vec::new(),
             nics: Vec::new(),
+            watchdog: None,
             node: String::new(),
             ram_file: layout.ram(),
         };

@@ -237,6 +237,7 @@ impl Node {
             disks: Vec::new(),
             cdroms: Vec::new(),
             nics: vec![nic],
+            watchdog: None,
             node: name.into(),
             ram_file: here.join("ram"),
         };

@@ -58,6 +58,7 @@ fn host(kernel: &Path, initrd: &Path) -> Host {
         disks: Vec::new(),
         cdroms: Vec::new(),
         nics: Vec::new(),
+        watchdog: None,
         node: String::new(),
         ram_file: dir.path().join("ram"),
     };

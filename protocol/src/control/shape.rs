@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::DiskBus;
 use crate::nic::Mac;
+use crate::watchdog::WatchdogModel;
 
 /// Reply to [`super::VmmRequest::Shape`]: all in which two machines must agree for one to run from the other's image. What is behind the
 /// devices is not part of it.
@@ -28,6 +29,9 @@ pub struct MachineShape {
     /// Network cards, in the order of their places on the bus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<NicShape>,
+    /// Its watchdog, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<WatchdogModel>,
 }
 
 /// A disk in [`MachineShape`].

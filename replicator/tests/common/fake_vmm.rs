@@ -241,6 +241,7 @@ impl FakeVmm {
                 let status = VmmStatus {
                     cdroms: Vec::new(),
                     nics: Vec::new(),
+                    watchdog: None,
                     machine: "m".into(),
                     state: machine.state.unwrap(),
                     generation: machine.generation,

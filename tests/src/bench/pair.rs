@@ -139,6 +139,7 @@ pub fn flat_vmm(args: FlatVmm) -> Result<i32> {
         disks: args.disk,
         cdroms: Vec::new(),
         nics: args.nic,
+        watchdog: None,
         node: args.node,
         ram_file: layout.ram(),
     };

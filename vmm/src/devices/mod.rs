@@ -51,9 +51,11 @@
 //! * ACPI PM, `AcpiPm::new()`: `press_power_button() -> bool`, `smi_read(offset, data)`, `smi_write(offset, data)`.
 //! * PCI, `PciBus::new()`, `add(slot, Box<dyn PciFunction>)`: `io_read(offset, data, ctx)`,
 //!   `io_write(offset, data, ctx) -> Action`, `mmio_read(addr, data, ctx) -> bool`, `mmio_write(addr, data, ctx) -> bool`,
-//!   `intx_levels() -> [bool; 8]` (GSI 16 …), `take_msi() -> Vec<MsiMessage>`, `deadline()`, `tick(ctx)`,
+//!   `intx_levels() -> [bool; 8]` (GSI 16 …), `take_msi() -> Vec<MsiMessage>`, `deadline()`, `tick(ctx) -> Action`,
 //!   `get::<T>(slot)`, `get_mut::<T>(slot)`, `assign_bars(window)` (direct boot: at first and after each reset), `reset()`,
 //!   `save_payloads() -> Vec<Payload>`, `restore_payloads(&mut Payloads)`.
+//! * Watchdog, `bus.add(slot, Box::new(I6300esb::new(spec)))`: `status(now)`, and `stood_still(ns)` after each stop of the vCPUs in which
+//!   VM time went on.
 //! * virtio-rng, `bus.add(slot, Box::new(VirtioPci::new(Rng::new())))`, reached as `bus.get_mut::<VirtioPci<Rng>>(slot)`:
 //!   while `want_entropy()` is n > 0, `fill(&n_random_bytes, ctx)`.
 //! * virtio-console, the same with `Console`: `take_output() -> Vec<u8>`, then `set_output_room(bytes, ctx)`;
@@ -61,6 +63,7 @@
 #![forbid(unsafe_code)]
 
 pub mod acpi_pm;
+pub mod i6300esb;
 pub mod i8042;
 pub mod pci;
 pub mod rtc;
@@ -118,7 +121,7 @@ impl VmTime {
     }
 }
 
-/// What a guest's write asks the machine to do.
+/// What a guest's write, or a watchdog that it does not feed, asks the machine to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[must_use]
 pub enum Action {

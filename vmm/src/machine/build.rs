@@ -54,6 +54,7 @@ impl Machine {
                 cdroms: storage::media::shapes(&config.cdroms),
                 scsi_queues: config.vcpus as u16,
                 nics: net::shapes(&config.name, &config.nics),
+                watchdog: config.watchdog,
             },
             &ram,
         )?;

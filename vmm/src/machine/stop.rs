@@ -202,7 +202,7 @@ impl Machine {
             self.vcpus.stop_all();
         }
         let mut hardware = self.core.hardware();
-        hardware.frozen = true;
+        hardware.freeze();
         hardware
     }
 

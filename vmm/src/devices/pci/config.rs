@@ -80,7 +80,7 @@ impl ConfigSpace {
     }
 
     /// A byte that the guest may write, and its value at power-on.
-    pub(super) fn add_register(&mut self, at: u8, value: u8, writable: u8) {
+    pub fn add_register(&mut self, at: u8, value: u8, writable: u8) {
         self.fix(usize::from(at), &[value]);
         self.writable[usize::from(at)] = writable;
     }
@@ -90,9 +90,9 @@ impl ConfigSpace {
         self.fix(INTERRUPT_PIN, &[1]);
     }
 
-    /// Add 32-bit memory BAR `bar` (0 to 5) of `size` bytes, a power of two from 4 KiB to 1 GiB.
+    /// Add 32-bit memory BAR `bar` (0 to 5) of `size` bytes, a power of two from 16 bytes to 1 GiB.
     pub fn add_memory_bar(&mut self, bar: usize, size: u32) {
-        debug_assert!(size.is_power_of_two() && (0x1000..=1 << 30).contains(&size));
+        debug_assert!(size.is_power_of_two() && (0x10..=1 << 30).contains(&size));
         self.bar_sizes[bar] = size;
         let at = BAR0 + 4 * bar;
         self.writable[at..at + 4].copy_from_slice(&(!(size - 1)).to_le_bytes());

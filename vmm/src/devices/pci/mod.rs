@@ -70,7 +70,9 @@ pub trait PciFunction: Any + Send {
         None
     }
     /// Time has passed, or there is work left from an earlier call.
-    fn tick(&mut self, _ctx: &Ctx) {}
+    fn tick(&mut self, _ctx: &Ctx) -> Action {
+        Action::None
+    }
     /// Power-on state.
     fn reset(&mut self);
     /// The payloads of the function, all called `name`.
@@ -274,13 +276,16 @@ impl PciBus {
         self.functions.values().filter_map(|f| f.deadline()).min()
     }
 
-    /// Time has passed.
-    pub fn tick(&mut self, ctx: &Ctx) {
+    /// Time has passed. Of several functions that ask for something the first is heard.
+    pub fn tick(&mut self, ctx: &Ctx) -> Action {
+        let mut asked = Action::None;
         for function in self.functions.values_mut() {
             if function.deadline().is_some_and(|at| at <= ctx.now) {
-                function.tick(ctx);
+                let action = function.tick(ctx);
+                asked = if asked == Action::None { action } else { asked };
             }
         }
+        asked
     }
 
     /// The machine was reset: every function is as after power-on, BARs included.

@@ -307,7 +307,7 @@ fn a_console_moves_to_another_machine_in_the_middle_of_a_chain() {
     assert_eq!(other.bus.save_payloads(), saved);
     assert!(other.bus.deadline().is_some(), "it looks at its queues at once");
     let ram = other.ram.clone();
-    other.bus.tick(&Ctx { now: VmTime(0), ram: &ram });
+    let _ = other.bus.tick(&Ctx { now: VmTime(0), ram: &ram });
     assert_eq!(other.device().take_output(), b"456789");
     assert_eq!(other.used(TX).0, 1);
     assert_eq!(other.msi_data(), [0x42]);

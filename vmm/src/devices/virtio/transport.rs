@@ -16,7 +16,7 @@ use std::any::Any;
 use super::super::pci::config::{ConfigSpace, Identity};
 use super::super::pci::msix::Msix;
 use super::super::pci::{PciFunction, msix};
-use super::super::{Ctx, GuestRam, MsiMessage, Payload, Payloads, RestoreError, Snapshot, VmTime};
+use super::super::{Action, Ctx, GuestRam, MsiMessage, Payload, Payloads, RestoreError, Snapshot, VmTime};
 use super::queue::{self, Broken, NO_VECTOR, VirtQueue};
 use super::{Progress, VirtioDevice};
 
@@ -371,8 +371,9 @@ impl<D: VirtioDevice> PciFunction for VirtioPci<D> {
         self.more.then_some(VmTime(0))
     }
 
-    fn tick(&mut self, ctx: &Ctx) {
+    fn tick(&mut self, ctx: &Ctx) -> Action {
         self.process(ctx.ram);
+        Action::None
     }
 
     fn reset(&mut self) {
