@@ -14,7 +14,7 @@ use understudy_protocol::nic;
 
 use crate::compile::Ports;
 use crate::placement::{Placed, place};
-use crate::policy::{Machine, Policy, Spanned};
+use crate::policy::{Machine, Policy, Spanned, WatchdogAction};
 
 mod alerts;
 mod estate;
@@ -317,6 +317,7 @@ fn machine_alone(c: &mut Checker, machine: &Machine) {
     }
     disks(c, machine);
     nics(c, machine);
+    watchdog(c, machine);
     if machine.interval_ms.is_some_and(|ms| !(1..=60_000).contains(&ms)) {
         c.error(&machine.name, "interval_ms must be 1 to 60000");
     }
@@ -332,6 +333,19 @@ fn machine_alone(c: &mut Checker, machine: &Machine) {
             monitor.primary
         );
         c.error(&machine.name, what);
+    }
+}
+
+fn watchdog(c: &mut Checker, machine: &Machine) {
+    let Some(action) = &machine.watchdog_action else { return };
+    if machine.watchdog.is_none() {
+        c.error(action, "watchdog_action without a watchdog: say watchdog = \"i6300esb\"");
+    }
+    if machine.protected() && *action.get_ref() == WatchdogAction::Restart {
+        c.error(
+            action,
+            "a protected machine is not restarted for a guest that hangs: it hangs in its standby's image too. \"reset\" resets it where it is, and it stays protected",
+        );
     }
 }
 

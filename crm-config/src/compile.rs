@@ -477,6 +477,10 @@ fn vmm_parameters(policy: &Policy, machine: &Machine, index: usize, ports: &Port
         let (device, key) = (line.device.get_ref(), policy.cluster.key.get_ref());
         parameters.push(pair(line.guest.parameter(), format!("board:{address}/{device},key={key}")));
     }
+    if let Some(watchdog) = &machine.watchdog {
+        parameters.push(pair("watchdog", watchdog.get_ref().as_str()));
+        parameters.extend(machine.watchdog_action.as_ref().map(|a| pair("watchdog_action", a.get_ref().as_str())));
+    }
     if let Some(shutdown) = machine.shutdown {
         parameters.push(pair("shutdown_mode", shutdown.as_str()));
     }

@@ -493,7 +493,10 @@ impl<'a> Import<'a> {
         let texts: Vec<(&str, &str)> =
             [("kernel", "kernel"), ("initrd", "initrd"), ("cmdline", "cmdline"), ("shutdown", "shutdown_mode")]
                 .into_iter()
+                .chain([("watchdog", "watchdog"), ("watchdog_action", "watchdog_action")])
                 .filter_map(|(word, parameter)| Some((word, vm.parameter(parameter)?)))
+                // No policy says that there is none.
+                .filter(|text| *text != ("watchdog", "none"))
                 .collect();
         let lists: Vec<(&str, Vec<toml::Value>)> = ["disks", "cdroms", "nics"]
             .into_iter()

@@ -288,9 +288,53 @@ pub struct Machine {
     /// Network cards: `name=net0,tap=vm1n0,bridge=br0[,mac=52:54:00:12:34:56][,vlan=12][,spoof=deny]…`, with bridges that every node has.
     #[serde(default)]
     pub nics: Vec<Spanned<String>>,
+    /// A watchdog that the guest can arm and then has to feed. Without it there is none.
+    pub watchdog: Option<Spanned<Watchdog>>,
+    /// What follows when the guest does not feed it; `reset` if not given.
+    pub watchdog_action: Option<Spanned<WatchdogAction>>,
     /// Serial ports.
     #[serde(default)]
     pub serial: Vec<Serial>,
+}
+
+/// `watchdog = …`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Watchdog {
+    /// Intel 6300ESB, a PCI device that Linux has a driver for.
+    I6300esb,
+}
+
+impl Watchdog {
+    /// As the agent's parameter has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::I6300esb => "i6300esb",
+        }
+    }
+}
+
+/// `watchdog_action = …`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WatchdogAction {
+    /// The machine is reset where it is.
+    Reset,
+    /// The cluster starts the machine again; not for protected machines.
+    Restart,
+    /// Status and monitors say it, and nothing else happens.
+    Report,
+}
+
+impl WatchdogAction {
+    /// As the agent's parameter has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Reset => "reset",
+            Self::Restart => "restart",
+            Self::Report => "report",
+        }
+    }
 }
 
 /// What happens to a machine when its host dies.

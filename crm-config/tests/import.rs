@@ -47,7 +47,8 @@ fencing = [
 machines = [
     { name = "a", kernel = "/k", cmdline = "quiet x=\"y\"", vcpus = 2, priority = 5, interval_ms = 30, peer_timeout_ms = 900, primary = "n1", standby = "n2", disks = ["name=vda,file=/a,format=raw", "name=vdb,file=/b,format=qcow2"], serial = [{ guest = "com2", board = "b1", device = "gps", line = "tty:/dev/ttyS0,4800" }] },
     { name = "b", kernel = "/k", initrd = "/i", mode = "restart", migrate = true, failure_timeout = "2min", monitor = { primary = 7, standby = 9 }, shutdown = "off" },
-    { name = "c", kernel = "/k", port = 9000, nics = ["name=net0,tap=c0,bridge=br0"] },
+    { name = "c", kernel = "/k", port = 9000, nics = ["name=net0,tap=c0,bridge=br0"], watchdog = "i6300esb" },
+    { name = "d", kernel = "/k", mode = "restart", watchdog = "i6300esb", watchdog_action = "restart" },
 ]
 matrix = [{ name = "ours", management = "up", production = ["rack", "node"], machine = "running", verdict = "alarm" }]
 "#;

@@ -296,6 +296,23 @@ fn a_mirrored_disk_is_a_protected_machines_on_two_nodes() {
 }
 
 #[test]
+fn a_watchdog_is_handed_to_the_vmm_and_a_hung_guest_of_a_protected_machine_is_not_restarted() {
+    let with = |words: &str| SMALL.replace("name = \"m1\"", &format!("name = \"m1\"\n{words}"));
+    let none = compiled(SMALL);
+    assert_eq!(value(&resource(&none, "vm-m1-clone").primitive().parameters, "watchdog"), None);
+    let c = compiled(&with("watchdog = \"i6300esb\"\nwatchdog_action = \"report\""));
+    let vmm = resource(&c, "vm-m1-clone").primitive();
+    assert_eq!(value(&vmm.parameters, "watchdog"), Some("i6300esb"));
+    assert_eq!(value(&vmm.parameters, "watchdog_action"), Some("report"));
+    let lonely = with("watchdog_action = \"reset\"");
+    refused(&lonely, line_of(&lonely, "watchdog_action"), "without a watchdog");
+    let restart = with("watchdog = \"i6300esb\"\nwatchdog_action = \"restart\"");
+    refused(&restart, line_of(&restart, "watchdog_action"), "standby's image too");
+    let c = compiled(&restart.replace("watchdog = ", "mode = \"restart\"\nwatchdog = "));
+    assert_eq!(value(&resource(&c, "vm-m1").primitive().parameters, "watchdog_action"), Some("restart"));
+}
+
+#[test]
 fn drives_are_handed_to_the_vmm() {
     let drives =
         "cdroms = [\"name=cd0,file=/iso/a.iso\",\n\"name=cd1\"]\ndisks = [\"name=a,file=/a,format=raw,bus=scsi\"]";

@@ -100,6 +100,11 @@ pub const TARGETS: &[Target] = &[
         about: "command descriptor blocks and parameter lists",
         run: targets::machine::scsi_command,
     },
+    Target {
+        name: "watchdog",
+        about: "a guest that reads and writes its watchdog in any way, and machines that go on with what it did",
+        run: targets::machine::watchdog,
+    },
     Target { name: "ports", about: "a guest that reads and writes any port", run: targets::machine::ports },
     Target { name: "cib", about: "what cibadmin prints", run: targets::cluster::cib },
     Target { name: "policy", about: "policy files", run: targets::cluster::policy },

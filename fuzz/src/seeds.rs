@@ -261,6 +261,14 @@ fn machines() -> Vec<Seed> {
         ),
         ("stream", "frame-cut-length-of-none", vec![6, 3, 1, 2, 3, 0, 2, 9, 9, 1, 8, 0, 0, 0, 1, 7, 255, 255, 255]),
         (
+            "watchdog",
+            "armed-fed-expired",
+            // Preloads of one tick, armed, fed, both stages.
+            vec![
+                0, 5, 0, 4, 1, 0, 0, 0, 5, 4, 4, 1, 0, 0, 0, 1, 0x68, 0, 0, 1, 3, 5, 12, 2, 0, 1, 6, 1, 7, 4, 8, 2, 6, 1, 7,
+            ],
+        ),
+        (
             "ports",
             "uart-loopback",
             vec![5, 4, 2, 0x1f, 5, 0, 2, b'a', 5, 0, 0, 1, 6, 0, 2, 10, 6, 1, 0, 1, 9, 4, 2, 1, 0, 0, 1, 200],

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use understudy_protocol::control::{ControlError, VmmRequest, VmmState, VmmStatus, call_once};
 use understudy_protocol::layout::{Layout, valid_machine_name};
+use understudy_protocol::watchdog::WatchdogState;
 
 use crate::matrix::{Guest, Machine};
 use crate::wire::MachineSeen;
@@ -44,23 +45,32 @@ impl Machines {
                 continue;
             }
             let answer = call_once::<_, VmmStatus>(layout.vmm_socket(), &VmmRequest::Status, ANSWER);
-            let machine = match answer {
+            let (machine, guest) = match answer {
                 Ok(status) => {
                     let runs = matches!(status.state, VmmState::Running | VmmState::Paused);
                     self.ran.insert(name.clone(), runs);
                     if !runs {
                         continue;
                     }
-                    Machine::Running
+                    (Machine::Running, heartbeat(&status))
                 }
                 Err(_) if self.ran.get(&name) != Some(&true) => continue,
                 // Nobody listens there any more.
-                Err(ControlError::Io { .. }) if !lives(&layout) => Machine::Dead,
-                Err(_) => Machine::Silent,
+                Err(ControlError::Io { .. }) if !lives(&layout) => (Machine::Dead, Guest::Unwatched),
+                Err(_) => (Machine::Silent, Guest::Unwatched),
             };
-            seen.push(MachineSeen { name, machine, guest: Guest::Unwatched });
+            seen.push(MachineSeen { name, machine, guest });
         }
         seen
+    }
+}
+
+/// A guest's heartbeat: that it feeds its watchdog. (One that was reset because it did not is down until its driver is back.)
+fn heartbeat(status: &VmmStatus) -> Guest {
+    match status.watchdog.map(|watchdog| watchdog.state) {
+        None | Some(WatchdogState::NotArmed) => Guest::Unwatched,
+        Some(WatchdogState::Fed) => Guest::Up,
+        Some(WatchdogState::Expired) => Guest::Down,
     }
 }
 
@@ -74,7 +84,53 @@ fn lives(layout: &Layout) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+
     use super::*;
+
+    #[test]
+    fn a_guest_is_up_while_it_feeds_its_watchdog_and_down_when_it_does_not() {
+        let status = |state: &str, watchdog: &str| {
+            format!(
+                r#"{{"ok":{{"machine":"m1","state":"{state}","generation":1,"gate":"open","vcpus":1,"ram_bytes":4096,"vm_time_ns":0,"last_cut":0,
+                "last_committed":0,"replicated":false,"kvm_backend":"none","resets":0,"serial":[],"recent_pauses_us":[]{watchdog}}}}}"#
+            )
+            .replace('\n', "")
+        };
+        let watchdog = |state: &str| {
+            format!(
+                r#","watchdog":{{"model":"i6300esb","action":"report","state":"{state}","timeout_ms":null,"fed_ms_ago":null,"expired_ms_ago":null,"expirations":0}}"#
+            )
+        };
+        let cases = [
+            (status("running", ""), Some(Guest::Unwatched)),
+            (status("running", &watchdog("not-armed")), Some(Guest::Unwatched)),
+            (status("running", &watchdog("fed")), Some(Guest::Up)),
+            (status("running", &watchdog("expired")), Some(Guest::Down)),
+            (status("paused", &watchdog("fed")), Some(Guest::Up)),
+            (status("standby", &watchdog("expired")), None),
+        ];
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::in_run_dir(dir.path().join("m1"));
+        fs::create_dir(layout.run_dir()).unwrap();
+        fs::write(layout.vmm_pid(), "1\n").unwrap();
+        let vmm = UnixListener::bind(layout.vmm_socket()).unwrap();
+        let (answers, wanted): (Vec<_>, Vec<_>) = cases.into_iter().unzip();
+        let vmm = std::thread::spawn(move || {
+            for answer in answers {
+                let (mut stream, _) = vmm.accept().unwrap();
+                BufReader::new(stream.try_clone().unwrap()).read_line(&mut String::new()).unwrap();
+                stream.write_all(format!("{answer}\n").as_bytes()).unwrap();
+            }
+        });
+        let mut machines = Machines::below(dir.path());
+        for guest in wanted {
+            let seen = guest.map(|guest| MachineSeen { name: "m1".into(), machine: Machine::Running, guest });
+            assert_eq!(machines.look(), Vec::from_iter(seen));
+        }
+        vmm.join().unwrap();
+    }
 
     #[test]
     fn a_directory_without_a_process_file_is_no_machine_and_a_standby_that_died_is_none_either() {

@@ -123,6 +123,13 @@ pub struct WatchdogStatus {
     pub expirations: u64,
 }
 
+impl WatchdogStatus {
+    /// The guest hangs now: it has armed it, and does not feed it. (After a reset it is not armed, and what the guest does is not known.)
+    pub fn hangs(&self) -> bool {
+        self.state == WatchdogState::Expired && self.timeout_ms.is_some()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

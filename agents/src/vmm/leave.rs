@@ -85,6 +85,10 @@ pub fn shut_down(machine: &Machine<'_>, status: &VmmStatus) {
         record_ended(machine, status);
         return;
     }
+    if status.watchdog.is_some_and(|watchdog| watchdog.hangs()) {
+        context.log.warning(format!("the guest of {} hangs (watchdog) and is switched off without being asked", machine.name));
+        return record_ended(machine, status);
+    }
     if status.state == VmmState::Paused
         && let Err(e) = machine.tell::<()>(&VmmRequest::Resume, Duration::from_secs(1))
     {

@@ -107,7 +107,8 @@ impl Agent for Vmm {
 
     fn validate(&self, context: &Context, level: CheckLevel) -> ocf::Result {
         if level == CheckLevel::Parameters {
-            return Ok(());
+            let promotable = Self::on(context, |machine| Ok(machine.promotable))?;
+            return parameters::check_watchdog(&context.parameters, promotable);
         }
         binaries::locate(&context.environment, PROGRAM)?;
         kvm_usable(&context.environment)?;
@@ -253,7 +254,7 @@ fn judge(machine: &Machine<'_>, status: &VmmStatus) -> ocf::Result<Status> {
     }
     match (state, machine.promotable) {
         (VmmState::Standby, true) => Ok(Status::Running),
-        (VmmState::Running, false) => Ok(Status::Running),
+        (VmmState::Running, false) => hung(machine, status).map_or(Ok(Status::Running), Err),
         (VmmState::Paused, false) => {
             Ok(if report_degraded(machine.context) { Status::Degraded } else { Status::Running })
         }
@@ -292,6 +293,18 @@ fn judge(machine: &Machine<'_>, status: &VmmStatus) -> ocf::Result<Status> {
             Err(Failure::generic(format!("the VMM of {name} is {:?}: it does not run the machine", status.state)))
         }
     }
+}
+
+/// The failure of a machine whose guest hangs, if the cluster is to start it again then.
+fn hung(machine: &Machine<'_>, status: &VmmStatus) -> Option<Failure> {
+    let watchdog = status.watchdog.filter(|watchdog| watchdog.hangs())?;
+    parameters::restarts_hung_guests(&machine.context.parameters).then(|| {
+        let unfed = watchdog.fed_ms_ago.unwrap_or(0) / 1000;
+        Failure::generic(format!(
+            "the guest of {} hangs: it has not fed its watchdog for {unfed} s; the machine is started again",
+            machine.name
+        ))
+    })
 }
 
 /// What no VMM means to the cluster.

@@ -94,6 +94,36 @@ pub fn cards(p: &Parameters) -> ocf::Result<Vec<nic::NicSpec>> {
     nic::parse_list(&p.find(&NICS)?.unwrap_or_default())
         .map_err(|e| ocf::Failure::arguments(format!("parameter nics: {e}")))
 }
+/// Watchdog.
+pub static WATCHDOG: Param<String> =
+    Param::choice("watchdog", &["none", "i6300esb"]).default("none").short("Watchdog").long(
+        "A watchdog that the guest can arm and then has to feed: i6300esb (PCI; Linux has the module of this name; RuntimeWatchdogSec= of systemd or the \
+         watchdog daemon feeds it). Its time is the guest's: it stands still while the machine is paused or taken over. The monitors take it for the guest's \
+         heartbeat. The same on every node.",
+    );
+/// What follows when the guest does not feed it.
+pub static WATCHDOG_ACTION: Param<String> = Param::choice("watchdog_action", &["reset", "restart", "report"])
+    .default("reset")
+    .short("When the guest does not feed it")
+    .long(
+        "reset: the machine is reset where it is, and a protected one stays protected. restart: monitor fails while the guest hangs, and the cluster starts \
+         the machine again, after too many failures elsewhere; not for a promotable clone, because a guest that hangs hangs in its standby's image too. \
+         report: status and monitors say it, and nothing else happens.",
+    );
+/// What the machine's parameters say of its watchdog. `promotable`: it is a clone with roles.
+pub fn check_watchdog(p: &Parameters, promotable: bool) -> ocf::Result {
+    let (model, action) = (p.get(&WATCHDOG)?, p.get(&WATCHDOG_ACTION)?);
+    if promotable && model != "none" && action == "restart" {
+        return Err(ocf::Failure::arguments(
+            "parameter watchdog_action is \"restart\", and the machine is a promotable clone: its standby would go on with a guest that hangs; use reset",
+        ));
+    }
+    Ok(())
+}
+/// Whether the cluster is to start the machine again when its guest hangs.
+pub fn restarts_hung_guests(p: &Parameters) -> bool {
+    p.get(&WATCHDOG_ACTION).is_ok_and(|action| action == "restart")
+}
 /// Capture strategy.
 pub static CAPTURE: Param<String> = Param::choice("capture", &["auto", "stop", "lock", "validate"])
     .default("auto")
@@ -196,6 +226,8 @@ pub fn declarations() -> Vec<&'static Declaration> {
         DISKS.declaration(),
         CDROMS.declaration(),
         NICS.declaration(),
+        WATCHDOG.declaration(),
+        WATCHDOG_ACTION.declaration(),
         ARENA.declaration(),
         CAPTURE.declaration(),
         SHUTDOWN_MODE.declaration(),
@@ -244,6 +276,11 @@ pub fn command_line(p: &Parameters, node: &str, run: Run) -> ocf::Result<Vec<Str
     for nic in &cards(p)? {
         option("nic", Some(nic.to_string()));
     }
+    let watchdog = Some(p.get(&WATCHDOG)?).filter(|model| model != "none");
+    // Restarting is the cluster's: the VMM only has to say that the guest hangs.
+    let action = p.get(&WATCHDOG_ACTION)?.replace("restart", "report");
+    option("watchdog-action", watchdog.as_ref().map(|_| action));
+    option("watchdog", watchdog);
     // It stands in the disks' owner records, and nowhere else.
     option("node", (!disks.is_empty()).then(|| node.to_owned()));
     option("capture", Some(p.get(&CAPTURE)?));
@@ -305,6 +342,27 @@ mod tests {
         let wanted = "--nic name=net0,tap=m0,bridge=br0,vlan=12 --nic name=net1,tap=m1,rate-out=125000000 ";
         assert!(line.contains(wanted), "{line}");
         assert!(nics("name=a,tap=x;name=a,tap=y").unwrap_err().contains("its name"));
+    }
+
+    #[test]
+    fn a_watchdog_is_handed_on_and_restarting_is_the_clusters() {
+        let parameters = |more: &[(&str, &str)]| {
+            let mut pairs = vec![("OCF_RESKEY_name", "m"), ("OCF_RESKEY_kernel", "/k")];
+            pairs.extend(more);
+            Parameters::new(Environment::from_pairs(pairs))
+        };
+        let line = |p: &Parameters| command_line(p, "n1", Run::Standby).unwrap().join(" ");
+        let none = parameters(&[("OCF_RESKEY_watchdog_action", "restart")]);
+        assert!(!line(&none).contains("watchdog"), "{}", line(&none));
+        assert!(check_watchdog(&none, true).is_ok());
+        for (action, told) in [("reset", "reset"), ("report", "report"), ("restart", "report")] {
+            let p = parameters(&[("OCF_RESKEY_watchdog", "i6300esb"), ("OCF_RESKEY_watchdog_action", action)]);
+            let wanted = format!("--watchdog-action {told} --watchdog i6300esb ");
+            assert!(line(&p).contains(&wanted), "{}", line(&p));
+            assert!(check_watchdog(&p, false).is_ok());
+            assert_eq!(check_watchdog(&p, true).is_err(), action == "restart");
+            assert_eq!(restarts_hung_guests(&p), action == "restart");
+        }
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub const TESTS: &[Test] = &[
     ("demote to nobody shuts the guest down and says so to the cluster", demote_shuts_down),
     ("a hand-over that fails under protection leaves the standby its last checkpoint", demote_without_last_checkpoint),
     ("a guest that ignores the power button is switched off in time", stubborn_guest),
+    ("a guest that hangs fails monitor if the cluster is to restart it, and is not asked to shut down", hung_guest),
+    ("a promotable clone is not to be restarted for a guest that hangs", hung_guest_of_a_clone),
     ("a fenced machine is 9 and loses its score", fenced),
     ("degraded codes are given only if asked for", degraded),
     ("start advertises the replica that is there", start_score),
@@ -433,6 +435,32 @@ fn stubborn_guest() {
     let off = Node::new("vmm").with("OCF_RESKEY_shutdown_mode", "off");
     assert_eq!((off.act("start"), off.act("stop")), (0, 0));
     assert!(!off.vmm_told().contains("power-button"));
+}
+
+fn hung_guest() {
+    let node = Node::new("vmm").with("OCF_RESKEY_watchdog", "i6300esb");
+    node.behave("guest-ignores-power-button", "");
+    assert_eq!(node.act("start"), 0);
+    let restart = [("OCF_RESKEY_watchdog_action", "restart"), ("OCF_RESKEY_CRM_meta_interval", "10000")];
+    for (state, code) in [("not-armed", 0), ("fed", 0), ("expired", 1)] {
+        node.behave("watchdog", state);
+        let answer = node.act_with("monitor", &restart);
+        assert_eq!((answer.code, node.monitor().code), (code, 0), "{state}");
+        assert!(code == 0 || answer.reason().contains("not fed its watchdog for 47 s"), "{}", answer.reason());
+    }
+    assert_eq!(node.act("stop"), 0);
+    assert!(!node.vmm_told().contains("power-button"), "{}", node.vmm_told());
+}
+
+fn hung_guest_of_a_clone() {
+    let node = CLONE().with("OCF_RESKEY_watchdog", "i6300esb");
+    let answer = node.act_with("start", &[("OCF_RESKEY_watchdog_action", "restart")]);
+    assert_eq!(answer.code, 2);
+    assert!(answer.reason().contains("use reset"), "{}", answer.reason());
+    assert_eq!(node.act("stop"), 0);
+    assert_eq!((node.act("start"), node.act("promote")), (0, 0));
+    node.behave("watchdog", "expired");
+    assert_eq!(node.monitor().code, 8);
 }
 
 fn fenced() {

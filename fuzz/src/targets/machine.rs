@@ -2,9 +2,11 @@
 
 use std::fs;
 
+use understudy_protocol::watchdog::{WatchdogAction, WatchdogModel, WatchdogSpec};
 use understudy_vmm::boot::{ACPI_START, LinuxBoot};
 use understudy_vmm::container;
 use understudy_vmm::devices::acpi_pm::AcpiPm;
+use understudy_vmm::devices::i6300esb::I6300esb;
 use understudy_vmm::devices::i8042::{I8042, Port92};
 use understudy_vmm::devices::pci::PciBus;
 use understudy_vmm::devices::rtc::Rtc;
@@ -13,7 +15,7 @@ use understudy_vmm::devices::uart16550::Uart16550;
 use understudy_vmm::devices::virtio::block::{Block, Kind, OUT_MAX, Outcome};
 use understudy_vmm::devices::virtio::net::{FRAME, Net, NetConfig};
 use understudy_vmm::devices::virtio::{Console, Rng, Scsi, VirtioPci};
-use understudy_vmm::devices::{Ctx, GuestRam, Payload, Payloads, PioDevice, Snapshot, VmTime};
+use understudy_vmm::devices::{Action, Ctx, GuestRam, Payload, Payloads, PioDevice, Snapshot, VmTime};
 use understudy_vmm::memory::Ram;
 use understudy_vmm::net::packet::{HEADER, Packet};
 
@@ -576,6 +578,62 @@ pub fn ports(bytes: &[u8]) {
             let _ = uart.take_output();
             uart.set_output_room(usize::from(input.byte()), now);
         }
+    }
+}
+
+const WATCHDOG: WatchdogSpec = WatchdogSpec { model: WatchdogModel::I6300esb, action: WatchdogAction::Reset };
+
+fn watched() -> PciBus {
+    let mut bus = PciBus::new();
+    // The slot is free and the window is large enough: this cannot fail.
+    bus.add(31, Box::new(I6300esb::new(WATCHDOG))).expect("slot 31");
+    bus.assign_bars(BARS..BARS + 0x1000).expect("a window for the registers");
+    bus
+}
+
+/// Reads and writes of any width at any of a watchdog's registers as time goes by, or any bytes as its state; after each step another machine can go on
+/// from there.
+pub fn watchdog(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    if input.byte() == 0xff {
+        return one(I6300esb::new(WATCHDOG), input.rest(), |device| device.stood_still(u64::MAX));
+    }
+    let (mut bus, ram) = (watched(), GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("a little RAM"));
+    let mut now = VmTime(0);
+    while !input.is_empty() {
+        let ctx = Ctx { now, ram: &ram };
+        match input.byte() % 8 {
+            0 => _ = bus.io_write(4 + u16::from(input.byte() % 4), input.piece(), &ctx),
+            1 => _ = bus.io_write(0, &(0x8000_f800 | u32::from(input.byte())).to_le_bytes(), &ctx),
+            2 => bus.io_read(u16::from(input.byte() % 8), &mut [0; 8][..usize::from(input.byte() % 9)], &ctx),
+            3 => _ = bus.mmio_write(BARS + u64::from(input.byte() % 24), input.piece(), &ctx),
+            4 => _ = bus.mmio_read(BARS + u64::from(input.byte() % 24), &mut [0; 8][..usize::from(input.byte() % 9)], &ctx),
+            5 => {
+                for unlock in [0x80, 0x86] {
+                    let _ = bus.mmio_write(BARS + 12, &[unlock], &ctx);
+                }
+                let _ = bus.mmio_write(BARS + u64::from(input.byte() % 16), input.piece(), &ctx);
+            }
+            6 => {
+                let ns = input.odd_number().saturating_mul(100_000_000) % WAIT;
+                now = now.plus(ns);
+                if let Some(device) = bus.get_mut::<I6300esb>(31).filter(|_| ns.is_multiple_of(3)) {
+                    device.stood_still(ns);
+                }
+            }
+            _ => {
+                if bus.tick(&ctx) == Action::Reset {
+                    bus.reset();
+                }
+                assert!(bus.deadline().is_none_or(|next| next > now), "a deadline stays due");
+            }
+        }
+        let saved = bus.save_payloads();
+        let mut other = watched();
+        let mut payloads = Payloads::new(saved.clone()).expect("one payload a device");
+        other.restore_payloads(&mut payloads).expect("a machine can go on from any state that another can be in");
+        assert_eq!(other.save_payloads(), saved);
+        bus = other;
     }
 }
 

@@ -13,6 +13,7 @@ use understudy_protocol::control::{
 };
 use understudy_protocol::layout::Layout;
 use understudy_protocol::statistics::{Histogram, RANGES, SIZES, TIMES_US};
+use understudy_protocol::watchdog::WatchdogState;
 
 use super::Sample;
 
@@ -206,6 +207,15 @@ fn vmm(out: &mut Exposition, status: &VmmStatus) {
     out.labelled(family, "counter", "Bytes that the guest was given.", "port", ports(|port| port.rx_bytes));
     let family = "understudy_vmm_serial_held_bytes";
     out.labelled(family, "gauge", "Bytes that wait for their commit.", "port", ports(|port| port.tx_held));
+    if let Some(watchdog) = &status.watchdog {
+        let states = [WatchdogState::NotArmed, WatchdogState::Fed, WatchdogState::Expired];
+        let values = states.into_iter().zip(["not-armed", "fed", "expired"]);
+        let values = values.map(|(state, name)| (name.to_owned(), f64::from(u8::from(state == watchdog.state))));
+        let family = "understudy_vmm_watchdog_state";
+        out.labelled(family, "gauge", "Whether the guest feeds its watchdog: 1 for the state that it is in.", "state", values);
+        let family = "understudy_vmm_watchdog_expirations_total";
+        out.counter(family, "Times that the guest did not feed it.", watchdog.expirations as f64);
+    }
     if !status.nics.is_empty() {
         nics(out, &status.nics);
     }

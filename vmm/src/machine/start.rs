@@ -76,14 +76,7 @@ impl Machine {
         }
         life.generation = generation;
         life.state = VmmState::Running;
-        self.go(&mut hardware)?;
-        if let Some(asked) = hardware.asked {
-            self.core.tell(match asked {
-                Asked::Reset => Event::Reset,
-                Asked::PowerOff => Event::PowerOff,
-            });
-        }
-        Ok(())
+        self.go(&mut hardware)
     }
 
     pub(super) fn start_pumps(&self, hardware: &mut Hardware, generation: Generation, life: Generation) -> Result<()> {
@@ -115,11 +108,18 @@ impl Machine {
         Ok(())
     }
 
-    /// Let vCPUs, devices and VM time run. Clocks and vCPU states have been set.
+    /// Let vCPUs, devices and VM time run. Clocks and vCPU states have been set. What was asked for before it stopped is asked for again.
     pub(super) fn go(&self, hardware: &mut Hardware) -> Result<()> {
         hardware.stopwatch.start();
         self.core.thaw(hardware);
-        self.vcpus.run_all()
+        self.vcpus.run_all()?;
+        if let Some(asked) = hardware.asked {
+            self.core.tell(match asked {
+                Asked::Reset => Event::Reset,
+                Asked::PowerOff => Event::PowerOff,
+            });
+        }
+        Ok(())
     }
 
     /// Power-on (or reset) state of everything, boot program in RAM. `clock`: set the clocks too.

@@ -111,7 +111,11 @@ fn vmm() -> i32 {
         Some("status") => Answer::Ok(json!({
             "machine": name, "state": behaviour("vmm-state").map_or(state.to_owned(), |s| s.trim().to_owned()),
             "generation": generation, "gate": "hold", "vcpus": 1, "ram_bytes": 4096, "vm_time_ns": 0, "last_cut": 0,
-            "last_committed": 0, "replicated": false, "kvm_backend": "fake", "resets": 0, "serial": [], "recent_pauses_us": []
+            "last_committed": 0, "replicated": false, "kvm_backend": "fake", "resets": 0, "serial": [], "recent_pauses_us": [],
+            "watchdog": behaviour("watchdog").map(|state| json!({
+                "model": "i6300esb", "action": "report", "state": state, "timeout_ms": 30_000, "fed_ms_ago": 47_000, "expired_ms_ago": null,
+                "expirations": 1
+            })),
         })),
         Some("promote") => match behaviour("vmm-refuses") {
             Some(why) => Answer::No(why.trim().to_owned()),
