@@ -14,7 +14,7 @@ pub fn alarm(get: &dyn Fn(&str) -> Option<String>) -> Option<(Alarm, bool)> {
     let node = part("node");
     let (alarm, everywhere) = match part("kind").as_str() {
         "node" => Some((node_event(&node, &part("desc")), true)),
-        "fencing" => Some((fencing(&node, &part("task"), &part("desc"), &part("rc")), true)),
+        "fencing" => Some((fencing(&node, &part("desc"), &part("rc")), true)),
         "resource" => Some((resource(&part, &node), false)),
         "attribute" => {
             let (name, value) = (part("attribute_name"), part("attribute_value"));
@@ -47,18 +47,19 @@ fn node_event(node: &str, desc: &str) -> Alarm {
     Alarm::new(severity, subject, text).key(format!("node {node} {desc}")).node(node)
 }
 
-fn fencing(node: &str, task: &str, desc: &str, rc: &str) -> Alarm {
+/// (What Pacemaker calls the task is the name of its own message, `st_notify_fence`, whatever was done; its words say that.)
+fn fencing(node: &str, desc: &str, rc: &str) -> Alarm {
     let (severity, subject) = if rc == "0" {
-        (Severity::Warning, format!("node {node} was fenced ({task})"))
+        (Severity::Warning, format!("node {node} was fenced"))
     } else {
-        (Severity::Critical, format!("node {node} could not be fenced ({task})"))
+        (Severity::Critical, format!("node {node} could not be fenced"))
     };
     let mut text = format!("Pacemaker's words: {desc}.");
     if rc != "0" {
         text.push_str(" Until the node is fenced, nothing that ran there is started elsewhere. Look at the fencing device, or, once the \
             node is certainly off, run `stonith_admin --confirm` with its name.");
     }
-    Alarm::new(severity, subject, text).key(format!("fencing {node} {task} {rc}")).node(node)
+    Alarm::new(severity, subject, text).key(format!("fencing {node} {rc}")).node(node)
 }
 
 /// OCF's exit statuses as words (OCF Resource Agent API 1.1).
@@ -125,9 +126,13 @@ mod tests {
 
     #[test]
     fn fencing_that_failed_says_what_hangs_on_it() {
-        let event =
-            |rc| said(&[("kind", "fencing"), ("node", "n1"), ("task", "reboot"), ("rc", rc), ("desc", "d")]).unwrap().0;
+        let event = |rc| {
+            said(&[("kind", "fencing"), ("node", "n1"), ("task", "st_notify_fence"), ("rc", rc), ("desc", "d")])
+                .unwrap()
+                .0
+        };
         assert_eq!(event("0").severity, Severity::Warning);
+        assert_eq!(event("0").subject, "node n1 was fenced");
         let failed = event("-62");
         assert_eq!(failed.severity, Severity::Critical);
         assert!(failed.text.contains("stonith_admin --confirm"), "{}", failed.text);
