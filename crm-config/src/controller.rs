@@ -218,12 +218,12 @@ pub(crate) fn resource(configuration: &mut Configuration, policy: &Policy) {
         id: RESOURCE.into(),
         agent: crate::model::Agent::Ocf { provider: "understudy", kind: "evacuator" },
         parameters: Vec::new(),
-        // It is small, and the machines wait for it: it is placed before them, and elsewhere if it fails where it is.
+        // It is small, and the machines wait for it: it is placed before them, and elsewhere if it fails where it is. A node that its
+        // health empties is none for it either: it would take itself for cut off.
         meta: vec![
             ("priority".into(), "20000".into()),
             ("migration-threshold".into(), "2".into()),
             ("failure-timeout".into(), "60s".into()),
-            ("allow-unhealthy-nodes".into(), "true".into()),
         ],
         utilization: Vec::new(),
         operations: vec![

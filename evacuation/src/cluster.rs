@@ -37,9 +37,10 @@ pub fn read(policy: &Policy, cib: &Element, status: &Element, beside: Beside) ->
     let by_name: HashMap<&str, usize> =
         policy.nodes.iter().enumerate().map(|(n, node)| (node.name.get_ref().as_str(), n)).collect();
     let mut hosts = vec![Host::Joining; policy.nodes.len()];
+    let health = property(cib, "node-health-strategy");
     for node in &nodes.children {
         if let Some(n) = node.attribute("name").and_then(|name| by_name.get(name)) {
-            hosts[*n] = host(node);
+            hosts[*n] = host(node, health);
         }
     }
     let mut seen = HashMap::new();
@@ -92,8 +93,8 @@ fn is_true(value: Option<&str>) -> bool {
     value.is_some_and(|v| matches!(v.to_ascii_lowercase().as_str(), "true" | "yes" | "on" | "1" | "y"))
 }
 
-/// What one line of crm_mon's says of a node.
-fn host(node: &Element) -> Host {
+/// What one line of crm_mon's says of a node, and what the cluster does with nodes that are not healthy.
+fn host(node: &Element, health_strategy: Option<&str>) -> Host {
     let is = |name| node.attribute(name) == Some("true");
     if is("unclean") {
         Host::Unclean
@@ -101,10 +102,24 @@ fn host(node: &Element) -> Host {
         Host::Joining
     } else if !is("online") {
         Host::Down
-    } else if is("standby") || is("standby_onfail") || is("maintenance") || is("shutdown") {
+    } else if is("standby")
+        || is("standby_onfail")
+        || is("maintenance")
+        || is("shutdown")
+        || left(node, health_strategy)
+    {
         Host::Leaving
     } else {
         Host::Up
+    }
+}
+
+/// Whether everything leaves the node because of its health.
+fn left(node: &Element, strategy: Option<&str>) -> bool {
+    match strategy {
+        Some("migrate-on-red") => node.attribute("health") == Some("red"),
+        Some("only-green") => matches!(node.attribute("health"), Some("red" | "yellow")),
+        _ => false,
     }
 }
 

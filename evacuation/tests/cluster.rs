@@ -100,6 +100,23 @@ fn failures_load_and_maintenance_are_read_from_the_configuration() {
     assert!(read(&cib).maintenance && !read(&cib).quorum);
 }
 
+#[test]
+fn a_host_that_its_health_empties_gives_its_machines_away() {
+    let policy = policy(&cib()).unwrap().unwrap();
+    let host = |strategy: &str, health: &str| {
+        let mut cib = cib();
+        let properties = &mut cib.child_or_new("configuration").child_or_new("crm_config").children[0].children;
+        properties.push(Element::new("nvpair").with("name", "node-health-strategy").with("value", strategy));
+        let nodes = node("n1", &format!("health='{health}'")) + &node("n2", "") + &node("n3", "");
+        read(&policy, &cib, &status(&nodes, ""), Beside::default()).unwrap().hosts[0]
+    };
+    assert_eq!(host("migrate-on-red", "red"), Host::Leaving);
+    for (strategy, health) in [("migrate-on-red", "yellow"), ("migrate-on-red", "green"), ("none", "red")] {
+        assert_eq!(host(strategy, health), Host::Up, "{strategy}, {health}");
+    }
+    assert_eq!((host("only-green", "yellow"), host("only-green", "green")), (Host::Leaving, Host::Up));
+}
+
 /// Rounds until nothing is to be changed any more; the CIB after each.
 fn rounds(mut cib: Element, status: &Element) -> Vec<Element> {
     let mut out = Vec::new();
