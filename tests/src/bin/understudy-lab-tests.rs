@@ -3,7 +3,7 @@
 //! One cluster, one protected guest, one device at its serial line; every test does something bad to them, waits until
 //! protection is back, and then asks the device: a single byte lost, doubled or out of place anywhere fails the test that
 //! did it. A test that fails after the whole machine stood still (its emulator does that, see [`understudy_tests::lab::stall`]) is run once
-//! more, unless the device saw anything wrong. Prints `ok` or `FAILED` a test and `N passed, N failed` at the end.
+//! more, unless the device saw anything wrong. Evacuation has an estate of its own, before all that. Prints `ok` or `FAILED` a test and `N passed, N failed` at the end.
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use anyhow::Result;
 use clap::Parser;
 use understudy_tests::lab::Lab;
 use understudy_tests::lab::stall::StallWatch;
-use understudy_tests::lab_tests::{agents, bad_days, connections, disks, migration, scsi, tools};
+use understudy_tests::lab_tests::{agents, bad_days, connections, disks, evacuation, migration, scsi, tools};
 use understudy_tests::scenario::World;
 
 #[derive(Parser)]
@@ -97,6 +97,13 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
         tally.run(connections::LIVE_ON, connections::live_on);
         if !arguments.only.is_empty() && connections::LIVE_ON.starts_with(&arguments.only) {
             // It brings hosts of its own.
+            return;
+        }
+    }
+    let only = tally.only.clone();
+    if evacuation::wanted(|name| name.contains(&only)) {
+        evacuation::play(|name| name.contains(&only), &mut |name, body| tally.run(name, body));
+        if only.starts_with(evacuation::PREFIX.trim_end()) {
             return;
         }
     }

@@ -30,7 +30,7 @@ enum Cmd {
     GuestDisk,
     /// Say where the lab runs on this machine, and why
     Where,
-    /// Bring the cluster lab up: nodes n1 and n2, board b1, three network planes, fencing
+    /// Bring the cluster lab up: nodes n1 and n2 (or more), board b1, three network planes, fencing
     Up {
         #[command(flatten)]
         options: LabOptions,
@@ -196,14 +196,14 @@ fn lab_command(command: Cmd) -> Result<i32> {
         Cmd::Up { options, .. } => {
             let started = std::time::Instant::now();
             Lab::up(&options)?;
-            eprintln!("lab: n1 and n2 are online, b1 is on, after {:.1} s", started.elapsed().as_secs_f32());
+            eprintln!("lab: all nodes are up after {:.1} s", started.elapsed().as_secs_f32());
         }
         Cmd::Down => Lab::down()?,
         Cmd::Status => {
             let lab = Lab::running()?;
             let status = lab.status()?;
             let mut text = format!("fencing: {:?}\n", status.fence_mode);
-            for (name, node) in &status.nodes {
+            for (name, node) in status.nodes.iter().filter(|(_, node)| node.boots > 0) {
                 let power = if node.on { "on" } else { "off" };
                 let frozen = if node.frozen { ", frozen" } else { "" };
                 let cut: String = node.cut.iter().map(|p| format!(", {} cut", p.name())).collect();

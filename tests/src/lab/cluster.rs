@@ -34,6 +34,15 @@ pub struct LabOptions {
     /// Leave the cluster without any configuration: no fencing device, no remote node
     #[arg(long)]
     pub bare: bool,
+    /// Cluster nodes
+    #[arg(long, default_value_t = 2, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(2..=4))]
+    pub hosts: usize,
+    /// A host that takes mail, in place of the board
+    #[arg(long)]
+    pub mail: bool,
+    /// Corosync has one link, in the management plane
+    #[arg(long)]
+    pub one_link: bool,
     /// The lab is this program's own: what was up before is taken down, and it ends with the program, however that ends.
     #[arg(skip)]
     pub tied: bool,
@@ -41,7 +50,20 @@ pub struct LabOptions {
 
 impl Default for LabOptions {
     fn default() -> Self {
-        Self { token_ms: default_token_ms(), bare: false, tied: true }
+        Self { token_ms: default_token_ms(), bare: false, hosts: 2, mail: false, one_link: false, tied: true }
+    }
+}
+
+impl LabOptions {
+    /// The cluster's nodes.
+    pub fn hosts(&self) -> impl Iterator<Item = Node> {
+        NODES.into_iter().filter(|n| n.kind == Kind::Cluster).take(self.hosts)
+    }
+
+    /// Every node that the lab has.
+    fn nodes(&self) -> impl Iterator<Item = Node> {
+        let beside = if self.mail { Kind::Server } else { Kind::Board };
+        self.hosts().chain(NODES.into_iter().filter(move |n| n.kind == beside))
     }
 }
 
@@ -72,15 +94,23 @@ impl Lab {
         host::need_root("The lab")?;
         host::need_tools(&[("ip", "iproute2"), ("nsenter", "util-linux")])?;
         let lab_root = root::ensure()?;
-        prepare_run_dir(&Settings { token_ms: options.token_ms, root: lab_root, authkey: vm::random_token()? })?;
+        let hosts: Vec<&str> = options.hosts().map(|n| n.name).collect();
+        let links = if options.one_link { vec![Plane::Management] } else { vec![Plane::Management, Plane::Business] };
+        prepare_run_dir(&Settings {
+            token_ms: options.token_ms,
+            root: lab_root,
+            authkey: vm::random_token()?,
+            hosts: hosts.iter().map(ToString::to_string).collect(),
+            links,
+        })?;
         start_daemon(options.tied)?;
         let lab = Self(());
-        for node in NODES {
+        for node in options.nodes() {
             lab.boot(node.name)?;
         }
-        lab.wait_online(&["n1", "n2"], ONLINE_BOUND)?;
+        lab.wait_online(&hosts, ONLINE_BOUND)?;
         if !options.bare {
-            lab.configure_base()?;
+            lab.configure_base(options)?;
         }
         Ok(lab)
     }
@@ -264,7 +294,7 @@ impl Lab {
     }
 
     /// Fencing and the board: what every test wants.
-    pub fn configure_base(&self) -> Result<()> {
+    fn configure_base(&self, options: &LabOptions) -> Result<()> {
         let on = "n1";
         let properties: String = [("stonith-enabled", "true"), ("stonith-action", "off"), ("dc-deadtime", "10s")]
             .iter()
@@ -284,7 +314,7 @@ impl Lab {
                 r#"<crm_config><cluster_property_set id="cib-bootstrap-options">{properties}</cluster_property_set></crm_config>"#
             ),
         )?;
-        let names: Vec<&str> = NODES.iter().map(|n| n.name).collect();
+        let names: Vec<&str> = options.nodes().filter(|n| n.kind != Kind::Server).map(|n| n.name).collect();
         section(
             "resources",
             true,
@@ -296,7 +326,7 @@ impl Lab {
                 names.join(" ")
             ),
         )?;
-        for board in NODES.iter().filter(|n| n.kind == Kind::Board) {
+        for board in options.nodes().filter(|n| n.kind == Kind::Board) {
             let (name, address) = (board.name, Plane::Management.address(board.host));
             section(
                 "resources",

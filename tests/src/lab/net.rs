@@ -1,10 +1,12 @@
-//! Who is in the lab and how they are wired: three nodes, three planes.
+//! Who may be in the lab and how they are wired: nodes, three planes.
 //!
 //! ```text
 //!             storage 10.77.1.0/24   management 10.77.2.0/24   business 10.77.3.0/24
 //! n1  .1      replication            corosync link 0           boards, corosync link 1
 //! n2  .2      replication            corosync link 0           boards, corosync link 1
+//! n3 n4       as n1 and n2, where a lab has more than two hosts
 //! b1  .10                            pacemaker_remote          serial sessions
+//! mail .20                           SMTP                      (in place of the board, where somebody is told)
 //! lab .254    (the outer end, where test programs may sit)
 //! ```
 //! Each plane is a bridge in a network namespace of the lab's own, each node a veth to every bridge. The host's network is
@@ -66,6 +68,8 @@ pub enum Kind {
     Cluster,
     /// An interface board: pacemaker-remoted.
     Board,
+    /// A host that is no part of the cluster and runs what a test starts on it.
+    Server,
 }
 
 /// One node of the lab.
@@ -79,18 +83,24 @@ pub struct Node {
     pub kind: Kind,
 }
 
-/// All nodes.
-pub const NODES: [Node; 3] = [
+/// All nodes that a lab can have. Which of them one has: [`super::node::Settings`].
+pub const NODES: [Node; 6] = [
     Node { name: "n1", host: 1, kind: Kind::Cluster },
     Node { name: "n2", host: 2, kind: Kind::Cluster },
+    Node { name: "n3", host: 3, kind: Kind::Cluster },
+    Node { name: "n4", host: 4, kind: Kind::Cluster },
     Node { name: "b1", host: 10, kind: Kind::Board },
+    Node { name: MAIL, host: 20, kind: Kind::Server },
 ];
+
+/// The host that takes mail.
+pub const MAIL: &str = "mail";
 
 /// The node of that name.
 pub fn node(name: &str) -> Result<Node> {
     match NODES.into_iter().find(|n| n.name == name) {
         Some(node) => Ok(node),
-        None => bail!("there is no node \"{name}\"; the lab has n1, n2 (cluster) and b1 (board)"),
+        None => bail!("there is no node \"{name}\"; a lab has n1 to n4 (cluster), b1 (board) and mail"),
     }
 }
 

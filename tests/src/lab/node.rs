@@ -40,6 +40,7 @@ const DISK: &[(&str, &str)] = &[
     ("understudy", "/var/lib/understudy"),
     ("log-corosync", "/var/log/corosync"),
     ("log-pacemaker", "/var/log/pacemaker"),
+    ("spool-understudy", "/var/spool/understudy"),
 ];
 
 /// Settings common to all nodes, in the run directory's `settings.json`.
@@ -51,6 +52,10 @@ pub struct Settings {
     pub root: PathBuf,
     /// Secret shared by Pacemaker and its remote nodes.
     pub authkey: String,
+    /// The cluster's nodes.
+    pub hosts: Vec<String>,
+    /// Planes that Corosync has a link in, the first of them link 0.
+    pub links: Vec<Plane>,
 }
 
 impl Settings {
@@ -230,7 +235,7 @@ fn configure(node: Node, settings: &Settings) -> Result<()> {
         hosts.push_str(&format!("{} {}\n", Plane::Management.address(n.host), n.name));
     }
     fs::write("/etc/hosts", hosts)?;
-    fs::write("/etc/corosync/corosync.conf", corosync_conf(settings.token_ms))?;
+    fs::write("/etc/corosync/corosync.conf", corosync_conf(settings))?;
     let cluster_user = User::from_name("hacluster")?.context("the lab root has no user hacluster")?;
     let cluster_group = Group::from_name("haclient")?.context("the lab root has no group haclient")?;
     let (uid, gid) = (cluster_user.uid, cluster_group.gid);
@@ -241,6 +246,7 @@ fn configure(node: Node, settings: &Settings) -> Result<()> {
         Ok(())
     };
     owned_dir("/run/crm", 0o750, uid, gid)?;
+    owned_dir("/var/spool/understudy/alerts", 0o770, uid, gid)?;
     for dir in ["/run/resource-agents", "/run/corosync", "/run/lock", "/run/understudy"] {
         owned_dir(dir, 0o755, Uid::from_raw(0), Gid::from_raw(0))?;
     }
@@ -283,24 +289,29 @@ fn install_links() -> Result<()> {
     link(&executable.join("understudy-lab"), Path::new("/usr/sbin/fence_lab"))
 }
 
-/// The cluster's corosync.conf: two knet links, timings for the lab.
-fn corosync_conf(token_ms: u32) -> String {
+/// The cluster's corosync.conf: knet, timings for the lab.
+fn corosync_conf(settings: &Settings) -> String {
+    let quorum = match settings.hosts.len() {
+        2 => "two_node: 1\n  wait_for_all: 0",
+        // Half of an even number goes on if the first node is in it.
+        n if n % 2 == 0 => "auto_tie_breaker: 1\n  wait_for_all: 0",
+        _ => "wait_for_all: 0",
+    };
     let mut conf = format!(
         "totem {{\n  version: 2\n  cluster_name: understudy-lab\n  transport: knet\n  link_mode: passive\n  \
-         crypto_cipher: none\n  crypto_hash: none\n  token: {token_ms}\n}}\n\
+         crypto_cipher: none\n  crypto_hash: none\n  token: {}\n}}\n\
          system {{\n  sched_rr: no\n  move_to_root_cgroup: no\n  allow_knet_handle_fallback: yes\n}}\n\
-         quorum {{\n  provider: corosync_votequorum\n  two_node: 1\n  wait_for_all: 0\n}}\n\
+         quorum {{\n  provider: corosync_votequorum\n  {quorum}\n}}\n\
          logging {{\n  to_logfile: yes\n  logfile: /var/log/corosync/corosync.log\n  to_syslog: no\n  to_stderr: no\n  \
-         timestamp: hires\n}}\nnodelist {{\n"
+         timestamp: hires\n}}\nnodelist {{\n",
+        settings.token_ms
     );
-    for n in NODES.iter().filter(|n| n.kind == Kind::Cluster) {
-        conf.push_str(&format!(
-            "  node {{\n    name: {}\n    nodeid: {}\n    ring0_addr: {}\n    ring1_addr: {}\n  }}\n",
-            n.name,
-            n.host,
-            Plane::Management.address(n.host),
-            Plane::Business.address(n.host)
-        ));
+    for n in NODES.iter().filter(|n| settings.hosts.iter().any(|host| host == n.name)) {
+        conf.push_str(&format!("  node {{\n    name: {}\n    nodeid: {}\n", n.name, n.host));
+        for (link, plane) in settings.links.iter().enumerate() {
+            conf.push_str(&format!("    ring{link}_addr: {}\n", plane.address(n.host)));
+        }
+        conf.push_str("  }\n");
     }
     conf.push_str("}\n");
     conf
@@ -326,6 +337,7 @@ impl Services {
                 services.spawn("pacemakerd", &["nice", "-n", "-10", "pacemakerd", "-f"])?;
             }
             Kind::Board => services.spawn("pacemaker-remoted", &["nice", "-n", "-10", "pacemaker-remoted"])?,
+            Kind::Server => {}
         }
         Ok(services)
     }
@@ -419,12 +431,24 @@ fn reap(node: Node, services: &Services) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn settings(hosts: &[&str], links: &[Plane]) -> Settings {
+        Settings {
+            token_ms: 1000,
+            root: PathBuf::new(),
+            authkey: String::new(),
+            hosts: hosts.iter().map(ToString::to_string).collect(),
+            links: links.to_vec(),
+        }
+    }
+
     #[test]
-    fn corosync_gets_both_cluster_nodes_on_two_links_and_no_board() {
-        let conf = corosync_conf(1000);
+    fn corosync_gets_the_labs_hosts_on_their_links_and_no_board() {
+        let conf = corosync_conf(&settings(&["n1", "n2"], &[Plane::Management, Plane::Business]));
         assert!(conf.contains("ring0_addr: 10.77.2.1\n    ring1_addr: 10.77.3.1"));
-        assert!(conf.contains("ring0_addr: 10.77.2.2"));
-        assert!(!conf.contains("b1"));
+        assert!(conf.contains("ring0_addr: 10.77.2.2") && conf.contains("two_node: 1"));
+        assert!(!conf.contains("b1") && !conf.contains("n3"));
         assert_eq!(conf.matches('{').count(), conf.matches('}').count());
+        let conf = corosync_conf(&settings(&["n1", "n2", "n3", "n4"], &[Plane::Management]));
+        assert!(conf.contains("ring0_addr: 10.77.2.4") && !conf.contains("ring1_addr") && !conf.contains("two_node"));
     }
 }

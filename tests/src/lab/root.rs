@@ -20,8 +20,8 @@ use super::{host, places};
 const SUITE: &str = "trixie";
 
 /// What is installed in it. `ocf-tester` comes with resource-agents; the kernel serves the lab VM and the protected
-/// machines alike; QEMU is what `make bench` is compared with; an NFS server, an iSCSI target and the host's initiator are storage for disks; the last
-/// four are clients of a protected guest's services.
+/// machines alike; QEMU is what `make bench` is compared with; an NFS server, an iSCSI target and the host's initiator are storage for disks; Exim
+/// takes the mails of alerts; the last four are clients of a protected guest's services.
 const PACKAGES: &[&str] = &[
     "corosync",
     "pacemaker",
@@ -43,6 +43,7 @@ const PACKAGES: &[&str] = &[
     "nfs-kernel-server",
     "tgt",
     "open-iscsi",
+    "exim4-daemon-light",
     "openssh-client",
     "curl",
     "postgresql-client-17",

@@ -4,6 +4,7 @@ pub mod agents;
 pub mod bad_days;
 pub mod connections;
 pub mod disks;
+pub mod evacuation;
 pub mod migration;
 pub mod scsi;
 pub mod tools;

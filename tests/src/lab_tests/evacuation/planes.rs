@@ -1,0 +1,152 @@
+//! Cables. What docs/monitoring.md says of each happens: to the monitors' verdicts, to the cluster, to the machines.
+
+use anyhow::{Context, Result, ensure};
+use understudy_monitor::matrix::Verdict;
+use understudy_monitor::report::Report;
+
+use super::estate::{BOUND, Estate, HOSTS};
+use super::stories::{ROUNDS, WEB, WEB_HOST, count_starts, fences, started_once};
+use super::{machines, rules};
+use crate::lab::{Plane, wait_until};
+
+/// What the policy says besides.
+fn monitoring() -> String {
+    format!("{}\n[monitoring]\nhealth = true\n", rules(5))
+}
+
+/// What the monitor of `host` says.
+fn report(estate: &Estate, host: &str) -> Result<Report> {
+    // Its exit status says whether all is well.
+    let out = estate.lab.output(host, &["understudy-monitor", "status", "--json"])?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let report: Report =
+        serde_json::from_str(&text).with_context(|| format!("{host}: {}", String::from_utf8_lossy(&out.stderr)))?;
+    ensure!(report.waits_for.is_none(), "{host}: {:?}", report.waits_for);
+    Ok(report)
+}
+
+/// The monitor of `host` says of `node` that `row` decides.
+fn wait_row(estate: &Estate, host: &str, node: &str, row: &str, verdict: Verdict) -> Result<()> {
+    wait_until(&format!("the row {row} for {node}, seen from {host}"), BOUND, || {
+        let report = report(estate, host)?;
+        let judged = report.judged.iter().find(|j| j.node == node && j.machine.is_none());
+        let judged = judged.with_context(|| format!("nothing of {node}: {report:?}"))?;
+        ensure!(judged.row == row && judged.verdict == verdict, "{judged:?}");
+        Ok(true)
+    })
+}
+
+/// Every host's monitor finds nothing wrong with any.
+fn wait_healthy(estate: &Estate) -> Result<()> {
+    for seen_from in HOSTS {
+        for host in HOSTS {
+            wait_row(estate, seen_from, host, "healthy", Verdict::Nothing)?;
+        }
+    }
+    Ok(())
+}
+
+/// The node attribute that the monitor of `host` sets.
+fn wait_attribute(estate: &Estate, host: &str, value: &str) -> Result<()> {
+    let argv = ["attrd_updater", "--query", "--name", "understudy-production", "--node", host];
+    wait_until(&format!("understudy-production={value} on {host}"), BOUND, || {
+        let text = estate.lab.run(HOSTS[0], &argv)?;
+        ensure!(text.contains(&format!("value=\"{value}\"")), "{text}");
+        Ok(true)
+    })
+}
+
+/// The estate with monitors, all of whom see all well.
+fn begin(estate: &mut Estate) -> Result<u64> {
+    estate.configure(&machines(), &monitoring())?;
+    wait_healthy(estate)?;
+    estate.wait_controller()?;
+    count_starts(estate)?;
+    estate.last_event()
+}
+
+/// `host` is a member, was not fenced more than `before` times, and nothing has moved.
+fn nothing_happens(estate: &Estate, host: &str, before: usize) -> Result<()> {
+    estate.wait_rounds(ROUNDS)?;
+    ensure!(fences(estate, host)? == before, "{host} was fenced");
+    let mon = estate.lab.crm_mon(HOSTS[0])?;
+    ensure!(mon.online.iter().any(|online| online == host), "{host} is no member any more: {:?}", mon.online);
+    for machine in &estate.machines {
+        ensure!(estate.copies.starts(machine.name) == 1, "{} was started again", machine.name);
+        ensure!(estate.runs_on(machine.name, machine.home)?, "{} does not run at home", machine.name);
+    }
+    Ok(())
+}
+
+/// Corosync's link in `plane` between n1 and `host` is down, and the other one up, as n1 sees it.
+fn wait_link_down(estate: &Estate, host: u8, link: usize) -> Result<()> {
+    wait_until("corosync seeing the cut link", BOUND, || {
+        let text = estate.lab.run(HOSTS[0], &["corosync-cfgtool", "-s"])?;
+        let mut at = None;
+        let lines = text.lines().map(str::trim).filter_map(|line| {
+            at = line.strip_prefix("LINK ID ").and_then(|rest| rest.chars().next()).or(at);
+            line.starts_with("nodeid").then_some((at, line))
+        });
+        let of_host: Vec<(Option<char>, bool)> = lines
+            .filter(|(_, line)| line.split_whitespace().any(|word| word.trim_end_matches(':') == host.to_string()))
+            .map(|(at, line)| (at, line.ends_with("connected") && !line.ends_with("disconnected")))
+            .collect();
+        let is = |(at, up): &(Option<char>, bool)| *up != (*at == char::from_digit(link as u32, 10));
+        ensure!(of_host.len() == 2 && of_host.iter().all(is), "{text}");
+        Ok(true)
+    })
+}
+
+pub fn management_cut_with_two_links(estate: &mut Estate) -> Result<()> {
+    begin(estate)?;
+    let before = fences(estate, WEB_HOST)?;
+    estate.lab.cut(WEB_HOST, Plane::Management)?;
+    wait_link_down(estate, 3, 0)?;
+    nothing_happens(estate, WEB_HOST, before)?;
+    wait_row(estate, HOSTS[0], WEB_HOST, "healthy", Verdict::Nothing)
+}
+
+pub fn production_cut(estate: &mut Estate) -> Result<()> {
+    let last = begin(estate)?;
+    let before = fences(estate, WEB_HOST)?;
+    // The worst place for it.
+    estate.move_controller(WEB_HOST)?;
+    estate.lab.cut(WEB_HOST, Plane::Business)?;
+    wait_row(estate, HOSTS[0], WEB_HOST, "card-or-cable", Verdict::Move)?;
+    wait_row(estate, WEB_HOST, WEB_HOST, "card-or-cable", Verdict::Move)?;
+    wait_attribute(estate, WEB_HOST, "node")?;
+    wait_attribute(estate, HOSTS[0], "up")?;
+    estate.wait_elsewhere(&WEB, WEB_HOST)?;
+    started_once(estate, &WEB)?;
+    ensure!(fences(estate, WEB_HOST)? == before, "{WEB_HOST} was fenced");
+    let events = estate.journal(last)?;
+    ensure!(events.iter().any(|e| e.kind == "closed"), "{events:?}");
+    estate.lab.heal(None)?;
+    wait_attribute(estate, WEB_HOST, "up")?;
+    wait_healthy(estate)
+}
+
+fn fenced_and_evacuated(estate: &Estate, before: usize) -> Result<()> {
+    estate.wait_elsewhere(&WEB, WEB_HOST)?;
+    ensure!(fences(estate, WEB_HOST)? > before, "{WEB_HOST} was not fenced, and its machines run elsewhere");
+    ensure!(!estate.lab.is_on(WEB_HOST)?, "{WEB_HOST} is on");
+    started_once(estate, &WEB)?;
+    // Corosync has lost it and nobody hears it. (Its BMC is not asked.)
+    wait_row(estate, HOSTS[0], WEB_HOST, "hung-or-isolated", Verdict::FenceAndEvacuate)?;
+    wait_row(estate, HOSTS[0], HOSTS[1], "healthy", Verdict::Nothing)
+}
+
+pub fn both_cut(estate: &mut Estate) -> Result<()> {
+    begin(estate)?;
+    let before = fences(estate, WEB_HOST)?;
+    estate.lab.cut(WEB_HOST, Plane::Business)?;
+    estate.lab.cut(WEB_HOST, Plane::Management)?;
+    fenced_and_evacuated(estate, before)
+}
+
+pub fn management_cut_with_one_link(estate: &mut Estate) -> Result<()> {
+    begin(estate)?;
+    let before = fences(estate, WEB_HOST)?;
+    estate.lab.cut(WEB_HOST, Plane::Management)?;
+    fenced_and_evacuated(estate, before)
+}
