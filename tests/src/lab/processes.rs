@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::Lab;
+use super::{Lab, wait_until};
 
 /// Shortest pause between two looks.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -128,6 +128,13 @@ impl Copies {
             }
         });
         Self { shared, thread: Some(thread) }
+    }
+
+    /// Wait for a look that began after this call.
+    pub fn look_again(&self, bound: Duration) -> Result<()> {
+        // The one that is under way may have begun before.
+        let enough = self.looks().0 + 2;
+        wait_until("another look at all machines", bound, || Ok(self.looks().0 >= enough))
     }
 
     /// Forget what was started so far.

@@ -41,6 +41,10 @@ const STORIES: &[Story] = &[
     ),
     ("evacuation: that a host is lost again is told once to who wants it once", stories::told_once),
     (
+        "evacuation: crm_verify, crmsh and pcs accept a policy with controller, monitors and alerts",
+        planes::tools_accept,
+    ),
+    (
         "evacuation: a host without its management network stays, as Corosync has another link",
         planes::management_cut_with_two_links,
     ),

@@ -66,6 +66,8 @@ pub struct Estate {
     pub copies: Copies,
     /// The machines that were configured.
     pub machines: Vec<Machine>,
+    /// Seconds that fencing waits, from the next [`Self::configure`] on: there is time to see what is before it.
+    pub fence_delay: u32,
 }
 
 impl Estate {
@@ -79,7 +81,7 @@ impl Estate {
                 .with_context(|| format!("giving {host} the machines' kernel"))?;
         }
         let copies = Copies::watch(lab);
-        Ok(Self { lab, mail, copies, machines: Vec::new() })
+        Ok(Self { lab, mail, copies, machines: Vec::new(), fence_delay: 0 })
     }
 
     /// `understudy-crm apply` of the estate with these machines, and `more` in the policy; back when all of them run at home.
@@ -87,7 +89,7 @@ impl Estate {
     /// Machines are given in full: what was there before and is not among them is stopped.
     pub fn configure(&mut self, machines: &[Machine], more: &str) -> Result<()> {
         self.machines = machines.to_vec();
-        let text = policy(machines, more);
+        let text = policy(machines, self.fence_delay, more);
         for host in HOSTS {
             fs::write(self.lab.disk_file(host, "etc-understudy/policy.toml")?, &text)
                 .with_context(|| format!("writing the policy for {host}"))?;
@@ -288,7 +290,7 @@ impl Estate {
 }
 
 /// The policy of the estate.
-fn policy(machines: &[Machine], more: &str) -> String {
+fn policy(machines: &[Machine], fence_delay: u32, more: &str) -> String {
     let mut text = String::from("[cluster]\nname = \"evacuation\"\n\n");
     for (number, host) in HOSTS.into_iter().enumerate() {
         let address = |plane: Plane| node(host).map(|n| plane.address(n.host).to_string()).unwrap_or_default();
@@ -305,7 +307,8 @@ fn policy(machines: &[Machine], more: &str) -> String {
     // What was switched off stays off: the story says when it returns.
     let _ = write!(
         text,
-        "[[fencing]]\nname = \"bmc\"\nagent = \"fence_lab\"\nnodes = {HOSTS:?}\nparameters = {{ pcmk_reboot_action = \"off\" }}\n\n"
+        "[[fencing]]\nname = \"bmc\"\nagent = \"fence_lab\"\nnodes = {HOSTS:?}\n\
+         parameters = {{ pcmk_reboot_action = \"off\", pcmk_delay_base = \"{fence_delay}s\" }}\n\n"
     );
     for machine in machines {
         // Many monitors are much work for an emulated processor.

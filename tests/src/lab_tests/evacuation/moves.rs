@@ -6,26 +6,27 @@ use nix::unistd::Pid;
 use understudy_protocol::control::VmmState;
 
 use super::estate::{BOUND, Estate, HOSTS, Machine};
-use super::stories::{WEB, count_starts};
-use super::{machines, rules};
+use super::stories::{count_starts, fences};
 use crate::lab::{processes, wait_for, wait_until};
 
 /// A machine that migrates, and where to.
 const MOVER: Machine = Machine { name: "mover", home: "n2", more: "automation = \"automatic\"\nmigrate = true" };
 const TARGET: &str = "n3";
 
+/// Without a controller: the machines that one holds have one permitted node, and are not moved by hand.
 pub fn target_dies(estate: &mut Estate) -> Result<()> {
-    let with_mover: Vec<Machine> = machines().into_iter().chain([MOVER]).collect();
-    estate.configure(&with_mover, &rules(5))?;
+    estate.fence_delay = 0;
+    estate.configure(&[MOVER], "")?;
     let result = dies(estate);
     estate.lab.boot(TARGET)?;
     estate.lab.wait_online(&HOSTS, BOUND)?;
     for argv in [&["crm_resource", "--clear", "--resource", "vm-mover"][..], &["crm_resource", "--cleanup"]] {
-        estate.lab.output(HOSTS[0], argv)?;
+        estate.lab.run(HOSTS[0], argv)?;
     }
     result?;
-    // Nothing of it is left to go wrong: it can be moved the next time.
-    moves(estate, TARGET)
+    // Nothing of it is left to go wrong: it can be moved the next time, and back.
+    moves(estate, MOVER.home, TARGET)?;
+    moves(estate, TARGET, MOVER.home)
 }
 
 /// As `crm resource move` does it.
@@ -35,6 +36,7 @@ fn order_move(estate: &Estate, to: &str) -> Result<()> {
 
 fn dies(estate: &Estate) -> Result<()> {
     count_starts(estate)?;
+    let fenced = fences(estate, TARGET)?;
     let before = estate.vmm(MOVER.name, MOVER.home)?;
     let listeners = processes::running(&estate.lab, "understudy-replicator", "serve-migrations")?;
     let listener = listeners.iter().find(|p| p.node == TARGET).context("nobody receives migrations on the target")?;
@@ -48,7 +50,7 @@ fn dies(estate: &Estate) -> Result<()> {
     wait_until("the end of the migration", BOUND, || {
         Ok(processes::running(&estate.lab, "understudy-replicator", "migrate")?.is_empty())
     })?;
-    estate.wait_elsewhere(&WEB, TARGET)?;
+    wait_until("the target fenced", BOUND, || Ok(fences(estate, TARGET)? > fenced))?;
     let after = wait_for("the machine running where it was", BOUND, || {
         let status = estate.vmm(MOVER.name, MOVER.home)?;
         ensure!(status.state == VmmState::Running, "{status:?}");
@@ -63,16 +65,17 @@ fn dies(estate: &Estate) -> Result<()> {
     estate.copies.never_twice()
 }
 
-fn moves(estate: &Estate, to: &str) -> Result<()> {
-    let before = estate.vmm(MOVER.name, MOVER.home)?;
+fn moves(estate: &Estate, from: &str, to: &str) -> Result<()> {
+    let before = estate.vmm(MOVER.name, from)?;
     order_move(estate, to)?;
     let moved = wait_for(&format!("the machine on {to}"), BOUND, || {
         let status = estate.vmm(MOVER.name, to)?;
-        ensure!(status.state == VmmState::Running && estate.vmm(MOVER.name, MOVER.home).is_err(), "{status:?}");
+        ensure!(status.state == VmmState::Running && estate.vmm(MOVER.name, from).is_err(), "{status:?}");
         Ok(Some(status))
     });
     estate.lab.run(HOSTS[0], &["crm_resource", "--clear", "--resource", "vm-mover"])?;
     let moved = moved?;
     ensure!(moved.generation > before.generation && moved.resets == 0, "before: {before:?}, after: {moved:?}");
+    ensure!(moved.vm_time_ns > before.vm_time_ns, "it was booted anew");
     Ok(())
 }

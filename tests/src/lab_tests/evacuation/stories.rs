@@ -47,6 +47,7 @@ pub fn fences(estate: &Estate, host: &str) -> Result<usize> {
 
 /// Each of `names` was started once since starts were forgotten, when each ran already.
 pub fn started_once(estate: &Estate, names: &[&str]) -> Result<()> {
+    estate.copies.look_again(BOUND)?;
     for name in names {
         let starts = estate.copies.starts(name);
         ensure!(starts == 2, "{name} was {starts} processes, not one at home and one elsewhere");
@@ -262,6 +263,7 @@ fn goes_on_without(estate: &Estate, last: u64, before: usize) -> Result<Vec<Even
         );
         Ok(true)
     })?;
+    estate.copies.look_again(BOUND)?;
     let events = estate.journal(last)?;
     for name in WEB {
         let starts = estate.copies.starts(name);
