@@ -100,12 +100,9 @@ fn play(arguments: &Arguments, tally: &mut Tally) {
             return;
         }
     }
-    let only = tally.only.clone();
-    if evacuation::wanted(|name| name.contains(&only)) {
-        evacuation::play(|name| name.contains(&only), &mut |name, body| tally.run(name, body));
-        if only.starts_with(evacuation::PREFIX.trim_end()) {
-            return;
-        }
+    evacuation::play(&arguments.only, &mut |name, body| tally.run(name, body));
+    if arguments.only.starts_with(evacuation::PREFIX) {
+        return;
     }
     let mut started = None;
     if !tally.run("two cluster nodes and a board come up", || {
