@@ -82,21 +82,22 @@ fn nothing_happens(estate: &Estate, host: &str, before: usize) -> Result<()> {
     Ok(())
 }
 
-/// Corosync's link in `plane` between n1 and `host` is down, and the other one up, as n1 sees it.
-fn wait_link_down(estate: &Estate, host: u8, link: usize) -> Result<()> {
-    wait_until("corosync seeing the cut link", BOUND, || {
+/// Of the two links from n1 to the node with that number, `link` is down and the other one up.
+fn wait_link_down(estate: &Estate, nodeid: &str, link: &str) -> Result<()> {
+    wait_until("Corosync to see the cut link", BOUND, || {
         let text = estate.lab.run(HOSTS[0], &["corosync-cfgtool", "-s"])?;
-        let mut at = None;
-        let lines = text.lines().map(str::trim).filter_map(|line| {
-            at = line.strip_prefix("LINK ID ").and_then(|rest| rest.chars().next()).or(at);
-            line.starts_with("nodeid").then_some((at, line))
-        });
-        let of_host: Vec<(Option<char>, bool)> = lines
-            .filter(|(_, line)| line.split_whitespace().any(|word| word.trim_end_matches(':') == host.to_string()))
-            .map(|(at, line)| (at, line.ends_with("connected") && !line.ends_with("disconnected")))
-            .collect();
-        let is = |(at, up): &(Option<char>, bool)| *up != (*at == char::from_digit(link as u32, 10));
-        ensure!(of_host.len() == 2 && of_host.iter().all(is), "{text}");
+        let (mut id, mut as_expected) = ("", 0);
+        for line in text.lines().map(str::trim) {
+            let mut words = line.split_whitespace();
+            match (words.next(), words.next()) {
+                (Some("LINK"), Some("ID")) => id = words.next().unwrap_or_default(),
+                (Some("nodeid:"), Some(of)) if of.trim_end_matches(':') == nodeid => {
+                    as_expected += usize::from((words.next_back() == Some("connected")) != (id == link));
+                }
+                _ => {}
+            }
+        }
+        ensure!(as_expected == 2, "{text}");
         Ok(true)
     })
 }
@@ -132,7 +133,7 @@ pub fn management_cut_with_two_links(estate: &mut Estate) -> Result<()> {
     begin(estate, 0)?;
     let before = fences(estate, WEB_HOST)?;
     estate.lab.cut(WEB_HOST, Plane::Management)?;
-    wait_link_down(estate, 3, 0)?;
+    wait_link_down(estate, "3", "0")?;
     nothing_happens(estate, WEB_HOST, before)?;
     wait_row(estate, HOSTS[0], WEB_HOST, "healthy", Verdict::Nothing)
 }
