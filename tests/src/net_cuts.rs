@@ -5,6 +5,7 @@
 //! seen tells a number again ([`judge`]). After each host's death the image that takes over is also asked itself: nothing that was seen may be beyond it. The
 //! first packets of a new life tell the network where the guest is now.
 
+pub mod bulk;
 pub mod calm;
 pub mod guest;
 pub mod judge;

@@ -26,7 +26,8 @@ use understudy_vmm::net::port::NetPort;
 
 use super::rows::{Bar, Report, Row};
 
-const OFFLOADS: Offloads = Offloads { csum: true, tso4: true, tso6: true, ecn: true };
+/// What both ends of a measured way take.
+pub const OFFLOADS: Offloads = Offloads { csum: true, tso4: true, tso6: true, ecn: true };
 /// Packets of an epoch.
 const EPOCH: usize = 256;
 
@@ -120,7 +121,7 @@ fn small(from: Mac, to: Mac, len: usize) -> Packet {
 }
 
 /// 64 KiB of TCP over IPv4, segmentation and checksum left to whoever needs them.
-fn large(from: Mac, to: Mac) -> Packet {
+pub fn large(from: Mac, to: Mac) -> Packet {
     let mut frame = [&to.0[..], &from.0, &[8, 0]].concat();
     let total = 65_000u16;
     let mut ip = vec![0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 9, 0, 1, 10, 9, 0, 2];

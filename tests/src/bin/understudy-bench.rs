@@ -125,9 +125,9 @@ enum Cmd {
         report: PathBuf,
     },
     /// The network back end alone, beside plain reads and writes of a tap; and, on this host's own KVM, how long a protected machine's answers take beside
-    /// the round trip of its replication. As root
+    /// the round trip of its replication, and how much it sends beside the same machine without protection. As root
     Net {
-        /// An object; what this measures stands under `back_end` and `answers`, and everything else in it stays
+        /// An object; what this measures stands under `back_end`, `answers` and `bulk`, and everything else in it stays
         #[arg(long, default_value = "target/bench/net.json")]
         report: PathBuf,
         /// A few seconds
@@ -296,6 +296,9 @@ fn run(command: Cmd) -> Result<i32> {
                 let answers = net_cuts::calm::measure(time, &|text| println!("  … {text}"))?;
                 print!("\n{}", net_cuts::calm::table(&answers));
                 write_key(&report, "answers", &answers)?;
+                let bulk = net_cuts::bulk::measure(time, &|text| println!("  … {text}"))?;
+                print!("\n{}", net_cuts::calm::table(&bulk));
+                write_key(&report, "bulk", &bulk)?;
             } else {
                 println!("  answers of a protected machine were not measured: /dev/kvm cannot be opened");
             }

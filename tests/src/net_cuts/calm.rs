@@ -83,7 +83,7 @@ pub fn table(measured: &Answers) -> String {
     let mut text = String::new();
     for row in &measured.rows {
         let beside =
-            row.peer_or_limit.as_ref().map_or_else(String::new, |peer| format!("{:.2} without waiting", peer.value));
+            row.peer_or_limit.as_ref().map_or_else(String::new, |peer| format!("{:.2} {}", peer.value, peer.name));
         text += &format!("  {:<36} {:>8.2} {:<4} {beside}\n", row.name, row.value, row.unit);
     }
     text + &crate::bench::rows::bars_table(&measured.bars)
