@@ -103,6 +103,9 @@ pub(crate) mod testing {
                 tx_held: 1,
                 rx_bytes: 5,
             }],
+            "watchdog": {
+                "model": "i6300esb", "action": "reset", "state": "fed", "timeout_ms": 30_504, "fed_ms_ago": 3000, "expired_ms_ago": null, "expirations": 2,
+            },
             "nics": [{
                 "name": "net0", "mac": "02:00:00:00:00:01", "spec": "", "backend": "none", "link": "up", "out_packets": 0, "out_bytes": 0,
                 "in_packets": 0, "in_bytes": 0, "held_packets": 0, "held_bytes": 0, "held_limit": 0, "bound_reached": 0, "problem": null,

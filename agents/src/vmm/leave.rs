@@ -86,7 +86,9 @@ pub fn shut_down(machine: &Machine<'_>, status: &VmmStatus) {
         return;
     }
     if status.watchdog.is_some_and(|watchdog| watchdog.hangs()) {
-        context.log.warning(format!("the guest of {} hangs (watchdog) and is switched off without being asked", machine.name));
+        context
+            .log
+            .warning(format!("the guest of {} hangs (watchdog) and is switched off without being asked", machine.name));
         return record_ended(machine, status);
     }
     if status.state == VmmState::Paused

@@ -176,7 +176,7 @@ pub fn virtio(bytes: &[u8]) {
             }
             _ => {
                 now = bus.deadline().unwrap_or(now).max(now.plus(u64::from(input.byte())));
-                bus.tick(&Ctx { now, ram: &ram });
+                let _ = bus.tick(&Ctx { now, ram: &ram });
             }
         }
         bus.take_msi();
@@ -607,7 +607,13 @@ pub fn watchdog(bytes: &[u8]) {
             1 => _ = bus.io_write(0, &(0x8000_f800 | u32::from(input.byte())).to_le_bytes(), &ctx),
             2 => bus.io_read(u16::from(input.byte() % 8), &mut [0; 8][..usize::from(input.byte() % 9)], &ctx),
             3 => _ = bus.mmio_write(BARS + u64::from(input.byte() % 24), input.piece(), &ctx),
-            4 => _ = bus.mmio_read(BARS + u64::from(input.byte() % 24), &mut [0; 8][..usize::from(input.byte() % 9)], &ctx),
+            4 => {
+                _ = bus.mmio_read(
+                    BARS + u64::from(input.byte() % 24),
+                    &mut [0; 8][..usize::from(input.byte() % 9)],
+                    &ctx,
+                )
+            }
             5 => {
                 for unlock in [0x80, 0x86] {
                     let _ = bus.mmio_write(BARS + 12, &[unlock], &ctx);

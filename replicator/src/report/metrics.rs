@@ -212,7 +212,13 @@ fn vmm(out: &mut Exposition, status: &VmmStatus) {
         let values = states.into_iter().zip(["not-armed", "fed", "expired"]);
         let values = values.map(|(state, name)| (name.to_owned(), f64::from(u8::from(state == watchdog.state))));
         let family = "understudy_vmm_watchdog_state";
-        out.labelled(family, "gauge", "Whether the guest feeds its watchdog: 1 for the state that it is in.", "state", values);
+        out.labelled(
+            family,
+            "gauge",
+            "Whether the guest feeds its watchdog: 1 for the state that it is in.",
+            "state",
+            values,
+        );
         let family = "understudy_vmm_watchdog_expirations_total";
         out.counter(family, "Times that the guest did not feed it.", watchdog.expirations as f64);
     }
@@ -422,6 +428,19 @@ mod tests {
         let sending = check(&exposition("m", &sender()));
         assert!(sending.len() > 25, "{sending:?}");
         assert_eq!(check(&exposition("m", &receiver())), sending);
+    }
+
+    #[test]
+    fn a_watchdog_is_in_one_state() {
+        let text = exposition("m", &sender());
+        let mine: Vec<_> = text.lines().filter(|line| line.starts_with("understudy_vmm_watchdog")).collect();
+        let wanted = [
+            "understudy_vmm_watchdog_state{machine=\"m\",state=\"not-armed\"} 0",
+            "understudy_vmm_watchdog_state{machine=\"m\",state=\"fed\"} 1",
+            "understudy_vmm_watchdog_state{machine=\"m\",state=\"expired\"} 0",
+            "understudy_vmm_watchdog_expirations_total{machine=\"m\"} 2",
+        ];
+        assert_eq!(mine, wanted);
     }
 
     #[test]
