@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use understudy_crm::policy::{Machine, Policy};
 use understudy_crm::records;
 use understudy_crm::xml::Element;
+use understudy_monitor::report::Report;
 
-use crate::core::model::{ApprovalState, Host, MachineNow, Round, Snapshot};
+use crate::core::model::{ApprovalState, Finding, Host, MachineNow, Round, Snapshot};
 
 /// A node's attribute with its load: percent of its processors, a whole number. Transient; whoever measures it writes it.
 pub const LOAD: &str = "understudy-load";
@@ -22,6 +23,8 @@ pub struct Beside {
     pub links: Option<(usize, usize)>,
     /// Where the questions stand, by plan.
     pub approvals: BTreeMap<String, ApprovalState>,
+    /// What this node's monitor says; `None` if there is none, or it does not answer.
+    pub report: Option<Report>,
 }
 
 /// The policy that the cluster was given; `None`: none that needs a controller. The error is a sentence.
@@ -69,6 +72,7 @@ pub fn read(policy: &Policy, cib: &Element, status: &Element, beside: Beside) ->
         machines: machines.collect(),
         load: (0..policy.nodes.len()).map(load).collect(),
         hosts,
+        findings: beside.report.and_then(|report| findings(policy, report, &by_name)),
         records: records::read(cib).map_err(|e| e.to_string())?,
         approvals: beside.approvals,
     })
@@ -87,6 +91,23 @@ pub fn wanted(policy: &Policy, cib: &Element, snapshot: &Snapshot, round: &Round
         records::set_wishes(&mut wanted, policy.machines[*m].name.get_ref(), &scores);
     }
     Some(wanted)
+}
+
+/// What the monitor judges of the policy's nodes and machines; `None` while it judges nothing.
+fn findings(policy: &Policy, report: Report, by_name: &HashMap<&str, usize>) -> Option<Vec<Finding>> {
+    if report.waits_for.is_some() {
+        return None;
+    }
+    let of = |name: &str| policy.machines.iter().position(|m| m.name.get_ref() == name);
+    let known = report.judged.into_iter().filter_map(|j| {
+        let machine = match &j.machine {
+            Some(name) => Some(of(name)?),
+            None => None,
+        };
+        let node = *by_name.get(j.node.as_str())?;
+        Some(Finding { node, machine, seen: j.observation, row: j.row, verdict: j.verdict, lasts: j.for_ms / 1000 })
+    });
+    Some(known.collect())
 }
 
 fn is_true(value: Option<&str>) -> bool {

@@ -29,6 +29,9 @@ use crate::outside::Outside;
 /// How often a change is tried that others were faster with, before the next round.
 const TRIES: u32 = 5;
 
+/// Longest that this node's monitor may take to answer.
+const MONITOR: Duration = Duration::from_secs(1);
+
 /// What the daemon is told.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -36,6 +39,8 @@ pub struct Config {
     pub node: String,
     /// Its files.
     pub files: EvacuatorFiles,
+    /// Parent of run directories, where this node's monitor is asked.
+    pub run_root: PathBuf,
     /// The journal.
     pub journal: PathBuf,
 }
@@ -144,8 +149,14 @@ fn round(config: &Config, outside: &mut dyn Outside, journal: &mut Journal, seen
             bail!("the cluster has no record of a policy that needs a controller: run understudy-crm apply");
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let beside =
-            Beside { now, here: config.node.clone(), links: links(), approvals: outside.approvals(policy, &cib, now) };
+        let beside = Beside {
+            now,
+            here: config.node.clone(),
+            links: links(),
+            approvals: outside.approvals(policy, &cib, now),
+            // No monitor, or none that answers: nobody can tell.
+            report: understudy_monitor::report::ask(&config.run_root, MONITOR).ok(),
+        };
         let status = live::status(&cib)?;
         let snapshot = cluster::read(policy, &cib, &status, beside).map_err(Error::msg)?;
         let decided = decide(policy, &snapshot);

@@ -89,7 +89,7 @@ fn act(command: Cmd) -> Result<()> {
     let order = |plan: String, what, machines| orders::order(&Order { plan, what, machines, by: whoami() });
     match command {
         Cmd::Run { node, run_root, journal } => {
-            let config = Config { node, files: EvacuatorFiles::below(run_root), journal };
+            let config = Config { node, files: EvacuatorFiles::below(&run_root), run_root, journal };
             daemon::run(&config, &mut People)
         }
         Cmd::Status { run_root } => {

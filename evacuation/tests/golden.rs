@@ -13,6 +13,7 @@
 //! | `release p1 m1`, `cancel p1`, `retry m1` | orders |
 //! | `approve p1`, `refuse p1`, `expire p1` | answers |
 //! | `quorum 0`, `maintenance 1` | |
+//! | `verdict n1 freeze`, `verdict n1/m1 move` | the monitors say so from now on; `verdict - nothing`: all is well again |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -27,6 +28,8 @@ use understudy_crm::xml::Element;
 use understudy_evacuation::cluster::{Beside, policy as policy_of, read, wanted};
 use understudy_evacuation::core::decide;
 use understudy_evacuation::core::model::ApprovalState;
+use understudy_monitor::matrix::{Bmc, Guest, Machine, Management, Observation, Production, Restart, Verdict};
+use understudy_monitor::report::{Judged, Report};
 
 fn scheduler() -> Option<Scheduler> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/lab/root");
@@ -45,6 +48,7 @@ struct Story<'a> {
     cib: Element,
     now: u64,
     approvals: BTreeMap<String, ApprovalState>,
+    report: Option<Report>,
     shown: u64,
     log: String,
 }
@@ -119,8 +123,36 @@ impl Story<'_> {
                 let pair = Element::new("nvpair").with("id", "mm").with("name", "maintenance-mode");
                 set.children.push(pair.with("value", first));
             }
+            "verdict" => self.verdict(first, rest[1]),
             other => panic!("what does {other:?} mean?"),
         }
+    }
+
+    /// The monitors say so, and have for a minute.
+    fn verdict(&mut self, subject: &str, verdict: &str) {
+        let (node, machine) = match subject.split_once('/') {
+            Some((node, machine)) => (node, Some(machine.to_owned())),
+            None => (subject, None),
+        };
+        let report = self.report.get_or_insert_with(|| Report {
+            node: "n".into(),
+            speaks: true,
+            waits_for: None,
+            judged: Vec::new(),
+            refused: 0,
+            last_refused: None,
+        });
+        report.judged.retain(|j| subject != "-" && (j.node != node || j.machine != machine));
+        if subject == "-" {
+            return;
+        }
+        let verdict = Verdict::ALL.iter().copied().find(|v| v.as_str() == verdict).unwrap();
+        let management = if verdict == Verdict::Freeze { Management::Down } else { Management::Up };
+        let (production, bmc) = (Production::Node, Bmc::Unknown);
+        let (guest, restart) = (Guest::Unwatched, Restart::Untried);
+        let observation = Observation { management, production, bmc, machine: Machine::Running, guest, restart };
+        let (node, row) = (node.to_owned(), "story".to_owned());
+        report.judged.push(Judged { node, machine, observation, row, verdict, for_ms: 60_000 });
     }
 
     /// Rounds and transitions until neither the controller nor the cluster has anything to do.
@@ -139,7 +171,8 @@ impl Story<'_> {
     fn round(&mut self) -> bool {
         let policy = policy_of(&self.cib).unwrap().unwrap_or_else(|| self.policy.clone());
         let (_, status) = self.scheduler.look(&self.cib).unwrap();
-        let beside = Beside { now: self.now, here: "n".into(), links: Some((2, 2)), approvals: self.approvals.clone() };
+        let (approvals, report) = (self.approvals.clone(), self.report.clone());
+        let beside = Beside { now: self.now, here: "n".into(), links: Some((2, 2)), approvals, report };
         let snapshot = read(&policy, &self.cib, &status, beside).unwrap();
         let round = decide(&policy, &snapshot);
         for id in &round.ask {
@@ -201,8 +234,8 @@ fn every_story_ends_as_its_log_says() {
         let policy = policy.unwrap_or_else(|| panic!("{}: {findings:?}", folder.display()));
         let cib = settled(&policy);
         let approvals = BTreeMap::new();
-        let mut story =
-            Story { scheduler: &scheduler, policy, cib, now: 1000, approvals, shown: 0, log: String::new() };
+        let (report, log) = (None, String::new());
+        let mut story = Story { scheduler: &scheduler, policy, cib, now: 1000, approvals, report, shown: 0, log };
         for line in fs::read_to_string(folder.join("story")).unwrap().lines() {
             let _ = writeln!(story.log, "{line}");
             story.happens(line);

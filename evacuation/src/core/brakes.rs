@@ -5,6 +5,7 @@
 
 use understudy_crm::policy::Policy;
 use understudy_crm::records::Plan;
+use understudy_monitor::matrix::Verdict;
 
 use super::model::{Host, Snapshot};
 
@@ -22,7 +23,7 @@ pub struct Brake {
 }
 
 /// All of them.
-pub const BRAKES: [Brake; 7] = [
+pub const BRAKES: [Brake; 8] = [
     Brake {
         name: "fence",
         question: "Is the host of this machine certainly dead?",
@@ -60,6 +61,12 @@ pub const BRAKES: [Brake; 7] = [
         unknown: "open: without the setting a whole rack is evacuated",
         passable: true,
     },
+    Brake {
+        name: "matrix",
+        question: "Do the monitors say that nothing of this host may be started until somebody has looked (`freeze`)?",
+        unknown: "open: fencing has answered already",
+        passable: true,
+    },
 ];
 
 /// Why nothing may be started at all.
@@ -91,10 +98,27 @@ pub fn brake(policy: &Policy, snapshot: &Snapshot, plan: &Plan) -> Option<String
     if lost > 1 && lost * 100 > all * most {
         return Some(format!("{lost} of {all} hosts are down, more than max_down = {most} percent"));
     }
-    let limit = rules.max_rack_down.as_ref().map(|limit| *limit.get_ref() as usize)?;
+    frozen(policy, snapshot, plan).or_else(|| crowd_of_a_rack(policy, down, plan))
+}
+
+/// Nothing is too short here: a verdict that keeps machines where they are counts at once.
+fn frozen(policy: &Policy, snapshot: &Snapshot, plan: &Plan) -> Option<String> {
+    let freezes = snapshot.findings.iter().flatten().filter(|f| f.verdict == Verdict::Freeze);
+    freezes.into_iter().find_map(|f| {
+        let host = policy.nodes[f.node].name.get_ref();
+        let machine = f.machine.map(|m| policy.machines[m].name.get_ref());
+        let mut left = plan.moves.iter().filter(|m| !m.progress.over() && m.from == *host);
+        let concerns = left.any(|m| machine.is_none_or(|name| m.machine == *name));
+        concerns.then(|| format!("the monitors say freeze of {host} (row {}: {})", f.row, f.seen))
+    })
+}
+
+fn crowd_of_a_rack(policy: &Policy, down: impl Fn(&usize) -> bool, plan: &Plan) -> Option<String> {
+    let limit = policy.rules().max_rack_down.as_ref().map(|limit| *limit.get_ref() as usize)?;
     plan.lost.iter().find_map(|lost| {
         let rack = policy.nodes.iter().find(|n| n.name.get_ref() == lost)?.rack.as_ref()?;
-        let of_rack = (0..all).filter(|n| policy.nodes[*n].rack.as_ref() == Some(rack)).filter(down).count();
+        let of_rack =
+            policy.nodes.iter().enumerate().filter(|(n, node)| node.rack.as_ref() == Some(rack) && down(n)).count();
         let rack = rack.get_ref();
         (of_rack > limit).then(|| format!("{of_rack} hosts of rack {rack} are down, more than max_rack_down = {limit}"))
     })

@@ -24,6 +24,7 @@
 //! 5. no rack holds all machines of a business type if there was another way.
 
 pub mod brakes;
+mod findings;
 pub mod model;
 mod planning;
 mod progress;
@@ -48,6 +49,7 @@ pub fn decide(policy: &Policy, snapshot: &Snapshot) -> Round {
         ask: Vec::new(),
     };
     decision.look();
+    decision.hear();
     decision.obey();
     decision.follow();
     decision.release();
@@ -204,19 +206,20 @@ impl Decision<'_> {
         for m in 0..self.policy.machines.len() {
             let name = self.name(m).to_string();
             let Some(idle) = self.idle(m) else { continue };
-            if self.in_a_plan(&name) {
-                continue;
-            }
             let machine = &self.snapshot.machines[m];
             let home = machine.home();
+            let unfenced = |n: &usize| self.host(*n) == Host::Unclean;
+            let held_back = machine.on.iter().copied().chain(home).find(unfenced);
+            // A plan whose host was lost after it was made waits for the fence, perhaps for ever.
+            if self.in_a_plan(&name) && (held_back.is_none() || idle < overdue) {
+                continue;
+            }
             let home_is_down = home.is_some_and(|n| self.host(n) == Host::Down);
             let waits_for_home = self.machine(m).mode() == Mode::None && home_is_down;
             let left = self.records.state.left.get(&name).cloned();
             if idle < overdue && left.is_none() && !(waits_for_home && idle >= settle) {
                 continue;
             }
-            let unfenced = |n: &usize| self.host(*n) == Host::Unclean;
-            let held_back = machine.on.iter().copied().chain(home).find(unfenced);
             let text = match (held_back, left, home) {
                 (Some(n), ..) => format!(
                     "{name} may still run on {}, whose death nobody has confirmed: see to the fencing device, or confirm with stonith_admin --confirm {}",

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use understudy_crm::records::Records;
+use understudy_monitor::matrix::{Observation, Verdict};
 
 /// A host, as far as it matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +40,23 @@ impl MachineNow {
     pub fn home(&self) -> Option<usize> {
         self.wishes.iter().max_by_key(|(node, score)| (*score, std::cmp::Reverse(*node))).map(|(node, _)| *node)
     }
+}
+
+/// What the monitors find of a host, or of a machine on it, and what follows by the fault matrix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// The host.
+    pub node: usize,
+    /// The machine; `None` for the host itself.
+    pub machine: Option<usize>,
+    /// What is seen.
+    pub seen: Observation,
+    /// Name of the row of the matrix that decides.
+    pub row: String,
+    /// What follows.
+    pub verdict: Verdict,
+    /// For how long it has been so, seconds.
+    pub lasts: u64,
 }
 
 /// Whether somebody has agreed to a plan.
@@ -84,6 +102,8 @@ pub struct Snapshot {
     pub load: Vec<Option<u32>>,
     /// The machines.
     pub machines: Vec<MachineNow>,
+    /// What the monitors find. `None`: nobody could tell.
+    pub findings: Option<Vec<Finding>>,
     /// What the controller has kept.
     pub records: Records,
     /// By plan. What is not there has not been asked.

@@ -10,9 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use fastrand::Rng;
 use understudy_crm::estate::{Automation, Mode, Unanswered};
+use understudy_crm::policy::Policy;
 use understudy_crm::records::{EVACUATED, Order, Progress, Records, What};
 use understudy_evacuation::core::decide;
-use understudy_evacuation::core::model::{ApprovalState, Host, Round, Snapshot};
+use understudy_evacuation::core::model::{ApprovalState, Finding, Host, Round, Snapshot};
+use understudy_monitor::matrix::Verdict;
 use world::{Violation, World};
 
 /// Everything around the controller: who was told, who has agreed.
@@ -40,6 +42,7 @@ fn controller(world: &mut World, around: &mut Around, calm: bool) -> Result<(), 
     let snapshot = world.snapshot();
     let version = world.version;
     let round = decide(&world.policy, &snapshot);
+    heard(&world.policy, &snapshot, &round)?;
     let killed_after = if calm { 9 } else { world.rng.u8(0..12) };
     if killed_after == 0 {
         return Ok(());
@@ -67,6 +70,33 @@ fn controller(world: &mut World, around: &mut Around, calm: bool) -> Result<(), 
         world.version += 1;
     }
     Ok(())
+}
+
+/// What the monitors say and has lasted is an alarm, one and the same; what they do not say any more is none.
+fn heard(policy: &Policy, snapshot: &Snapshot, round: &Round) -> Result<(), Violation> {
+    let up: BTreeSet<&str> = round.records.state.alarms.keys().filter_map(|key| key.strip_prefix("finding:")).collect();
+    let Some(findings) = &snapshot.findings else {
+        let before: BTreeSet<&str> =
+            snapshot.records.state.alarms.keys().filter_map(|key| key.strip_prefix("finding:")).collect();
+        return if up == before { Ok(()) } else { Err(format!("nobody can tell, and {before:?} became {up:?}")) };
+    };
+    let tells = |f: &&Finding| !matches!(f.verdict, Verdict::Nothing | Verdict::FenceAndEvacuate | Verdict::Evacuate);
+    for f in findings.iter().filter(tells).filter(|f| f.lasts >= policy.rules().settle.0) {
+        let node = policy.nodes[f.node].name.get_ref();
+        let machine = f.machine.map(|m| format!("{node}/{}", policy.machines[m].name.get_ref()));
+        let told = [machine, Some(node.clone()), Some(format!("row:{}", f.row))];
+        if !told.iter().flatten().any(|key| up.contains(key.as_str())) {
+            return Err(format!("nobody is told of {f:?}, only of {up:?}"));
+        }
+    }
+    let over = |key: &&&str| {
+        !findings.iter().filter(tells).any(|f| {
+            let node = policy.nodes[f.node].name.get_ref();
+            let machine = f.machine.map(|m| format!("{node}/{}", policy.machines[m].name.get_ref()));
+            machine.as_deref().unwrap_or(node) == **key || key.strip_prefix("row:") == Some(&f.row)
+        })
+    };
+    up.iter().find(over).map_or(Ok(()), |key| Err(format!("{key} is over and still an alarm")))
 }
 
 /// The change is made; here everything is looked at.
@@ -102,6 +132,17 @@ fn commit(world: &mut World, around: &mut Around, snapshot: &Snapshot, round: &R
             Automation::Semi => ordered || around.agreed.contains(&plan.id),
             Automation::Automatic => true,
         };
+        let from = plan.moves.iter().find(|m| m.machine == name).map(|m| m.from.as_str()).unwrap_or_default();
+        let frozen = snapshot.findings.iter().flatten().any(|f| {
+            let it = f.machine.is_none_or(|x| x == m) && world.policy.nodes[f.node].name.get_ref() == from;
+            it && f.verdict == Verdict::Freeze
+        });
+        if frozen && world.policy.automation(&world.policy.machines[m]) == Automation::Automatic {
+            around.count("released though frozen");
+            if !ordered {
+                return Err(format!("{name} of {from} is released, and the monitors say freeze"));
+            }
+        }
         if !agreed {
             return Err(format!("{name} is released and nobody has agreed to {}", plan.id));
         }
@@ -234,6 +275,11 @@ fn at_the_end(world: &World, around: &mut Around) -> Result<(), Violation> {
         let mut plans = world.records.plans.iter().filter(|p| p.closed.is_none());
         let plan = plans.find(|p| p.moves.iter().any(|m| m.machine == *name && !m.progress.over()));
         if let Some(plan) = plan {
+            let unfenced = world.records.state.alarms.get(&format!("machine:{name}"));
+            if unfenced.is_some_and(|text| text.contains("whose death nobody has confirmed")) {
+                around.count("wait for a fence");
+                continue;
+            }
             if plan.automation == Automation::Automatic && plan.held.is_none() {
                 return Err(format!("{name} waits in the automatic plan {} and nothing holds that", plan.id));
             }

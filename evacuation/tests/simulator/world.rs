@@ -8,7 +8,8 @@ use fastrand::Rng;
 use understudy_crm::estate::Mode;
 use understudy_crm::policy::Policy;
 use understudy_crm::records::Records;
-use understudy_evacuation::core::model::{ApprovalState, Host, MachineNow, Snapshot};
+use understudy_evacuation::core::model::{ApprovalState, Finding, Host, MachineNow, Snapshot};
+use understudy_monitor::matrix::{Observation, Verdict};
 
 /// A host as it really is.
 #[derive(Debug, Clone)]
@@ -43,6 +44,8 @@ pub struct World {
     pub quorum: bool,
     pub maintenance: bool,
     pub links: Option<(usize, usize)>,
+    /// What the monitors say, right or wrong, and since when (in the place of how long).
+    pub findings: Option<Vec<Finding>>,
     pub records: Records,
     pub approvals: BTreeMap<String, ApprovalState>,
     /// Chance of a start to fail, percent.
@@ -79,6 +82,7 @@ impl World {
             quorum: true,
             maintenance: false,
             links: Some((2, 2)),
+            findings: None,
             records: Records::default(),
             approvals: BTreeMap::new(),
             bad_starts,
@@ -108,6 +112,10 @@ impl World {
             quorum: self.quorum,
             maintenance: self.maintenance,
             links: self.links,
+            findings: self
+                .findings
+                .as_ref()
+                .map(|all| all.iter().map(|f| Finding { lasts: self.now - f.lasts, ..f.clone() }).collect()),
             hosts: self.hosts.iter().map(|h| h.seen).collect(),
             load: self.load.clone(),
             machines: (0..self.policy.machines.len()).map(machine).collect(),
@@ -119,7 +127,7 @@ impl World {
     /// Something bad happens, or something good.
     pub fn disturb(&mut self) {
         let n = self.rng.usize(0..self.hosts.len());
-        match self.rng.u8(0..12) {
+        match self.rng.u8(0..15) {
             0..=3 if self.hosts[n].seen == Host::Up => {
                 // Dead, or only cut off and running on.
                 self.hosts[n].alive = self.rng.bool();
@@ -153,14 +161,33 @@ impl World {
                     }
                 }
             }
+            12..=14 => return self.find(n),
             _ => return,
         }
         self.version += 1;
     }
 
+    /// The monitors find something else, which need not be true. That is no change of the cluster.
+    fn find(&mut self, node: usize) {
+        let findings = self.findings.get_or_insert_default();
+        match self.rng.u8(0..8) {
+            0 => self.findings = None,
+            1 => findings.clear(),
+            _ => {
+                let machine = self.rng.bool().then(|| self.rng.usize(0..self.copies.len()));
+                let verdict = *self.rng.choice(Verdict::ALL).unwrap_or(&Verdict::Nothing);
+                let seen = Observation::all().nth(self.rng.usize(0..700)).expect("there are as many");
+                let row = format!("r{}", self.rng.u8(0..2));
+                findings.retain(|f| (f.node, f.machine) != (node, machine));
+                findings.push(Finding { node, machine, seen, row, verdict, lasts: self.now });
+            }
+        }
+    }
+
     /// All is well again, as far as it can be: what is dead stays dead.
     pub fn calm(&mut self) {
         (self.quorum, self.maintenance, self.links, self.bad_starts) = (true, false, Some((2, 2)), 0);
+        self.findings = Some(Vec::new());
         self.version += 1;
     }
 
