@@ -196,6 +196,7 @@ fn machine_record(policy: &Policy, m: &Machine) -> Value {
         put(&mut out, name, value.as_ref().map(|v| json!(v.get_ref())));
     }
     put(&mut out, "standby", m.standby.as_ref().map(|s| json!(s.get_ref().names())));
+    put(&mut out, "migrate", m.migrates().then(|| json!(true)));
     put(&mut out, "performance", m.high_performance_need().then(|| json!("high")));
     put(&mut out, "priority", m.priority.as_ref().map(|p| json!(p.get_ref())));
     Value::Object(out)
@@ -246,7 +247,7 @@ nodes = [
 ]
 machines = [
     { name = "a", kernel = "/k", mode = "restart", automation = "semi", business = "web", priority = 7, memory = 64 },
-    { name = "b", kernel = "/k", mode = "restart", performance = "high", evacuation = "dedicated-then-own" },
+    { name = "b", kernel = "/k", mode = "restart", migrate = true, performance = "high", evacuation = "dedicated-then-own" },
     { name = "c", kernel = "/k", primary = "n1", standby = "n2" },
 ]
 approval = { expires = "10min", unanswered = "approve" }
@@ -263,8 +264,8 @@ approval = { expires = "10min", unanswered = "approve" }
             assert_eq!((read.rules(), read.approval), (policy.rules(), policy.approval));
             for (a, b) in read.machines.iter().zip(&policy.machines) {
                 assert_eq!(
-                    (read.held(a), read.automation(a), a.mode()),
-                    (policy.held(b), policy.automation(b), b.mode())
+                    (read.held(a), read.automation(a), a.mode(), a.migrates()),
+                    (policy.held(b), policy.automation(b), b.mode(), b.migrates())
                 );
             }
             assert_eq!(estate_record(&read).unwrap(), record);

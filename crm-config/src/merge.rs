@@ -11,7 +11,7 @@ use crate::alerts::ALERT;
 use crate::cib::{DEFAULTS, PROPERTIES, TAG, node_sets, sections};
 use crate::compile::{CLUSTER, HIGH_PERFORMANCE, MEMORY, PROMOTION, RACK, WISH};
 use crate::model::{Configuration, NodeSettings};
-use crate::records::{self, EVACUATED};
+use crate::records::{self, ARRIVES, EVACUATED};
 use crate::xml::Element;
 
 /// What the ids of our constraints begin with.
@@ -46,7 +46,8 @@ pub fn merge(cib: &Element, configuration: &Configuration) -> (Element, Vec<Chan
     let live = cib.child_or_new("configuration");
 
     let section = |name: &str| ours.child(name).map(|s| s.children.clone()).unwrap_or_default();
-    node_attributes(live.child_or_new("nodes"), &configuration.nodes, &mut changes);
+    let controlled = configuration.estate.is_some();
+    node_attributes(live.child_or_new("nodes"), &configuration.nodes, controlled, &mut changes);
     properties(live.child_or_new("crm_config"), &section("crm_config"), &mut changes);
     estate(live.child_or_new("crm_config"), configuration.estate.as_deref(), &mut changes);
     objects(live.child_or_new("resources"), section("resources"), &|e| owned.contains(e.id()), &mut changes);
@@ -70,20 +71,30 @@ fn is_our_attribute(name: &str) -> bool {
 
 /// Our attributes of the cluster's nodes, whichever set they stand in: crm_attribute, crm and pcs each have their own. Nodes
 /// are Corosync's to make; one that is not there yet gets nothing.
-fn node_attributes(live: &mut Element, wanted: &[NodeSettings], changes: &mut Vec<Change>) {
+fn node_attributes(live: &mut Element, wanted: &[NodeSettings], controlled: bool, changes: &mut Vec<Change>) {
     let none = NodeSettings { name: String::new(), attributes: Vec::new(), utilization: Vec::new() };
-    let (evacuated, here) = (evacuated(live), EVACUATED.to_string());
+    let (evacuated, here) = (with_score(live, EVACUATED), EVACUATED.to_string());
     let mut times: HashMap<String, usize> = HashMap::new();
     for (name, _) in wanted.iter().flat_map(|w| &w.attributes) {
         *times.entry(name.clone()).or_default() += 1;
     }
+    // Only a controller brings a move to its end.
+    let mut under_way = if controlled { with_score(live, ARRIVES) } else { BTreeSet::new() };
+    under_way.retain(|name| times.contains_key(name));
     for node in live.children.iter_mut().filter(|n| n.name == "node") {
         let mut wanted = wanted.iter().find(|w| node.attribute("uname") == Some(&w.name)).unwrap_or(&none).clone();
         let lives_here = |name: &str| {
             let sets = node.children.iter().filter(|s| s.name == "instance_attributes").flat_map(|s| &s.children);
             sets.filter(|p| p.attribute("name") == Some(name)).any(|p| p.attribute("value") == Some(&here))
         };
-        for (name, elsewhere) in evacuated.iter().filter_map(|n| Some((n, times.get(n)?))) {
+        // A machine that is being moved keeps both its nodes until it has arrived.
+        for name in &under_way {
+            let sets = node.children.iter().filter(|s| s.name == "instance_attributes").flat_map(|s| &s.children);
+            let now = { sets }.find(|p| p.attribute("name") == Some(name)).and_then(|p| p.attribute("value"));
+            wanted.attributes.retain(|(n, _)| n != name);
+            wanted.attributes.extend(now.map(|now| (name.clone(), now.to_owned())));
+        }
+        for (name, elsewhere) in evacuated.difference(&under_way).filter_map(|n| Some((n, times.get(n)?))) {
             // A machine with a home only has had it given up; one with targets of its own keeps those.
             if lives_here(name) || *elsewhere == 1 {
                 wanted.attributes.retain(|(n, _)| n != name);
@@ -160,12 +171,12 @@ fn estate(live: &mut Element, wanted: Option<&str>, changes: &mut Vec<Change>) {
     }
 }
 
-/// Names of the scores of machines that the controller has brought elsewhere.
-fn evacuated(nodes: &Element) -> BTreeSet<String> {
+/// Names of the scores of machines that have this one anywhere: only the controller gives it.
+fn with_score(nodes: &Element, score: i32) -> BTreeSet<String> {
     let sets = nodes.children.iter().flat_map(|n| &n.children).filter(|s| s.name == "instance_attributes");
     let is_it = |p: &&Element| {
         let name = p.attribute("name").unwrap_or_default();
-        name.starts_with(WISH) && p.attribute("value") == Some(&EVACUATED.to_string())
+        name.starts_with(WISH) && p.attribute("value") == Some(&score.to_string())
     };
     sets.flat_map(|s| &s.children).filter(is_it).map(name_of).collect()
 }

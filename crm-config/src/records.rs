@@ -33,6 +33,9 @@ pub const PLAN: &str = "understudy-evacuation-plan-";
 pub const ORDER: &str = "understudy-evacuation-order-";
 /// The score that the controller gives: this node is the machine's home now. [`crate::merge`] leaves such a machine where it is.
 pub const EVACUATED: i32 = 2000;
+/// The score of the node that a machine is to move to while it runs: more than any stickiness, so that Pacemaker migrates it. It keeps the score of
+/// where it is until it has arrived, so that it is never without a permitted node. [`crate::merge`] leaves both as they are.
+pub const ARRIVES: i32 = 200_000;
 /// Events that are kept in the cluster. Whoever reads them more seldom than that many happen has a gap, and sees that he has.
 pub const KEPT_EVENTS: usize = 64;
 
@@ -80,7 +83,7 @@ impl Progress {
 pub struct Move {
     /// The machine.
     pub machine: String,
-    /// Its home that died.
+    /// Its home that died, or that it leaves.
     pub from: String,
     /// Where it shall run.
     pub to: String,
@@ -88,11 +91,31 @@ pub struct Move {
     pub progress: Progress,
 }
 
-/// What shall become of machines that have lost their hosts.
+/// What a plan is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Machines that have lost their host are started elsewhere.
+    #[default]
+    Lost,
+    /// Machines leave a host while they run.
+    Drain,
+}
+
+impl Kind {
+    fn is_lost(&self) -> bool {
+        *self == Self::Lost
+    }
+}
+
+/// What shall become of machines that have lost their hosts, or that are to leave them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// Its name, `p1`, `p2`, …: never used twice in a cluster.
     pub id: String,
+    /// What it is about.
+    #[serde(default, skip_serializing_if = "Kind::is_lost")]
+    pub kind: Kind,
     /// Who decides about it.
     pub automation: Automation,
     /// When it was made, in seconds since 1970.
@@ -145,6 +168,9 @@ impl Plan {
             hash.update(text);
         };
         eat(&self.id);
+        if self.kind == Kind::Drain {
+            eat("drain");
+        }
         for m in &self.moves {
             eat(&m.machine);
             eat(&m.from);
@@ -155,8 +181,11 @@ impl Plan {
 
     /// What people are asked about: who lost what, and what goes where.
     pub fn summary(&self) -> String {
-        let mut out =
-            format!("{} lost; {} machines to be started elsewhere:\n", self.lost.join(", "), self.moves.len());
+        let (hosts, count) = (self.lost.join(", "), self.moves.len());
+        let mut out = match self.kind {
+            Kind::Lost => format!("{hosts} lost; {count} machines to be started elsewhere:\n"),
+            Kind::Drain => format!("{hosts} to be left by {count} machines while they run:\n"),
+        };
         for m in &self.moves {
             out.push_str(&format!("  {} from {} to {}\n", m.machine, m.from, m.to));
         }
@@ -167,7 +196,7 @@ impl Plan {
 /// What somebody at the keyboard wants done with a plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Order {
-    /// The plan; empty if it is about none.
+    /// The plan, or the host to be emptied; empty if it is about neither.
     pub plan: String,
     /// What.
     pub what: What,
@@ -188,6 +217,8 @@ pub enum What {
     Cancel,
     /// Machines that were left without a host (refused, cancelled, failed too often) are planned anew. Names no plan.
     Retry,
+    /// Machines leave a host while they run. Names the host.
+    Drain,
 }
 
 /// What the controller has seen and must not forget.
@@ -204,12 +235,27 @@ pub struct State {
     pub attempts: BTreeMap<String, u32>,
     /// Machines that were left without a host on purpose, and why.
     pub left: BTreeMap<String, String>,
+    /// Machines that should leave their host while they run and do not.
+    pub stays: BTreeMap<String, Stay>,
     /// Alarms that are up, by key.
     pub alarms: BTreeMap<String, String>,
     /// The load of each host as it counts, in percent.
     pub load: BTreeMap<String, u32>,
     /// The newest events, oldest first.
     pub events: Vec<Event>,
+}
+
+/// A machine that stays where it should not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stay {
+    /// The host that it should leave.
+    pub node: String,
+    /// Why it does not: a sentence.
+    pub why: String,
+    /// An operator wanted it to; else the monitors do.
+    pub ordered: bool,
+    /// Nothing more is tried until somebody says so.
+    pub over: bool,
 }
 
 /// One line of the journal.
@@ -403,6 +449,7 @@ mod tests {
         let moves = vec![Move { machine: "m".into(), from: "n1".into(), to: "n2".into(), progress: Progress::Waiting }];
         let plan = Plan {
             id: "p1".into(),
+            kind: Kind::Drain,
             automation: Automation::Semi,
             made: 7,
             lost: vec!["n1".into()],
@@ -438,6 +485,7 @@ mod tests {
         let go = |to: &str| Move { machine: "m".into(), from: "a".into(), to: to.into(), progress: Progress::Waiting };
         let plan = |id: &str, moves| Plan {
             id: id.into(),
+            kind: Kind::Lost,
             automation: Automation::Semi,
             made: 0,
             lost: vec![],
@@ -450,6 +498,7 @@ mod tests {
         for other in [plan("p2", vec![go("b")]), plan("p1", vec![go("c")]), plan("p1", vec![go("b"), go("c")])] {
             assert_ne!(first.digest(), other.digest());
         }
+        assert_ne!(Plan { kind: Kind::Drain, ..first.clone() }.digest(), first.digest());
         let mut same = first.clone();
         same.moves[0].progress = Progress::Runs;
         assert_eq!(first.digest(), same.digest());

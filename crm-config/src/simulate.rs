@@ -47,6 +47,8 @@ pub struct Outcome {
     pub after: BTreeMap<String, Vec<Running>>,
     /// Nodes that would be fenced.
     pub fenced: Vec<String>,
+    /// Resources that would be moved while they run.
+    pub migrated: Vec<String>,
 }
 
 impl Scheduler {
@@ -90,7 +92,7 @@ pub fn outcome(result: &Element) -> Outcome {
     if let Some(resources) = result.child("cluster_status").and_then(|s| s.child("resources")) {
         running(resources, &mut before);
     }
-    let mut out = Outcome { after: before.clone(), before, fenced: Vec::new() };
+    let mut out = Outcome { after: before.clone(), before, ..Outcome::default() };
     for action in result.child("actions").map(|a| a.children.as_slice()).unwrap_or_default() {
         let get = |name| action.attribute(name);
         if action.name == "node_action" {
@@ -118,8 +120,11 @@ pub fn outcome(result: &Element) -> Outcome {
             "promote" => arrive(instances, true),
             "demote" => arrive(instances, false),
             "stop" => leave(instances),
-            "move" | "migrate" => {
+            what @ ("move" | "migrate") => {
                 leave(instances);
+                if what == "migrate" {
+                    out.migrated.extend(get("resource").map(str::to_string));
+                }
                 arrive(instances, get("next-role") == Some("Promoted"));
             }
             // In place, but the role may be another afterwards.

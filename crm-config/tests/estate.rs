@@ -310,6 +310,22 @@ fn applying_a_policy_leaves_an_evacuated_machine_where_it_is() {
 }
 
 #[test]
+fn applying_a_policy_leaves_a_machine_that_is_on_its_way_both_its_nodes() {
+    use understudy_crm::records::{ARRIVES, set_wishes, wishes};
+    let policy = policy(CONTROLLED);
+    let mut live = cib::document(&policy, &compile(&policy));
+    set_wishes(&mut live, "a", &[("n1".into(), 1000), ("n3".into(), ARRIVES)]);
+    let (wanted, changes) = merge(&live, &compile(&policy));
+    assert!(changes.is_empty(), "{changes:?}");
+    assert_eq!(wishes(&wanted, "a"), [("n1", 1000), ("n3", ARRIVES)]);
+    // Nobody would bring it to its end.
+    let free = self::policy(&CONTROLLED.replace("evacuation = { batch = 3 }", ""));
+    assert_eq!(wishes(&merge(&live, &compile(&free)).0, "a"), [("n1", 1000), ("n2", 900), ("n3", 899)]);
+    let none = self::policy(&CONTROLLED.replace("name = \"a\"", "name = \"b\""));
+    assert!(wishes(&merge(&live, &compile(&none)).0, "a").is_empty());
+}
+
+#[test]
 fn only_a_policy_that_needs_the_controller_has_it() {
     let with = policy(CONTROLLED);
     let ids = |p: &Policy| compile(p).resources.iter().map(|r| r.id().to_string()).collect::<Vec<_>>();

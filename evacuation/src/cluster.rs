@@ -72,6 +72,7 @@ pub fn read(policy: &Policy, cib: &Element, status: &Element, beside: Beside) ->
         machines: machines.collect(),
         load: (0..policy.nodes.len()).map(load).collect(),
         hosts,
+        health: property(cib, "node-health-strategy").is_some_and(|strategy| strategy != "none"),
         findings: beside.report.and_then(|report| findings(policy, report, &by_name)),
         records: records::read(cib).map_err(|e| e.to_string())?,
         approvals: beside.approvals,
@@ -166,6 +167,7 @@ fn state(machine: &Machine, instances: &[&Element], by_name: &HashMap<&str, usiz
     let mut now = MachineNow { wanted: !instances.iter().any(unwanted) && !instances.is_empty(), ..Default::default() };
     for resource in instances {
         let role = resource.attribute("role").unwrap_or_default();
+        now.migrating |= role == "Migrating";
         let works = match role {
             "Started" => !machine.protected(),
             "Promoted" | "Master" => true,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use understudy_crm::records::{Order, Plan, Progress, What, time};
+use understudy_crm::records::{Kind, Order, Plan, Progress, What, time};
 use understudy_evacuation::daemon::{self, Config};
 use understudy_evacuation::orders;
 use understudy_evacuation::people::People;
@@ -63,7 +63,12 @@ enum Cmd {
         /// Only these machines of it.
         machines: Vec<String>,
     },
-    /// Have another plan made for machines that were left without a host.
+    /// Empty a host: machines that migrate live leave it while they run, in batches. The others stay, and an alarm names them.
+    Drain {
+        /// The host.
+        node: String,
+    },
+    /// Have another plan made for machines that were left without a host, or that stay on one that they should leave.
     Retry {
         /// The machines; all if none is named.
         machines: Vec<String>,
@@ -110,6 +115,7 @@ fn act(command: Cmd) -> Result<()> {
         }
         Cmd::Release { plan, machines } => order(plan, What::Release, machines),
         Cmd::Cancel { plan, machines } => order(plan, What::Cancel, machines),
+        Cmd::Drain { node } => order(node, What::Drain, Vec::new()),
         Cmd::Retry { machines } => order(String::new(), What::Retry, machines),
         Cmd::Return { machine } => {
             let home = orders::go_home(&machine)?;
@@ -132,13 +138,21 @@ fn table(plan: &Plan) -> String {
         (None, Some(hold)) => format!("held: {}", hold.why()),
         (None, None) => "open".into(),
     };
-    let mut out =
-        format!("{} of {}, {} ({:?}): {state}\n", plan.id, time(plan.made), plan.lost.join(", "), plan.automation);
+    let what = if plan.kind == Kind::Drain { " to be left" } else { "" };
+    let mut out = format!(
+        "{} of {}, {}{what} ({:?}): {state}\n",
+        plan.id,
+        time(plan.made),
+        plan.lost.join(", "),
+        plan.automation
+    );
     for m in &plan.moves {
         let progress = match &m.progress {
             Progress::Waiting => "waits for a decision".into(),
             Progress::Ready { .. } => "waits for its batch".into(),
-            Progress::Released { batch, .. } => format!("starts (batch {batch})"),
+            Progress::Released { batch, .. } => {
+                format!("{} (batch {batch})", if plan.kind == Kind::Drain { "moves" } else { "starts" })
+            }
             Progress::Runs => "runs".into(),
             Progress::Failed { why } => format!("FAILED: {why}"),
             Progress::Dropped { why } => format!("was not moved: {why}"),

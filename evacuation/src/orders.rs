@@ -20,7 +20,14 @@ pub fn plans() -> Result<Vec<Plan>> {
 pub fn order(order: &Order) -> Result<()> {
     change(|cib| {
         let mut records = records::read(cib)?;
-        check(order, &records)?;
+        if order.what == What::Drain {
+            let policy = cluster::policy(cib).map_err(anyhow::Error::msg)?;
+            if !policy.iter().flat_map(|p| &p.nodes).any(|n| *n.name.get_ref() == order.plan) {
+                bail!("{} is not a host of the policy that the cluster was given", order.plan);
+            }
+        } else {
+            check(order, &records)?;
+        }
         let last = records.orders.keys().filter_map(|k| k.parse::<u64>().ok()).max().unwrap_or(0);
         records.orders.insert((last + 1).to_string(), order.clone());
         records::write(cib, &records);
@@ -30,9 +37,10 @@ pub fn order(order: &Order) -> Result<()> {
 
 fn check(order: &Order, records: &Records) -> Result<()> {
     if order.what == What::Retry {
-        let unknown = order.machines.iter().find(|m| !records.state.left.contains_key(*m));
-        if let Some(machine) = unknown {
-            bail!("{machine} is not one of the machines that were left without a host: see understudy-evacuator plans");
+        let state = &records.state;
+        let known = |m: &&String| state.left.contains_key(*m) || state.stays.contains_key(*m);
+        if let Some(machine) = order.machines.iter().find(|m| !known(m)) {
+            bail!("{machine} is not one of the machines that were left where they are: see understudy-evacuator plans");
         }
         return Ok(());
     }

@@ -5,6 +5,8 @@ use understudy_crm::xml::Element;
 use understudy_evacuation::cluster::{Beside, LOAD, links, policy, read, wanted};
 use understudy_evacuation::core::decide;
 use understudy_evacuation::core::model::Host;
+use understudy_monitor::matrix::{Observation, Verdict};
+use understudy_monitor::report::{Judged, Report};
 
 const POLICY: &str = r#"
 nodes = [
@@ -163,6 +165,35 @@ fn nothing_is_planned_while_the_host_may_live() {
         assert_eq!(records::wishes(&cib, "a"), [("n1", 1000)]);
         assert!(records::read(&cib).unwrap().plans.is_empty());
     }
+}
+
+#[test]
+fn what_the_monitor_says_of_others_than_the_policys_is_left_out_and_a_monitor_that_waits_says_nothing() {
+    let (cib, text) = (cib(), status(&node("n1", ""), &vm("vm-a", "Started", "n1", "")));
+    let policy = policy(&cib).unwrap().unwrap();
+    let judged = |node: &str, machine: Option<&str>| Judged {
+        node: node.into(),
+        machine: machine.map(str::to_owned),
+        observation: Observation::all().next().unwrap(),
+        row: "r".into(),
+        verdict: Verdict::Move,
+        for_ms: 3999,
+    };
+    let report = Report {
+        node: "n1".into(),
+        speaks: true,
+        waits_for: None,
+        judged: vec![judged("n1", None), judged("n2", Some("p")), judged("x9", None), judged("n1", Some("old"))],
+        refused: 0,
+        last_refused: None,
+    };
+    let findings =
+        |report: Option<Report>| read(&policy, &cib, &text, Beside { report, ..Beside::default() }).unwrap().findings;
+    let known = findings(Some(report.clone())).unwrap();
+    let known: Vec<_> = known.iter().map(|f| (f.node, f.machine, f.verdict, f.lasts)).collect();
+    assert_eq!(known, [(0, None, Verdict::Move, 3), (1, Some(1), Verdict::Move, 3)]);
+    assert_eq!(findings(Some(Report { waits_for: Some("it began".into()), ..report })), None);
+    assert_eq!(findings(None), None);
 }
 
 #[test]

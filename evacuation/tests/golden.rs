@@ -12,6 +12,7 @@
 //! | `pass 60` | so many seconds |
 //! | `release p1 m1`, `cancel p1`, `retry m1` | orders |
 //! | `approve p1`, `refuse p1`, `expire p1` | answers |
+//! | `drain n1` | an operator wants the host emptied |
 //! | `quorum 0`, `maintenance 1` | |
 //! | `verdict n1 freeze`, `verdict n1/m1 move` | the monitors say so from now on; `verdict - nothing`: all is well again |
 
@@ -108,6 +109,7 @@ impl Story<'_> {
             "pass" => self.now += first.parse::<u64>().unwrap(),
             "release" => self.order(What::Release, first, &rest[1..]),
             "cancel" => self.order(What::Cancel, first, &rest[1..]),
+            "drain" => self.order(What::Drain, first, &[]),
             "retry" => self.order(What::Retry, "", rest),
             "approve" => drop(self.approvals.insert(first.into(), ApprovalState::Approved { by: by() })),
             "refuse" => drop(self.approvals.insert(first.into(), ApprovalState::Refused { by: by() })),
@@ -199,9 +201,11 @@ impl Story<'_> {
                 o.get(&vm).into_iter().flatten().map(|r| r.node.clone()).collect()
             };
             let (before, after) = (on(&outcome.before), on(&outcome.after));
+            let live = outcome.migrated.contains(&vm);
             let down = |node: &str| outcome.fenced.iter().any(|f| f == node);
             for node in before.difference(&after).filter(|n| !down(n)) {
-                let _ = writeln!(self.log, "  pacemaker stops {vm} on {node}");
+                let what = if live { "migrates" } else { "stops" };
+                let _ = writeln!(self.log, "  pacemaker {what} {vm} on {node}");
                 let resources = self.state(node).child_or_new("lrm").child_or_new("lrm_resources");
                 resources.children.retain(|r| r.id() != vm);
                 acted = true;
@@ -211,7 +215,8 @@ impl Story<'_> {
                 continue;
             }
             for node in after.difference(&before) {
-                let _ = writeln!(self.log, "  pacemaker starts {vm} on {node}");
+                let what = if live { "migrates in" } else { "starts" };
+                let _ = writeln!(self.log, "  pacemaker {what} {vm} on {node}");
                 let resources = self.state(node).child_or_new("lrm").child_or_new("lrm_resources");
                 resources.children.retain(|r| r.id() != vm);
                 resources.children.push(history(&vm, "vmm", "start", node));

@@ -5,18 +5,24 @@
 //! Without root or the lab root the test says SKIPPED and passes.
 
 use std::fs;
+use std::io::{BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use understudy_alerts::answering::answer;
 use understudy_alerts::approval::{Answer, CONSOLE, Given, Record, Way, code, property};
 use understudy_alerts::cluster::{Cib, Records as _};
 use understudy_crm::policy::Policy;
-use understudy_crm::records::{self, EVACUATED, Progress, Records};
+use understudy_crm::records::{self, ARRIVES, EVACUATED, Progress, Records};
 use understudy_crm::simulate::settled;
 use understudy_crm::xml::Element;
+use understudy_monitor::matrix::{Observation, Verdict};
+use understudy_monitor::report::{Judged, Report, socket};
+use understudy_protocol::control::{Reply, encode_line, read_line};
 use understudy_protocol::key::Key;
 
 fn root() -> Option<PathBuf> {
@@ -185,6 +191,84 @@ fn a_plan_is_carried_out_when_somebody_approves_it_and_not_before() {
             .filter(|journal| journal.contains("ada") && journal.contains("approved"))
     });
     second.kill();
+}
+
+/// A monitor's socket that says what it was told to say.
+fn monitor(place: &Place, report: &Arc<Mutex<Report>>) {
+    let path = socket(place.dir.path());
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let listener = UnixListener::bind(path).unwrap();
+    let report = report.clone();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            while let Ok(Some(_)) = read_line(&mut reader) {
+                let said = report.lock().unwrap().clone();
+                let _ = stream.write_all(&encode_line(&Reply::Ok(said)));
+            }
+        }
+    });
+}
+
+#[test]
+fn what_the_monitor_of_its_node_freezes_waits_until_it_does_not() {
+    let Some(root) = root() else { return };
+    let place = Place::new(root);
+    let seen = Observation::all().next().unwrap();
+    let frozen = Judged {
+        node: "n1".into(),
+        machine: None,
+        observation: seen,
+        row: "ours".into(),
+        verdict: Verdict::Freeze,
+        for_ms: 60_000,
+    };
+    let report = Report {
+        node: "n2".into(),
+        speaks: false,
+        waits_for: None,
+        judged: vec![frozen],
+        refused: 0,
+        last_refused: None,
+    };
+    let report = Arc::new(Mutex::new(report));
+    monitor(&place, &report);
+    let policy = POLICY.replace("\"manual\"", "\"automatic\"");
+    fs::write(place.at("cib.xml"), without_n1(&policy).to_string()).unwrap();
+    let daemon = place.daemon("journal");
+    let held = || place.records().plans.first()?.held.as_ref().map(|hold| hold.why().to_owned());
+    assert!(place.wait("brake", held).contains("freeze of n1 (row ours"));
+    assert_eq!(records::wishes(&place.cib(), "a"), [("n1", 1000)]);
+    assert!(place.records().state.alarms.contains_key("finding:n1"));
+    report.lock().unwrap().judged.clear();
+    let score = || records::wishes(&place.cib(), "a").iter().any(|(_, score)| *score == EVACUATED).then_some(());
+    place.wait("score", score);
+    assert!(!place.records().state.alarms.contains_key("finding:n1"));
+    daemon.kill();
+}
+
+#[test]
+fn an_operator_empties_a_host_and_the_machine_keeps_its_old_score_on_the_way() {
+    let Some(root) = root() else { return };
+    let place = Place::new(root);
+    let policy = POLICY.replace("mode = \"restart\"", "mode = \"restart\", migrate = true");
+    fs::write(place.at("cib.xml"), settled(&Policy::parse(&policy).unwrap()).to_string()).unwrap();
+    let unknown = place.command(&["drain", "n9"]).output().unwrap();
+    assert!(!unknown.status.success() && String::from_utf8_lossy(&unknown.stderr).contains("n9 is not a host"));
+    let ordered = place.command(&["drain", "n1"]).output().unwrap();
+    assert!(ordered.status.success(), "{}", String::from_utf8_lossy(&ordered.stderr));
+    let daemon = place.daemon("journal");
+    let scores = || {
+        let cib = place.cib();
+        let wishes: Vec<(String, i32)> =
+            records::wishes(&cib, "a").iter().map(|(node, score)| ((*node).to_owned(), *score)).collect();
+        (wishes.len() == 2).then_some(wishes)
+    };
+    assert_eq!(place.wait("scores", scores), [("n1".into(), 1000), ("n2".into(), ARRIVES)]);
+    let plans = place.command(&["plans"]).output().unwrap();
+    let text = String::from_utf8_lossy(&plans.stdout).into_owned();
+    assert!(text.contains("n1 to be left") && text.contains("moves (batch 1)"), "{text}");
+    daemon.kill();
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! for mass failures and hold what would happen by itself: a person who has seen the plan may pass them.
 
 use understudy_crm::policy::Policy;
-use understudy_crm::records::Plan;
+use understudy_crm::records::{Kind, Plan};
 use understudy_monitor::matrix::Verdict;
 
 use super::model::{Host, Snapshot};
@@ -90,13 +90,17 @@ pub fn brake(policy: &Policy, snapshot: &Snapshot, plan: &Plan) -> Option<String
         let here = &snapshot.here;
         return Some(format!("{} of {of} links of {here} reach nobody: it may be {here} that is cut off", of - up));
     }
-    let down = |at: &usize| matches!(snapshot.hosts.get(*at), Some(Host::Down | Host::Unclean | Host::Joining));
+    // What leaves an ill host goes the same way as what has lost its own: both are mass failures if they are many.
+    let left = |at: &usize| plan.kind == Kind::Drain && snapshot.is_left(*at);
+    let down =
+        |at: &usize| matches!(snapshot.hosts.get(*at), Some(Host::Down | Host::Unclean | Host::Joining)) || left(at);
     let all = policy.nodes.len();
     let lost = (0..all).filter(down).count();
     let most = usize::from(*rules.max_down.get_ref());
     // One host alone is no mass failure, however few there are.
     if lost > 1 && lost * 100 > all * most {
-        return Some(format!("{lost} of {all} hosts are down, more than max_down = {most} percent"));
+        let what = if plan.kind == Kind::Drain { "down or to be left" } else { "down" };
+        return Some(format!("{lost} of {all} hosts are {what}, more than max_down = {most} percent"));
     }
     frozen(policy, snapshot, plan).or_else(|| crowd_of_a_rack(policy, down, plan))
 }

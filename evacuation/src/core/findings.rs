@@ -75,6 +75,6 @@ fn advice(verdict: Verdict) -> Option<&'static str> {
         Verdict::Relocate => Some(
             "restarts there did not help; the cluster brings it elsewhere when it has failed there often enough: see crm_mon",
         ),
-        Verdict::Move => Some("it should leave that host while it runs: crm resource move, if it can"),
+        Verdict::Move => Some("what can leave that host while it runs is brought elsewhere, as the policy decides"),
     }
 }

@@ -16,14 +16,19 @@
 //! permitted node at any time, and an old home that returns starts nothing. That is safe only if nothing of it is or may be
 //! anywhere else, and that is asked in one place: `Decision::safe`.
 //!
+//! A machine that *leaves* a host while both are well ([`drains`]) has two permitted nodes from its release until it has arrived, the old one with its old
+//! score: Pacemaker migrates it live, and whatever goes wrong it runs on where it is.
+//!
 //! What must hold (the simulator in `tests/` breaks hosts, fences and controllers at random and looks):
-//! 1. nothing is released while its old host may live, or while it runs anywhere;
-//! 2. in manual mode nothing is released without an order, in semi-automatic mode nothing without an approval or an order;
+//! 1. nothing is released while its old host may live, or while it runs anywhere; but for a *move*, which is released only if the machine runs on a host that is up, is
+//!    nowhere else, and is one that Pacemaker migrates;
+//! 2. nothing that is well is stopped; in manual mode nothing is released without an order, in semi-automatic mode nothing without an approval or an order;
 //! 3. a plan is in the cluster before the first of its scores;
 //! 4. a machine without a host is in a plan, or somebody has been told;
 //! 5. no rack holds all machines of a business type if there was another way.
 
 pub mod brakes;
+mod drains;
 mod findings;
 pub mod model;
 mod planning;
@@ -47,6 +52,7 @@ pub fn decide(policy: &Policy, snapshot: &Snapshot) -> Round {
         alarms: Vec::new(),
         scores: Vec::new(),
         ask: Vec::new(),
+        drains: Vec::new(),
     };
     decision.look();
     decision.hear();
@@ -54,6 +60,7 @@ pub fn decide(policy: &Policy, snapshot: &Snapshot) -> Round {
     decision.follow();
     decision.release();
     decision.plan();
+    decision.drain();
     decision.complain();
     decision.forget();
     let Decision { records, alarms, scores, ask, .. } = decision;
@@ -67,6 +74,8 @@ struct Decision<'a> {
     alarms: Vec<Alarm>,
     scores: Vec<(usize, Vec<(usize, i32)>)>,
     ask: Vec<String>,
+    /// Hosts that somebody wants emptied, and who.
+    drains: Vec<(usize, String)>,
 }
 
 impl Decision<'_> {
@@ -154,7 +163,7 @@ impl Decision<'_> {
 
     fn all_clear(&mut self, key: &str, text: String) {
         if self.records.state.alarms.remove(key).is_some() {
-            self.say("over", None, key.strip_prefix("machine:"), text);
+            self.say("over", None, key.strip_prefix("machine:").or(key.strip_prefix("stays:")), text);
         }
     }
 
@@ -196,7 +205,9 @@ impl Decision<'_> {
         state.idle.retain(|name, _| known.contains(name));
         state.left.retain(|name, _| known.contains(name));
         state.attempts.retain(|name, _| known.contains(name));
-        state.alarms.retain(|key, _| key.strip_prefix("machine:").is_none_or(|m| known.iter().any(|k| k == m)));
+        state.stays.retain(|name, _| known.contains(name));
+        let of = |key: &str| key.strip_prefix("machine:").or(key.strip_prefix("stays:")).map(str::to_owned);
+        state.alarms.retain(|key, _| of(key).is_none_or(|m| known.contains(&m)));
     }
 
     /// Machines that have been without a host for too long, and are in nobody's plan.

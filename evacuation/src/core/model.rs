@@ -29,6 +29,8 @@ pub struct MachineNow {
     pub on: Vec<usize>,
     /// The node on which it runs (of a protected one: the promoted instance), if that host is not unclean.
     pub runs: Option<usize>,
+    /// It is being migrated.
+    pub migrating: bool,
     /// Its scores.
     pub wishes: Vec<(usize, i32)>,
     /// Nodes on which it has failed so often that the cluster does not start it there.
@@ -102,12 +104,21 @@ pub struct Snapshot {
     pub load: Vec<Option<u32>>,
     /// The machines.
     pub machines: Vec<MachineNow>,
+    /// Pacemaker itself moves what is on an ill host (`node-health-strategy`).
+    pub health: bool,
     /// What the monitors find. `None`: nobody could tell.
     pub findings: Option<Vec<Finding>>,
     /// What the controller has kept.
     pub records: Records,
     /// By plan. What is not there has not been asked.
     pub approvals: BTreeMap<String, ApprovalState>,
+}
+
+impl Snapshot {
+    /// The monitors say that machines are to leave this host.
+    pub fn is_left(&self, node: usize) -> bool {
+        self.findings.iter().flatten().any(|f| f.node == node && f.machine.is_none() && f.verdict == Verdict::Move)
+    }
 }
 
 /// Something that a person has to know.

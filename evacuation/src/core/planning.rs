@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use understudy_crm::estate::Automation;
 use understudy_crm::placement::Place;
-use understudy_crm::records::{Move, Plan, Progress};
+use understudy_crm::records::{Kind, Move, Plan, Progress};
 use understudy_crm::situation::{Situation, Wanted, choose, crowded};
 
 use super::Decision;
@@ -31,8 +31,18 @@ impl Decision<'_> {
             }
         }
         let beside = self.snapshot.machines.iter().zip(&runs);
-        let beside =
+        let mut beside: Vec<Vec<usize>> =
             beside.map(|(machine, runs)| machine.on.iter().copied().filter(|n| Some(*n) != *runs).collect()).collect();
+        // What leaves its host takes room where it goes as well.
+        let open = self.records.plans.iter().filter(|p| p.closed.is_none() && p.kind == Kind::Drain);
+        for m in open.flat_map(|p| &p.moves).filter(|m| !m.progress.over()) {
+            if let (Some(machine), Some(to)) = (self.machine_of(&m.machine), self.node_of(&m.to))
+                && runs[machine] != Some(to)
+                && !beside[machine].contains(&to)
+            {
+                beside[machine].push(to);
+            }
+        }
         let hosts = 0..self.policy.nodes.len();
         let load = hosts.clone().map(|n| self.records.state.load.get(self.node(n)).copied()).collect();
         Situation { runs, beside, usable: hosts.map(|n| self.host(n) == Host::Up).collect(), load }
@@ -110,25 +120,32 @@ impl Decision<'_> {
             self.say("crowded", None, None, format!("there is no way to keep {kind} in more than one rack"));
         }
         for (automation, moves) in moves {
-            self.open(automation, moves);
+            self.open(Kind::Lost, automation, moves, None);
         }
     }
 
-    fn open(&mut self, automation: Automation, moves: Vec<Move>) {
+    /// A new plan; `decided`: by whom, if somebody has already.
+    pub(super) fn open(&mut self, kind: Kind, automation: Automation, moves: Vec<Move>, decided: Option<String>) {
         self.records.state.plans = self.records.state.plans.saturating_add(1);
         let id = format!("p{}", self.records.state.plans);
         let mut lost: Vec<String> = moves.iter().map(|m| m.from.clone()).collect();
         lost.sort();
         lost.dedup();
-        let plan = Plan { id, automation, made: self.now(), lost, moves, held: None, decided: None, closed: None };
+        let made = self.now();
+        let plan = Plan { id, kind, automation, made, lost, moves, held: None, decided, closed: None };
         let (id, lost, count) = (&plan.id, plan.lost.join(", "), plan.moves.len());
         self.say("plan", Some(id), None, format!("plan {id}: {count} machines of {lost}"));
         let names: Vec<String> = plan.moves.iter().map(|m| format!("{} to {}", m.machine, m.to)).collect();
-        let what = format!("{count} machines of {lost} have no host ({})", names.join(", "));
+        let (what, start) = match kind {
+            Kind::Lost => ("have no host", "start them elsewhere"),
+            Kind::Drain => ("are to leave it while they run", "have them moved"),
+        };
+        let what = format!("{count} machines of {lost} {what} ({})", names.join(", "));
         match automation {
             Automation::Automatic => {}
+            _ if plan.decided.is_some() => {}
             Automation::Manual => {
-                let text = format!("{what}; to start them elsewhere: understudy-evacuator release {id}");
+                let text = format!("{what}; to {start}: understudy-evacuator release {id}");
                 self.alarm(format!("plan:{id}"), Some(id), None, text);
             }
             Automation::Semi => {
@@ -140,7 +157,7 @@ impl Decision<'_> {
     }
 }
 
-fn place_in_words(place: Place) -> &'static str {
+pub(super) fn place_in_words(place: Place) -> &'static str {
     match place {
         Place::Home => "where the policy has its home",
         place => place.as_str(),

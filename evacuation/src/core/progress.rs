@@ -1,7 +1,7 @@
 //! Plans that are under way: orders, answers, batches, and what became of each machine.
 
 use understudy_crm::estate::{Automation, Unanswered};
-use understudy_crm::records::{Hold, Move, Plan, Progress, What};
+use understudy_crm::records::{Hold, Kind, Move, Plan, Progress, What};
 use understudy_crm::situation::{Wanted, fits};
 
 use super::brakes::{brake, gate};
@@ -18,8 +18,15 @@ impl Decision<'_> {
                 let state = &mut self.records.state;
                 state.left.retain(|name, _| !all && !order.machines.contains(name));
                 state.attempts.retain(|name, _| !all && !order.machines.contains(name));
+                state.stays.retain(|name, _| !all && !order.machines.contains(name));
                 let which = if all { "all machines that were left".into() } else { order.machines.join(", ") };
                 self.say("order", None, None, format!("{by} wants another plan for {which}"));
+                continue;
+            }
+            if order.what == What::Drain {
+                let host = &order.plan;
+                self.say("order", None, None, format!("{by} wants {host} emptied"));
+                self.drains.extend(self.node_of(host).map(|n| (n, by)));
                 continue;
             }
             let Some(at) = self.records.plans.iter().position(|p| p.id == order.plan && p.closed.is_none()) else {
@@ -42,7 +49,7 @@ impl Decision<'_> {
                     plan.decided = Some(by.clone());
                     self.say("order", Some(&plan.id), None, format!("{by} releases {count} machines of {}", plan.id));
                 }
-                What::Retry => {}
+                What::Retry | What::Drain => {}
                 What::Cancel => {
                     let why = format!("{by} cancelled its evacuation");
                     self.say("order", Some(&plan.id), None, format!("{by} cancels {}", plan.id));
@@ -58,6 +65,10 @@ impl Decision<'_> {
         for m in &mut plan.moves {
             if meant(m) && matches!(m.progress, Progress::Waiting | Progress::Ready { .. }) {
                 m.progress = Progress::Dropped { why: why.into() };
+                if plan.kind == Kind::Drain {
+                    self.stay(&m.machine, &m.from, why.into(), true);
+                    continue;
+                }
                 self.records.state.left.insert(m.machine.clone(), why.into());
                 let text = format!("{} has no host and stays where it was: {why}", m.machine);
                 self.alarm_of_machine(&m.machine, Some(&plan.id), text);
@@ -100,6 +111,10 @@ impl Decision<'_> {
                 m.progress = Progress::Dropped { why: "the policy does not have it any more".into() };
                 continue;
             };
+            if plan.kind == Kind::Drain {
+                failed += u32::from(self.see_leaving(&plan.id, m, machine, to));
+                continue;
+            }
             let now = &self.snapshot.machines[machine];
             let runs = now.runs.filter(|n| self.host(*n) != Host::Unclean);
             let dropped = |why: String| Progress::Dropped { why };
@@ -173,8 +188,9 @@ impl Decision<'_> {
             return;
         }
         let id = &plan.id;
+        let what = if plan.kind == Kind::Drain { "arrive" } else { "start" };
         let why = format!(
-            "{failed} machines of {id} did not start where they were released to; the rest waits: understudy-evacuator release {id}, or cancel {id}"
+            "{failed} machines of {id} did not {what} where they were released to; the rest waits: understudy-evacuator release {id}, or cancel {id}"
         );
         self.say("held", Some(id), None, why.clone());
         self.alarm(format!("plan:{id}"), Some(id), None, why.clone());
@@ -281,13 +297,26 @@ impl Decision<'_> {
             let mut released = Vec::new();
             for m in plan.moves.iter_mut().filter(|m| is_ready(m, braked)) {
                 let (Some(machine), Some(to)) = (self.machine_of(&m.machine), self.node_of(&m.to)) else { continue };
-                if released.len() >= size || !self.safe(machine, self.node_of(&m.from)) {
+                let from = self.node_of(&m.from);
+                let safe = match plan.kind {
+                    Kind::Lost => self.safe(machine, from),
+                    Kind::Drain => from.is_some_and(|from| {
+                        let meant = m.progress == Progress::Ready { by_person: true };
+                        (meant || self.told_to_leave(machine, from)) && self.may_leave(machine, from, to)
+                    }),
+                };
+                if released.len() >= size || !safe {
                     continue;
                 }
                 m.progress = Progress::Released { at: self.now(), batch };
-                let attempts = self.records.state.attempts.entry(m.machine.clone()).or_insert(0);
-                *attempts = attempts.saturating_add(1);
-                self.give_score(machine, to);
+                match (plan.kind, from) {
+                    (Kind::Drain, Some(from)) => self.lead(machine, from, to),
+                    _ => {
+                        let attempts = self.records.state.attempts.entry(m.machine.clone()).or_insert(0);
+                        *attempts = attempts.saturating_add(1);
+                        self.give_score(machine, to);
+                    }
+                }
                 released.push(format!("{} on {}", m.machine, m.to));
             }
             if !released.is_empty() {

@@ -32,7 +32,7 @@ pub fn random(rng: &mut Rng) -> Policy {
         let memory = rng.u16(100..700);
         let _ = writeln!(text, "[[machines]]\nname = \"m{m}\"\nkernel = \"/k\"\nmemory = {memory}\ncluster = \"c\"");
         let mode = if rng.u8(0..8) == 0 { "none" } else { "restart" };
-        let _ = writeln!(text, "mode = \"{mode}\"");
+        let _ = writeln!(text, "mode = \"{mode}\"\nmigrate = {}", rng.u8(0..3) > 0);
         if rng.bool() {
             let _ = writeln!(text, "business = \"b{}\"", rng.u8(0..2));
         }

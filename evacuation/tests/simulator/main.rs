@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fastrand::Rng;
 use understudy_crm::estate::{Automation, Mode, Unanswered};
 use understudy_crm::policy::Policy;
-use understudy_crm::records::{EVACUATED, Order, Progress, Records, What};
+use understudy_crm::records::{ARRIVES, EVACUATED, Kind, Order, Plan, Progress, Records, What};
 use understudy_evacuation::core::decide;
 use understudy_evacuation::core::model::{ApprovalState, Finding, Host, Round, Snapshot};
 use understudy_monitor::matrix::Verdict;
@@ -26,6 +26,8 @@ struct Around {
     ordered: BTreeSet<(String, String)>,
     /// Plans that were approved, or that nobody answered where that means yes.
     agreed: BTreeSet<String>,
+    /// Hosts that an operator wanted emptied.
+    emptied: BTreeSet<String>,
     orders: u64,
     /// For the report.
     counts: BTreeMap<&'static str, u64>,
@@ -108,6 +110,20 @@ fn commit(world: &mut World, around: &mut Around, snapshot: &Snapshot, round: &R
     for (m, scores) in &round.scores {
         let m = *m;
         let name = world.policy.machines[m].name.get_ref().clone();
+        if let &[(from, here), (to, ARRIVES)] = scores.as_slice() {
+            leaves(world, around, snapshot, round, m, (from, here, to))?;
+            continue;
+        }
+        if let &[(node, _)] = scores.as_slice()
+            && world.wishes[m].values().any(|score| *score == ARRIVES)
+        {
+            around.count(if world.wishes[m].get(&node) == Some(&ARRIVES) { "arrived" } else { "given up" });
+            let lives = |n: &usize| world.hosts[*n].alive;
+            if world.copies[m].iter().any(|n| *n != node && lives(n)) || !world.wishes[m].contains_key(&node) {
+                return Err(format!("{name} is to be on {node} alone and is on {:?}", world.copies[m]));
+            }
+            continue;
+        }
         let &[(to, EVACUATED)] = scores.as_slice() else { return Err(format!("{name} gets the scores {scores:?}")) };
         around.count("released");
         let alive: Vec<usize> = world.copies[m].iter().copied().filter(|n| world.hosts[*n].alive).collect();
@@ -152,6 +168,10 @@ fn commit(world: &mut World, around: &mut Around, snapshot: &Snapshot, round: &R
         world.wishes[*m] = scores.iter().copied().collect();
     }
     for plan in round.records.plans.iter().filter(|p| world.records.plans.iter().all(|old| old.id != p.id)) {
+        if plan.kind == Kind::Drain {
+            around.count("drains");
+            continue;
+        }
         around.count(match plan.automation {
             Automation::Manual => "manual plans",
             Automation::Semi => "semi plans",
@@ -161,6 +181,49 @@ fn commit(world: &mut World, around: &mut Around, snapshot: &Snapshot, round: &R
     world.records = round.records.clone();
     world.version += 1;
     Ok(())
+}
+
+/// A machine is moved while it runs.
+fn leaves(
+    world: &World,
+    around: &mut Around,
+    snapshot: &Snapshot,
+    round: &Round,
+    m: usize,
+    (from, here, to): (usize, i32, usize),
+) -> Result<(), Violation> {
+    let machine = &world.policy.machines[m];
+    let (name, node) = (machine.name.get_ref(), world.policy.nodes[from].name.get_ref());
+    around.count("moved");
+    let there = world.copies[m].iter().eq([&from]) && world.hosts[from].seen == Host::Up && world.hosts[from].alive;
+    let alone = !world.migrating.iter().any(|s| s.0 == m) && !world.starting.iter().any(|s| s.0 == m);
+    if !there || !alone || !machine.migrates() || world.blocked[m] {
+        return Err(format!("{name} is moved from {from} while it is on {:?}, or cannot be", world.copies[m]));
+    }
+    if !world.quorum || world.maintenance || world.hosts[to].seen != Host::Up {
+        return Err(format!("{name} is moved to {to}, which must not be"));
+    }
+    if world.wishes[m] != [(from, here)].into() {
+        return Err(format!("{name} has the scores {:?}, and then {here} on {from}", world.wishes[m]));
+    }
+    let its = |p: &&Plan| {
+        let released = |m: &understudy_crm::records::Move| matches!(m.progress, Progress::Released { .. });
+        p.kind == Kind::Drain && p.moves.iter().any(|m| m.machine == *name && released(m))
+    };
+    let plan = round.records.plans.iter().find(its).ok_or(format!("{name} is moved by no plan"))?;
+    if !world.records.plans.iter().any(|p| p.id == plan.id) {
+        return Err(format!("{name} is moved before its plan {} is in the cluster", plan.id));
+    }
+    let by_person = around.ordered.contains(&(plan.id.clone(), name.clone()))
+        || around.emptied.contains(node) && plan.decided.is_some();
+    let mut findings = snapshot.findings.iter().flatten();
+    let told = findings.any(|f| (f.node, f.machine, f.verdict) == (from, Some(m), Verdict::Move));
+    let agreed = match world.policy.automation(machine) {
+        Automation::Manual => by_person,
+        Automation::Semi => by_person || around.agreed.contains(&plan.id),
+        Automation::Automatic => by_person || told,
+    };
+    if agreed { Ok(()) } else { Err(format!("{name} is moved by {} and nobody wanted it", plan.id)) }
 }
 
 /// Events are numbered without gaps, and what was said stays said.
@@ -198,6 +261,17 @@ fn people(world: &mut World, around: &mut Around) {
         world.version += 1;
     }
     if world.rng.u8(0..30) > 0 {
+        return;
+    }
+    if world.rng.u8(0..4) == 0 {
+        let n = world.rng.usize(0..world.hosts.len());
+        let node = world.policy.nodes[n].name.get_ref().clone();
+        around.emptied.insert(node.clone());
+        around.orders += 1;
+        let order = Order { plan: node, what: What::Drain, machines: Vec::new(), by: "operator".into() };
+        world.records.orders.insert(around.orders.to_string(), order);
+        world.blocked[world.rng.usize(0..world.copies.len())] = false;
+        world.version += 1;
         return;
     }
     let open: Vec<_> = world.records.plans.iter().filter(|p| p.closed.is_none()).cloned().collect();
@@ -269,6 +343,9 @@ fn life(world: &mut World, around: &mut Around) -> Result<(), Violation> {
 fn at_the_end(world: &World, around: &mut Around) -> Result<(), Violation> {
     for (m, now) in world.snapshot().machines.iter().enumerate() {
         let name = world.policy.machines[m].name.get_ref();
+        if now.wishes.iter().any(|(_, score)| *score == ARRIVES) {
+            return Err(format!("{name} is still on its way: {now:?}"));
+        }
         if now.runs.is_some() {
             continue;
         }
@@ -320,9 +397,21 @@ fn whatever_happens_what_must_hold_holds() {
     }
     println!("{} clusters in {:?}: {counts:?}", seeds.end - seeds.start, began.elapsed());
     // A simulation in which nothing happens proves nothing.
-    for what in
-        ["released", "manual plans", "semi plans", "automatic plans", "asked", "refused", "expired", "stale", "orders"]
-    {
+    for what in [
+        "released",
+        "manual plans",
+        "semi plans",
+        "automatic plans",
+        "asked",
+        "refused",
+        "expired",
+        "stale",
+        "orders",
+        "drains",
+        "moved",
+        "arrived",
+        "given up",
+    ] {
         assert!(seed.is_some() || counts.get(what).copied().unwrap_or(0) > count / 40, "{what}: {counts:?}");
     }
 }

@@ -39,6 +39,10 @@ pub struct World {
     pub copies: Vec<BTreeSet<usize>>,
     /// Copies that are being started: machine, node, seconds left.
     pub starting: Vec<(usize, usize, u64)>,
+    /// Live migrations: machine, from, to, seconds left.
+    pub migrating: Vec<(usize, usize, usize, u64)>,
+    /// A live migration has failed, and Pacemaker leaves the machine alone until somebody has seen to it.
+    pub blocked: Vec<bool>,
     pub wishes: Vec<BTreeMap<usize, i32>>,
     pub failed: Vec<BTreeSet<usize>>,
     pub quorum: bool,
@@ -75,6 +79,8 @@ impl World {
             copies,
             wishes,
             starting: Vec::new(),
+            migrating: Vec::new(),
+            blocked: vec![false; policy.machines.len()],
             policy,
             rng,
             now: 1_000_000,
@@ -92,16 +98,18 @@ impl World {
     pub fn snapshot(&self) -> Snapshot {
         let nodes = |m: usize| {
             let starting = self.starting.iter().filter(move |s| s.0 == m).map(|s| s.1);
-            self.copies[m].iter().copied().chain(starting)
+            let arriving = self.migrating.iter().filter(move |s| s.0 == m).map(|s| s.2);
+            self.copies[m].iter().copied().chain(starting).chain(arriving)
         };
         let machine = |m: usize| {
             // A copy on a host that was fenced is known to be gone; one on a host that was lost is not.
             let on: Vec<usize> = nodes(m).filter(|n| self.hosts[*n].seen != Host::Down).collect();
             let runs = self.copies[m].iter().copied().find(|n| matches!(self.hosts[*n].seen, Host::Up | Host::Leaving));
             MachineNow {
-                wanted: true,
+                wanted: !self.blocked[m],
+                migrating: self.migrating.iter().any(|s| s.0 == m),
                 on,
-                runs,
+                runs: runs.filter(|_| !self.blocked[m]),
                 wishes: self.wishes[m].iter().map(|(n, s)| (*n, *s)).collect(),
                 failed: self.failed[m].iter().copied().collect(),
             }
@@ -112,6 +120,7 @@ impl World {
             quorum: self.quorum,
             maintenance: self.maintenance,
             links: self.links,
+            health: false,
             findings: self
                 .findings
                 .as_ref()
@@ -175,7 +184,11 @@ impl World {
             1 => findings.clear(),
             _ => {
                 let machine = self.rng.bool().then(|| self.rng.usize(0..self.copies.len()));
-                let verdict = *self.rng.choice(Verdict::ALL).unwrap_or(&Verdict::Nothing);
+                let runs = machine.and_then(|m| self.copies[m].first().copied());
+                // Mostly of where it is.
+                let node = runs.filter(|_| self.rng.u8(0..4) > 0).unwrap_or(node);
+                let any = *self.rng.choice(Verdict::ALL).unwrap_or(&Verdict::Nothing);
+                let verdict = if self.rng.bool() { Verdict::Move } else { any };
                 let seen = Observation::all().nth(self.rng.usize(0..700)).expect("there are as many");
                 let row = format!("r{}", self.rng.u8(0..2));
                 findings.retain(|f| (f.node, f.machine) != (node, machine));
@@ -188,6 +201,7 @@ impl World {
     pub fn calm(&mut self) {
         (self.quorum, self.maintenance, self.links, self.bad_starts) = (true, false, Some((2, 2)), 0);
         self.findings = Some(Vec::new());
+        self.blocked.fill(false);
         self.version += 1;
     }
 
@@ -219,11 +233,12 @@ impl World {
             if !self.hosts[n].alive {
                 // Nobody sees this happen on an unclean host: the snapshot shows where it last was.
                 if self.hosts[n].seen == Host::Down {
-                    for copies in &mut self.copies {
-                        copies.remove(&n);
+                    for (copies, blocked) in self.copies.iter_mut().zip(&mut self.blocked) {
+                        *blocked &= !copies.remove(&n);
                     }
                 }
                 self.starting.retain(|s| s.1 != n);
+                self.migrating.retain(|s| s.1 != n && s.2 != n);
             }
         }
         self.pacemaker()?;
@@ -254,7 +269,8 @@ impl World {
                 self.copies[m].insert(n);
             }
         }
-        for m in 0..self.copies.len() {
+        self.migrations()?;
+        for m in (0..self.copies.len()).filter(|m| !self.blocked[*m]).collect::<Vec<_>>() {
             for n in self.copies[m].clone() {
                 match self.hosts[n].seen {
                     Host::Up if !self.wishes[m].contains_key(&n) => {
@@ -278,7 +294,8 @@ impl World {
                 self.wishes[m].iter().filter(|(n, _)| may(n)).map(|(n, score)| (-score, *n)).collect();
             wishes.sort_unstable();
             // It asks no question about where else the machine may be: but for machines that are its own alone.
-            let own = !self.policy.held(&self.policy.machines[m]);
+            // And for those that it is moving.
+            let own = !self.policy.held(&self.policy.machines[m]) || self.wishes[m].len() > 1;
             let elsewhere = self.copies[m].iter().any(|n| self.hosts[*n].seen == Host::Unclean);
             if own && elsewhere {
                 continue;
@@ -290,6 +307,45 @@ impl World {
                     self.version += 1;
                     break;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whoever is wanted elsewhere more than where it runs moves there live, and where it cannot it would be stopped.
+    fn migrations(&mut self) -> Result<(), Violation> {
+        for at in (0..self.migrating.len()).rev() {
+            let (m, from, to, left) = self.migrating[at];
+            if self.hosts[from].seen != Host::Up || self.hosts[to].seen != Host::Up {
+                self.migrating.remove(at);
+            } else if left > 0 {
+                self.migrating[at].3 -= 1;
+                continue;
+            } else {
+                self.migrating.remove(at);
+                if self.rng.u8(0..100) < self.bad_starts {
+                    self.blocked[m] = true;
+                } else if self.copies[m].remove(&from) {
+                    self.copies[m].insert(to);
+                }
+            }
+            self.version += 1;
+        }
+        for m in 0..self.copies.len() {
+            let [n] = self.copies[m].iter().copied().collect::<Vec<_>>()[..] else { continue };
+            let busy = self.blocked[m] || self.migrating.iter().any(|s| s.0 == m) || self.hosts[n].seen != Host::Up;
+            let Some(here) = self.wishes[m].get(&n).copied().filter(|_| !busy) else { continue };
+            let better = self.wishes[m].iter().find(|(to, score)| {
+                **score > here + 5000 && self.hosts[**to].seen == Host::Up && !self.failed[m].contains(to)
+            });
+            let Some(to) = better.map(|(to, _)| *to) else { continue };
+            if !self.policy.machines[m].migrates() {
+                return Err(format!("machine {m} is stopped on {n} to be started on {to}, though all is well"));
+            }
+            if self.make_room(m, to) {
+                let delay = self.rng.u64(0..80);
+                self.migrating.push((m, n, to, delay));
+                self.version += 1;
             }
         }
         Ok(())
