@@ -60,6 +60,10 @@ pub static MATRIX: Param<String> = Param::text("matrix").check(matrix).short("Ro
     "Rows besides the default ones (understudy-crm matrix prints those), in one line of TOML: matrix = [{ name = 'ours', management = \
      'up', production = 'rack', verdict = 'alarm' }].",
 );
+/// Management controllers.
+pub static BMC: Param<bool> = Param::boolean("bmc").default("true").short("Ask BMCs").long(
+    "Whether the node that speaks for all asks the fencing devices of hosts that are gone for their power state (action status, nothing else).",
+);
 /// Node health.
 pub static HEALTH: Param<bool> = Param::boolean("health").default("false").short("Tell node health").long(
     "Whether a node that is cut off from the production network says so to Pacemaker (#health-understudy=red; the property \
@@ -155,6 +159,7 @@ impl<'a> Watcher<'a> {
         for (name, value) in options {
             line.extend(value.into_iter().flat_map(|value| [format!("--{name}"), value]));
         }
+        line.extend((!p.get(&BMC)?).then(|| "--no-bmc".to_owned()));
         line.extend(p.get(&HEALTH)?.then(|| "--health".to_owned()));
         Ok(line)
     }
@@ -170,6 +175,7 @@ fn declarations() -> Vec<&'static Declaration> {
         MISSED.declaration(),
         RESTART_AFTER.declaration(),
         MATRIX.declaration(),
+        BMC.declaration(),
         HEALTH.declaration(),
         RUN_ROOT.declaration(),
     ]

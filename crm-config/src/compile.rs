@@ -411,6 +411,7 @@ fn monitors(configuration: &mut Configuration, policy: &Policy, monitoring: Moni
         (monitoring.interval_ms != default.interval_ms, pair("interval_ms", monitoring.interval_ms)),
         (monitoring.missed != default.missed, pair("missed", monitoring.missed)),
         (monitoring.restart_after != default.restart_after, pair("restart_after", monitoring.restart_after)),
+        (!monitoring.bmc, pair("bmc", false)),
         (health, pair("health", true)),
     ];
     parameters.extend(changed.into_iter().filter(|(changed, _)| *changed).map(|(_, pair)| pair));

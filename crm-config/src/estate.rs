@@ -114,13 +114,15 @@ pub struct Monitoring {
     pub missed: u64,
     /// For so long the cluster may restart on its node what does not answer.
     pub restart_after: Seconds,
+    /// The fencing devices of hosts that are gone are asked for their power state.
+    pub bmc: bool,
     /// A node that is cut off from production is red to Pacemaker, and everything leaves it (`node-health-strategy=migrate-on-red`).
     pub health: bool,
 }
 
 impl Default for Monitoring {
     fn default() -> Self {
-        Self { port: 7789, interval_ms: 1000, missed: 4, restart_after: Seconds(60), health: false }
+        Self { port: 7789, interval_ms: 1000, missed: 4, restart_after: Seconds(60), bmc: true, health: false }
     }
 }
 

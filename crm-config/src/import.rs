@@ -303,6 +303,7 @@ impl<'a> Import<'a> {
         let Some(at) = self.of("monitor").first().copied() else { return };
         let parameter = |name| self.resources[at].parameter(name);
         let (production, interval, missed) = (parameter("production"), parameter("interval_ms"), parameter("missed"));
+        let bmc = parameter("bmc");
         let (after, health, rows) = (parameter("restart_after"), parameter("health"), parameter("matrix"));
         self.head("[monitoring]");
         let port = production.and_then(|p| by_node(p).find_map(|(_, address)| Some(endpoint(address)?.1)));
@@ -310,6 +311,7 @@ impl<'a> Import<'a> {
         self.number("interval_ms", interval);
         self.number("missed", missed);
         self.maybe("restart_after", after);
+        self.maybe("bmc", (bmc == Some("false")).then_some(false));
         self.maybe("health", (health == Some("true")).then_some(true));
         match rows.map(matrix::read_rows) {
             Some(Ok(rows)) => {

@@ -3,7 +3,8 @@
 //! ```text
 //!   a thread a plane: datagrams ─┐
 //!   a thread: this node's VMMs ──┼─► Watch (one lock) ◄── the loop: tick, send, write down
-//!   a thread: crm_mon, attributes┘         ▲
+//!   a thread: crm_mon, attributes┤         ▲
+//!   a thread: fence agents ──────┘         │
 //!   a thread: control socket ──────────────┘
 //! ```
 //! No answer of anybody is waited for under the lock; whoever hangs makes its own part old, and nothing else.
@@ -26,9 +27,10 @@ use nix::fcntl::{Flock, FlockArg};
 use understudy_protocol::control::{encode_line, read_line};
 use understudy_protocol::key::Key;
 
+use crate::bmc::{self, Fencing};
 use crate::load::{self, Load, Times};
 use crate::local::Machines;
-use crate::matrix::{Production, Verdict};
+use crate::matrix::{Bmc, Production, Verdict};
 use crate::members;
 use crate::report::{DIRECTORY, Report, Request, socket};
 use crate::watch::{Config, Event, Watch};
@@ -62,6 +64,12 @@ pub struct Settings {
     pub crm_mon: Vec<String>,
     /// Program that sets node attributes.
     pub attrd_updater: String,
+    /// Program and words of what prints the CIB, for the fencing devices in it.
+    pub cibadmin: Vec<String>,
+    /// Where fence agents are.
+    pub fence_agents: PathBuf,
+    /// Whether management controllers of hosts that are gone are asked.
+    pub bmc: bool,
     /// Whether Pacemaker's node health is told that this node is cut off.
     pub health: bool,
 }
@@ -163,6 +171,10 @@ impl Daemon {
                 thread::sleep(interval);
             }
         });
+        if settings.bmc {
+            let (also, at_bmcs) = (shared.clone(), settings.clone());
+            thread::spawn(move || controllers(&at_bmcs, &also));
+        }
         let also = shared.clone();
         thread::spawn(move || serve(&control, &also));
         let also = shared.clone();
@@ -296,6 +308,50 @@ fn cluster(settings: &Settings, shared: &Shared, told: &Receiver<Production>) {
             && set_attribute(settings, load::ATTRIBUTE, &percent.to_string())
         {
             load.told(percent);
+        }
+    }
+}
+
+/// Ask the management controllers of hosts that are gone, each again some seconds after its last answer.
+fn controllers(settings: &Settings, shared: &Shared) {
+    let mut asked: BTreeMap<String, Instant> = BTreeMap::new();
+    let mut complained = None;
+    while !shared.ends() {
+        let lost = shared.watch().to_ask(shared.now());
+        asked.retain(|node, _| lost.contains(node));
+        let due: Vec<&String> =
+            lost.iter().filter(|node| asked.get(*node).is_none_or(|at| at.elapsed() >= bmc::AGAIN)).collect();
+        if due.is_empty() {
+            thread::sleep(LOOK);
+            continue;
+        }
+        let fencing = match settings.cibadmin.split_first() {
+            Some((program, words)) => output(Command::new(program).args(words), TOOL),
+            None => Err("no program prints the fencing devices".into()),
+        };
+        let fencing = fencing.and_then(|cib| Fencing::read(&cib));
+        if let Err(why) = &fencing
+            && complained.as_ref() != Some(why)
+        {
+            eprintln!("WARNING: no management controller is asked: {why}");
+        }
+        complained = fencing.as_ref().err().cloned();
+        let ask = |node: &str| match &fencing {
+            Ok(fencing) => fencing.ask(node, &settings.fence_agents),
+            Err(_) => Bmc::Unknown,
+        };
+        let ask = &ask;
+        // One question a host at any time; hosts that were lost together do not wait for each other.
+        let answers: Vec<(String, Bmc)> = thread::scope(|scope| {
+            let asking: Vec<_> = due.iter().map(|node| scope.spawn(move || ((*node).clone(), ask(node)))).collect();
+            asking.into_iter().filter_map(|of| of.join().ok()).collect()
+        });
+        for (node, answer) in answers {
+            // It may be back by now.
+            if shared.watch().to_ask(shared.now()).contains(&node) {
+                shared.watch().bmc(&node, answer);
+            }
+            asked.insert(node, Instant::now());
         }
     }
 }

@@ -13,6 +13,7 @@
 //! heard speaks for all ([`watch`]). Everything but the executable is without clocks, threads and sockets.
 #![forbid(unsafe_code)]
 
+pub mod bmc;
 pub mod daemon;
 pub mod load;
 pub mod local;

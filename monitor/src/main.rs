@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
+use understudy_monitor::bmc;
 use understudy_monitor::daemon::{Daemon, Settings};
 use understudy_monitor::matrix::Matrix;
 use understudy_monitor::report::{self, Report};
@@ -74,6 +75,9 @@ struct Serve {
     /// Tell Pacemaker's node health that this node is cut off from the production network (#health-understudy).
     #[arg(long)]
     health: bool,
+    /// Do not ask the management controllers (fencing devices) of hosts that are gone for their power state.
+    #[arg(long)]
+    no_bmc: bool,
     /// Parent of run directories.
     #[arg(long, default_value = DEFAULT_RUN_ROOT)]
     run_root: PathBuf,
@@ -126,6 +130,9 @@ fn run(serve: &Serve) -> Result<ExitCode> {
         run_root: serve.run_root.clone(),
         crm_mon: ["crm_mon", "--one-shot", "--output-as=xml"].map(str::to_owned).to_vec(),
         attrd_updater: "attrd_updater".into(),
+        cibadmin: ["cibadmin", "--query"].map(str::to_owned).to_vec(),
+        fence_agents: bmc::AGENTS.into(),
+        bmc: !serve.no_bmc,
         health: serve.health,
     };
     let daemon = Daemon::start(settings)?;

@@ -66,6 +66,7 @@ struct Peer {
     heard: BTreeMap<Plane, u64>,
     hears: BTreeSet<String>,
     machines: Vec<MachineSeen>,
+    bmc: BTreeMap<String, Bmc>,
 }
 
 impl Peer {
@@ -100,6 +101,8 @@ pub struct Watch {
     members: Option<BTreeMap<String, Member>>,
     own: Vec<MachineSeen>,
     bmc: BTreeMap<String, Bmc>,
+    /// Those that were lost, and whose end the cluster has confirmed since.
+    fenced: BTreeSet<String>,
     seen: BTreeMap<Subject, Seen>,
     connected: Option<Production>,
 }
@@ -117,6 +120,7 @@ impl Watch {
             members: None,
             own: Vec::new(),
             bmc: BTreeMap::new(),
+            fenced: BTreeSet::new(),
             seen: BTreeMap::new(),
             connected: None,
         }
@@ -135,13 +139,34 @@ impl Watch {
         if newest {
             peer.hears = beat.hears.into_iter().collect();
             peer.machines = beat.machines;
+            peer.bmc = beat.bmc;
         }
         true
     }
 
     /// The membership, or that it cannot be known now.
     pub fn members(&mut self, members: Option<BTreeMap<String, Member>>) {
+        for (name, member) in members.iter().flatten() {
+            match member {
+                Member::Online => {
+                    self.fenced.remove(name);
+                    self.bmc.remove(name);
+                }
+                Member::Lost => drop(self.fenced.insert(name.clone())),
+                Member::Left => {}
+            }
+        }
         self.members = members;
+    }
+
+    /// Hosts whose management controllers this node is to ask now: those that are no members and did not leave, if it is the one that speaks.
+    /// What the cluster has confirmed needs no question.
+    pub fn to_ask(&self, now: u64) -> Vec<String> {
+        let Some(members) = self.members.as_ref().filter(|m| self.speaker(m, now) == Some(&self.config.node)) else {
+            return Vec::new();
+        };
+        let lost = |name: &&String| !matches!(members.get(*name), Some(Member::Online | Member::Left));
+        self.config.nodes.keys().filter(|name| **name != self.config.node).filter(lost).cloned().collect()
     }
 
     /// The machines of this node.
@@ -149,9 +174,24 @@ impl Watch {
         self.own = machines;
     }
 
-    /// What a host's management controller says, if somebody asks it.
+    /// What a host's management controller has said to this node. Forgotten when the host is a member again.
     pub fn bmc(&mut self, node: &str, bmc: Bmc) {
         self.bmc.insert(node.to_owned(), bmc);
+    }
+
+    /// What counts of a host's management controller: what it says to the node that speaks. A fence that the cluster has confirmed says `off` as well.
+    fn power(&self, node: &str, members: &BTreeMap<String, Member>, now: u64) -> Bmc {
+        match members.get(node) {
+            Some(Member::Online) => return Bmc::Unknown,
+            Some(Member::Left) => return Bmc::Off,
+            _ => {}
+        }
+        let speaker = self.speaker(members, now);
+        let said = match speaker.and_then(|speaker| self.peers.get(speaker)) {
+            Some(peer) => &peer.bmc,
+            None => &self.bmc,
+        };
+        said.get(node).copied().unwrap_or(Bmc::Unknown)
     }
 
     fn hears(&self, now: u64) -> BTreeSet<String> {
@@ -173,6 +213,7 @@ impl Watch {
             hears: hears.iter().cloned().collect(),
             machines: self.own.clone(),
             left_out: 0,
+            bmc: self.bmc.clone(),
         })];
         let Some(members) = self.members.clone() else { return events };
         if now.saturating_sub(started) < self.config.silence() + self.config.interval_ms {
@@ -186,11 +227,14 @@ impl Watch {
             .map(|(name, peer)| (name.clone(), peer.hears.clone()))
             .collect();
         who.insert(self.config.node.clone(), hears);
-        // Who has left has no say in how large the network is.
+        // Who has left has no say in how large the network is. Who was fenced is judged all the same: it may be heard.
+        let without = |gone: &dyn Fn(&String) -> bool| {
+            let nodes = self.config.nodes.iter().filter(|(n, _)| !gone(n));
+            nodes.map(|(n, r)| (n.clone(), r.clone())).collect::<BTreeMap<String, Option<String>>>()
+        };
         let left = |name: &String| members.get(name) == Some(&Member::Left);
-        let nodes: BTreeMap<String, Option<String>> =
-            self.config.nodes.iter().filter(|(n, _)| !left(n)).map(|(n, r)| (n.clone(), r.clone())).collect();
-        let production = scopes(&nodes, &who);
+        let mut production = scopes(&without(&|name| left(name) && !self.fenced.contains(name)), &who);
+        production.extend(scopes(&without(&left), &who));
         let speaks = self.speaker(&members, now) == Some(&self.config.node);
         let mut current: BTreeSet<Subject> = BTreeSet::new();
         for (node, scope) in &production {
@@ -201,10 +245,13 @@ impl Watch {
                 if self.in_doubt(node, now) {
                     continue;
                 }
-                events.extend(self.count(subject, observation, now, speaks));
+                // A fence that was confirmed of a host that is silent is no matter of samples.
+                let heard = self.peers.get(node).is_none_or(|peer| peer.fresh(None, now, silence));
+                let samples = if left(node) && !heard { 1 } else { self.config.samples };
+                events.extend(self.count(subject, observation, samples, now, speaks));
             }
         }
-        // A machine that its node does not speak of any more is not there any more; a node that left is not judged.
+        // A machine that its node does not speak of any more is not there any more; a node that left by itself is not judged.
         self.seen.retain(|subject, _| current.contains(subject));
         let own = self.seen.get(&(self.config.node.clone(), None)).and_then(|seen| seen.counts).map(|o| o.production);
         if let Some(own) = own
@@ -231,7 +278,7 @@ impl Watch {
         now: u64,
     ) -> Vec<(Option<String>, Observation)> {
         let management = if members.get(node) == Some(&Member::Online) { Management::Up } else { Management::Down };
-        let bmc = self.bmc.get(node).copied().unwrap_or(Bmc::Unknown);
+        let bmc = self.power(node, members, now);
         let (fresh, machines) = match self.peers.get(node) {
             Some(peer) => (peer.fresh(None, now, self.config.silence()), &peer.machines),
             None => (true, &self.own),
@@ -250,7 +297,14 @@ impl Watch {
     }
 
     /// Count what is seen; an event if what follows from it has changed.
-    fn count(&mut self, subject: Subject, mut observed: Observation, now: u64, speaks: bool) -> Option<Event> {
+    fn count(
+        &mut self,
+        subject: Subject,
+        mut observed: Observation,
+        samples: u32,
+        now: u64,
+        speaks: bool,
+    ) -> Option<Event> {
         let fresh = Seen { counts: None, since: now, next: observed, times: 0, ill: None };
         let seen = self.seen.entry(subject.clone()).or_insert(fresh);
         let ill = matches!(observed.machine, Machine::Dead | Machine::Silent) || observed.guest == Guest::Down;
@@ -262,7 +316,7 @@ impl Watch {
             (seen.next, seen.times) = (observed, 0);
         }
         seen.times = seen.times.saturating_add(1);
-        if seen.times < self.config.samples || seen.counts == Some(observed) {
+        if seen.times < samples || seen.counts == Some(observed) {
             return None;
         }
         let was = seen.counts.map_or(Verdict::Nothing, |before| self.config.matrix.judge(&before));

@@ -6,11 +6,13 @@
 //! Who has not the key is not heard. A datagram that was recorded and is sent again says nothing new: each carries when its sender's
 //! process began and a number that grows (see [`Heartbeat::newer_than`]).
 
+use std::collections::BTreeMap;
+
 use ring::hmac;
 use serde::{Deserialize, Serialize};
 use understudy_protocol::key::KEY_LEN;
 
-use crate::matrix::{Guest, Machine};
+use crate::matrix::{Bmc, Guest, Machine};
 
 /// What every datagram begins with.
 const MAGIC: &[u8; 6] = b"USMON1";
@@ -70,6 +72,9 @@ pub struct Heartbeat {
     /// Machines that found no place in the datagram.
     #[serde(default)]
     pub left_out: usize,
+    /// What management controllers have told the sender. Counts if it is the one that speaks.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub bmc: BTreeMap<String, Bmc>,
 }
 
 /// Why a datagram is no heartbeat.
@@ -133,6 +138,7 @@ mod tests {
             hears: vec!["n2".into()],
             machines: (0..machines).map(machine).collect(),
             left_out: 0,
+            bmc: BTreeMap::new(),
         }
     }
 

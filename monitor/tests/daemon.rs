@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use understudy_monitor::daemon::{Daemon, Settings};
-use understudy_monitor::matrix::{Machine, Management, Matrix, Production, Verdict};
+use understudy_monitor::matrix::{Bmc, Machine, Management, Matrix, Production, Verdict};
 use understudy_monitor::report::{self, Judged};
 use understudy_monitor::watch::Config;
 use understudy_monitor::wire::Plane;
@@ -43,6 +43,9 @@ fn settings(dir: &Path, node: &str, ports: (u16, u16)) -> Settings {
         run_root: dir.join(node),
         crm_mon: ["cat".to_owned(), dir.join("members.xml").display().to_string()].to_vec(),
         attrd_updater: tool.display().to_string(),
+        cibadmin: ["cat".to_owned(), dir.join("cib.xml").display().to_string()].to_vec(),
+        fence_agents: dir.to_owned(),
+        bmc: true,
         health: true,
     }
 }
@@ -92,6 +95,22 @@ fn monitors_hear_each_other_and_say_who_is_silent_and_who_is_lost() {
     membership(dir, &["n3"]);
     until(dir, "n1", "n3", |j| j.verdict == Verdict::FenceAndEvacuate && j.observation.management == Management::Down);
     until(dir, "n1", "n2", |j| j.verdict == Verdict::Nothing);
+    // Its BMC, which a script stands in for, is asked by n1, and n2 hears of it.
+    fs::write(dir.join("fence_standin"), format!("#!/bin/sh\ncat > {}\nexit 2\n", dir.join("asked").display()))
+        .unwrap();
+    fs::set_permissions(dir.join("fence_standin"), fs::Permissions::from_mode(0o755)).unwrap();
+    let pair = |name: &str, value: &str| format!("<nvpair id='{name}' name='{name}' value='{value}'/>");
+    let pairs = pair("pcmk_host_list", "n1 n2 n3") + &pair("password", "s3cret");
+    let cib = format!(
+        "<cib><configuration><resources><primitive id='f' class='stonith' type='fence_standin'><instance_attributes id='i'>{pairs}\
+         </instance_attributes></primitive></resources></configuration></cib>"
+    );
+    fs::write(dir.join("cib.xml"), cib).unwrap();
+    for observer in ["n1", "n2"] {
+        until(dir, observer, "n3", |j| j.verdict == Verdict::Evacuate && j.observation.bmc == Bmc::Off);
+    }
+    let asked = fs::read_to_string(dir.join("asked")).unwrap();
+    assert_eq!(asked, "action=status\nnodename=n3\npassword=s3cret\nplug=n3\n");
     let told = fs::read_to_string(dir.join("attributes")).unwrap();
     assert!(told.contains("n1 --name understudy-production --update up"), "{told}");
     assert!(told.contains("n2 --name #health-understudy --update green"), "{told}");

@@ -18,6 +18,8 @@ struct World {
     watches: BTreeMap<String, Watch>,
     /// Without power.
     dead: BTreeSet<String>,
+    /// The cluster has confirmed that they were fenced, or they left by themselves.
+    gone: BTreeSet<String>,
     /// Their monitor does not run (or hangs).
     mute: BTreeSet<String>,
     /// Nodes that a network does not reach.
@@ -50,6 +52,7 @@ impl World {
             machine: nodes.iter().map(|n| (n.clone(), Machine::Running)).collect(),
             nodes,
             dead: BTreeSet::new(),
+            gone: BTreeSet::new(),
             mute: BTreeSet::new(),
             cut: BTreeMap::new(),
             uplink: BTreeSet::new(),
@@ -77,7 +80,17 @@ impl World {
     fn membership(&self, node: &str) -> BTreeMap<String, Member> {
         let sees = |other: &String| {
             let reached = other == node || (!self.dead.contains(other) && self.carries(Plane::Management, node, other));
-            (other.clone(), if reached { Member::Online } else { Member::Lost })
+            let gone = other != node && self.gone.contains(other);
+            (
+                other.clone(),
+                if gone {
+                    Member::Left
+                } else if reached {
+                    Member::Online
+                } else {
+                    Member::Lost
+                },
+            )
         };
         self.nodes.iter().map(sees).collect()
     }
@@ -149,12 +162,66 @@ fn a_dead_host_is_fenced_and_its_bmc_makes_it_sooner_said() {
     w.dead.insert("c2".into());
     w.run(12);
     assert_eq!(w.verdicts("a1", "c2"), (Verdict::FenceAndEvacuate, Verdict::FenceAndEvacuate));
-    for watch in w.watches.values_mut() {
-        watch.bmc("c2", Bmc::Off);
-    }
+    // One node asks for all; what another one was told says nothing.
+    assert_eq!(w.watches["a1"].to_ask(w.now), ["c2"]);
+    assert!(w.watches["b1"].to_ask(w.now).is_empty());
+    w.watches.get_mut("a1").unwrap().bmc("c2", Bmc::Off);
+    w.watches.get_mut("f3").unwrap().bmc("c2", Bmc::On);
     w.run(5);
-    assert_eq!(w.verdicts("a1", "c2").1, Verdict::Evacuate);
+    for observer in ["a1", "b1", "f3"] {
+        assert_eq!(w.verdicts(observer, "c2").1, Verdict::Evacuate, "as {observer} sees it");
+    }
     assert_eq!(w.verdicts("f3", "d2"), (Verdict::Nothing, Verdict::Nothing));
+    w.dead.clear();
+    w.run(12);
+    assert_eq!(
+        w.verdicts("a1", "c2"),
+        (Verdict::Nothing, Verdict::Nothing),
+        "what a BMC has said of a member is forgotten"
+    );
+    assert!(w.watches["a1"].to_ask(w.now).is_empty(), "and a member's is not asked");
+}
+
+#[test]
+fn a_confirmed_fence_says_off_and_a_host_that_is_heard_after_it_freezes_everything() {
+    let mut w = World::new(SIX);
+    w.dead.insert("c2".into());
+    w.run(12);
+    w.watches.get_mut("a1").unwrap().bmc("c2", Bmc::Unreachable);
+    w.run(6);
+    assert_eq!(w.verdicts("a1", "c2").1, Verdict::Freeze, "neither host nor BMC");
+    w.gone.insert("c2".into());
+    w.run(1);
+    assert_eq!(w.verdicts("a1", "c2"), (Verdict::Evacuate, Verdict::Evacuate), "another device has confirmed it");
+    assert_eq!(w.verdicts("a1", "d2"), (Verdict::Nothing, Verdict::Nothing));
+    assert!(w.watches["a1"].to_ask(w.now).is_empty());
+
+    let mut w = World::new(SIX);
+    w.cut.entry(Plane::Management).or_default().insert("c2".into());
+    w.run(12);
+    w.gone.insert("c2".into());
+    w.run(6);
+    assert_eq!(w.verdicts("a1", "c2"), (Verdict::Freeze, Verdict::Freeze), "fenced, and it serves");
+}
+
+#[test]
+fn of_two_nodes_the_one_that_is_left_does_not_miss_the_one_that_was_fenced() {
+    let mut w = World::new("a1 b2");
+    w.dead.insert("b2".into());
+    w.run(12);
+    w.gone.insert("b2".into());
+    w.run(6);
+    assert_eq!(w.verdicts("a1", "b2").1, Verdict::Evacuate);
+    assert_eq!(w.verdicts("a1", "a1"), (Verdict::Nothing, Verdict::Nothing));
+}
+
+#[test]
+fn who_leaves_by_itself_is_not_judged() {
+    let mut w = World::new(SIX);
+    w.mute.insert("c2".into());
+    w.gone.insert("c2".into());
+    w.run(30);
+    assert!(w.watches["a1"].report(w.now).judged.iter().all(|j| j.node != "c2"));
 }
 
 #[test]
@@ -270,6 +337,7 @@ fn what_was_recorded_and_is_played_again_keeps_nobody_alive() {
         hears: Vec::new(),
         machines: Vec::new(),
         left_out: 0,
+        bmc: BTreeMap::new(),
     };
     let (now, a1) = (w.now, w.watches.get_mut("a1").unwrap());
     assert!(!a1.heard(now, Plane::Production, old.clone()));
