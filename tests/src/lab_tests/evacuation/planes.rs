@@ -5,7 +5,7 @@ use understudy_monitor::matrix::Verdict;
 use understudy_monitor::report::Report;
 
 use super::estate::{BOUND, Estate, HOSTS};
-use super::stories::{ROUNDS, WEB, WEB_HOST, count_starts, fences, started_once};
+use super::stories::{ROUNDS, WEB, WEB_HOST, count_starts, fences, started_once, wait_closed, wait_plan};
 use super::{machines, rules};
 use crate::lab::{Plane, wait_until};
 
@@ -151,8 +151,8 @@ pub fn production_cut(estate: &mut Estate) -> Result<()> {
     estate.wait_elsewhere(&WEB, WEB_HOST)?;
     started_once(estate, &WEB)?;
     ensure!(fences(estate, WEB_HOST)? == before, "{WEB_HOST} was fenced");
-    let events = estate.journal(last)?;
-    ensure!(events.iter().any(|e| e.kind == "closed"), "{events:?}");
+    let plan = wait_plan(estate, last, WEB_HOST)?;
+    wait_closed(estate, last, &plan)?;
     estate.lab.heal(None)?;
     wait_attribute(estate, WEB_HOST, "up")?;
     wait_healthy(estate)

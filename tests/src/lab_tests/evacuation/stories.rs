@@ -29,13 +29,14 @@ fn of<'a>(events: &'a [Event], kind: &'a str) -> impl Iterator<Item = &'a Event>
 }
 
 /// The plan for machines of `host`.
-fn wait_plan(estate: &Estate, last: u64, host: &str) -> Result<String> {
+pub fn wait_plan(estate: &Estate, last: u64, host: &str) -> Result<String> {
     let event =
         estate.wait_event(last, &format!("a plan for {host}"), |e| e.kind == "plan" && e.text.contains(host))?;
     event.plan.context("an event of a plan that names none")
 }
 
-fn wait_closed(estate: &Estate, last: u64, plan: &str) -> Result<Event> {
+/// The event that `plan` is over.
+pub fn wait_closed(estate: &Estate, last: u64, plan: &str) -> Result<Event> {
     let closed = |e: &Event| e.kind == "closed" && e.plan.as_deref() == Some(plan);
     estate.wait_event(last, &format!("the end of {plan}"), closed)
 }
