@@ -124,6 +124,9 @@ pub struct Plan {
     pub lost: Vec<String>,
     /// The machines, the important first.
     pub moves: Vec<Move>,
+    /// Batches that have been started.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub batches: u32,
     /// Why it does not go on by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<Hold>,
@@ -133,6 +136,10 @@ pub struct Plan {
     /// Nothing will be done about it any more, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<String>,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Why a plan does not go on by itself.
@@ -454,6 +461,7 @@ mod tests {
             made: 7,
             lost: vec!["n1".into()],
             moves,
+            batches: 0,
             held: Some(Hold::Brake { why: "\"why\" <&>".into() }),
             decided: None,
             closed: None,
@@ -490,6 +498,7 @@ mod tests {
             made: 0,
             lost: vec![],
             moves,
+            batches: 0,
             held: None,
             decided: None,
             closed: None,

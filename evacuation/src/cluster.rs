@@ -50,13 +50,20 @@ pub fn read(policy: &Policy, cib: &Element, status: &Element, beside: Beside) ->
     collect(resources, &mut seen);
     let transient = transient(cib);
     let thresholds = thresholds(cib);
+    let maintenance = is_true(property(cib, "maintenance-mode"));
     let machines = policy.machines.iter().map(|machine| {
         let id = machine.vm_id();
         let wishes = records::wishes(cib, machine.name.get_ref());
         MachineNow {
             wishes: wishes.into_iter().filter_map(|(node, score)| Some((*by_name.get(node)?, score))).collect(),
             failed: too_often(&id, thresholds.get(&id).copied(), &transient, &by_name),
-            ..state(machine, seen.get(id.as_str()).map(Vec::as_slice).unwrap_or_default(), &by_name, &hosts)
+            ..state(
+                machine,
+                seen.get(id.as_str()).map(Vec::as_slice).unwrap_or_default(),
+                &by_name,
+                &hosts,
+                maintenance,
+            )
         }
     });
     let load = |n: usize| {
@@ -67,7 +74,7 @@ pub fn read(policy: &Policy, cib: &Element, status: &Element, beside: Beside) ->
         now: beside.now,
         here: beside.here,
         quorum: cib.attribute("have-quorum") == Some("1"),
-        maintenance: is_true(property(cib, "maintenance-mode")),
+        maintenance,
         links: beside.links,
         machines: machines.collect(),
         load: (0..policy.nodes.len()).map(load).collect(),
@@ -156,13 +163,21 @@ fn collect<'a>(element: &'a Element, into: &mut HashMap<&'a str, Vec<&'a Element
     }
 }
 
-fn state(machine: &Machine, instances: &[&Element], by_name: &HashMap<&str, usize>, hosts: &[Host]) -> MachineNow {
+fn state(
+    machine: &Machine,
+    instances: &[&Element],
+    by_name: &HashMap<&str, usize>,
+    hosts: &[Host],
+    maintenance: bool,
+) -> MachineNow {
     let is = |r: &Element, name| r.attribute(name) == Some("true");
     let unwanted = |r: &&Element| {
         let role = r.attribute("target_role").unwrap_or("Started");
         let role_is = |names: [&str; 3]| names.iter().any(|n| role.eq_ignore_ascii_case(n));
         let stopped = role_is(["Stopped", "", ""]) || machine.protected() && role_is(["Unpromoted", "Slave", ""]);
-        !is(r, "managed") || stopped || is(r, "orphaned")
+        // In maintenance mode nothing is managed, and everything is wanted as it was.
+        let managed = maintenance || is(r, "managed");
+        !managed || stopped || is(r, "orphaned")
     };
     let mut now = MachineNow { wanted: !instances.iter().any(unwanted) && !instances.is_empty(), ..Default::default() };
     for resource in instances {

@@ -119,6 +119,22 @@ fn a_host_that_its_health_empties_gives_its_machines_away() {
     assert_eq!((host("only-green", "yellow"), host("only-green", "green")), (Host::Leaving, Host::Up));
 }
 
+/// In maintenance mode crm_mon calls nothing managed.
+#[test]
+fn maintenance_mode_takes_nobodys_plan_away() {
+    let mut cib = cib();
+    let policy = policy(&cib).unwrap().unwrap();
+    let unmanaged = vm("vm-a", "Stopped", "", "").replace("managed='true'", "managed='false'");
+    let wanted = |cib: &Element, a: &str| {
+        read(&policy, cib, &status(&node("n1", ""), a), Beside::default()).unwrap().machines[0].wanted
+    };
+    assert!(!wanted(&cib, &unmanaged));
+    let bootstrap = &mut cib.child_or_new("configuration").child_or_new("crm_config").children[0];
+    bootstrap.children.push(Element::new("nvpair").with("name", "maintenance-mode").with("value", "true"));
+    assert!(wanted(&cib, &unmanaged));
+    assert!(!wanted(&cib, &unmanaged.replace("orphaned='false'", "target_role='Stopped'")));
+}
+
 /// Rounds until nothing is to be changed any more; the CIB after each.
 fn rounds(mut cib: Element, status: &Element) -> Vec<Element> {
     let mut out = Vec::new();

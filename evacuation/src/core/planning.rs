@@ -51,17 +51,22 @@ impl Decision<'_> {
     /// Machines that have lost their host, that it is the controller's to bring elsewhere, and that nobody is seeing to.
     fn stranded(&mut self) -> Vec<usize> {
         let rules = self.policy.rules();
+        let lost = |m: &usize| {
+            let (name, home) = (self.name(*m), self.snapshot.machines[*m].home());
+            self.idle(*m).is_some()
+                && self.policy.held(self.machine(*m))
+                && !self.in_a_plan(name)
+                && !self.records.state.left.contains_key(name)
+                && self.safe(*m, home)
+        };
+        let lost: Vec<usize> = (0..self.policy.machines.len()).filter(lost).collect();
+        // When the first has waited long enough, those that have lost their hosts meanwhile go with it.
+        if !lost.iter().any(|m| self.idle(*m).is_some_and(|idle| idle >= rules.settle.0)) {
+            return Vec::new();
+        }
         let mut out = Vec::new();
-        for m in 0..self.policy.machines.len() {
+        for m in lost {
             let name = self.name(m).to_string();
-            let settled = self.idle(m).is_some_and(|idle| idle >= rules.settle.0);
-            if !settled || !self.policy.held(self.machine(m)) || self.in_a_plan(&name) {
-                continue;
-            }
-            let home = self.snapshot.machines[m].home();
-            if self.records.state.left.contains_key(&name) || !self.safe(m, home) {
-                continue;
-            }
             let tried = self.records.state.attempts.get(&name).copied().unwrap_or(0);
             if tried >= *rules.attempts.get_ref() {
                 let why = format!("it was tried elsewhere {tried} times and did not run");
@@ -132,7 +137,7 @@ impl Decision<'_> {
         lost.sort();
         lost.dedup();
         let made = self.now();
-        let plan = Plan { id, kind, automation, made, lost, moves, held: None, decided, closed: None };
+        let plan = Plan { id, kind, automation, made, lost, moves, batches: 0, held: None, decided, closed: None };
         let (id, lost, count) = (&plan.id, plan.lost.join(", "), plan.moves.len());
         self.say("plan", Some(id), None, format!("plan {id}: {count} machines of {lost}"));
         let names: Vec<String> = plan.moves.iter().map(|m| format!("{} to {}", m.machine, m.to)).collect();

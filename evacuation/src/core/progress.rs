@@ -35,11 +35,11 @@ impl Decision<'_> {
                 continue;
             };
             let mut plan = self.records.plans[at].clone();
+            let undecided = |m: &Move| matches!(m.progress, Progress::Waiting | Progress::Ready { .. });
             let meant = |m: &Move| order.machines.is_empty() || order.machines.contains(&m.machine);
             match order.what {
                 What::Release => {
                     let mut count = 0;
-                    let undecided = |m: &Move| matches!(m.progress, Progress::Waiting | Progress::Ready { .. });
                     for m in plan.moves.iter_mut().filter(|m| meant(m) && undecided(m)) {
                         m.progress = Progress::Ready { by_person: true };
                         count += 1;
@@ -52,7 +52,9 @@ impl Decision<'_> {
                 What::Retry | What::Drain => {}
                 What::Cancel => {
                     let why = format!("{by} cancelled its evacuation");
-                    self.say("order", Some(&plan.id), None, format!("{by} cancels {}", plan.id));
+                    let stays = |m: &&Move| meant(m) && undecided(m);
+                    let count = plan.moves.iter().filter(stays).count();
+                    self.say("order", Some(&plan.id), None, format!("{by} cancels {count} machines of {}", plan.id));
                     self.leave(&mut plan, &why, meant);
                 }
             }
@@ -105,6 +107,7 @@ impl Decision<'_> {
     /// Look after every machine of the plan. How many failed just now?
     fn see(&mut self, plan: &mut Plan) -> u32 {
         let verify = self.policy.rules().verify.0;
+        let closed = gate(self.snapshot).is_some();
         let mut failed = 0;
         for m in plan.moves.iter_mut().filter(|m| !m.progress.over()) {
             let (Some(machine), Some(to)) = (self.machine_of(&m.machine), self.node_of(&m.to)) else {
@@ -127,6 +130,13 @@ impl Decision<'_> {
                 }
                 (Progress::Released { .. }, None) if now.failed.contains(&to) => {
                     Progress::Failed { why: format!("{} cannot start it", m.to) }
+                }
+                // Pacemaker starts nothing either: that is not the machine's time.
+                (Progress::Released { at, batch }, None) if closed => {
+                    if self.now() >= at.saturating_add(verify / 2) {
+                        m.progress = Progress::Released { at: self.now(), batch: *batch };
+                    }
+                    continue;
                 }
                 (Progress::Released { at, .. }, None) if self.now() >= at.saturating_add(verify) => {
                     Progress::Failed { why: format!("it did not run on {} within {verify} s", m.to) }
@@ -293,7 +303,7 @@ impl Decision<'_> {
             if plan.closed.is_some() || unverified {
                 continue;
             }
-            let batch = self.batches(&plan).saturating_add(1);
+            let batch = plan.batches.saturating_add(1);
             let mut released = Vec::new();
             for m in plan.moves.iter_mut().filter(|m| is_ready(m, braked)) {
                 let (Some(machine), Some(to)) = (self.machine_of(&m.machine), self.node_of(&m.to)) else { continue };
@@ -320,17 +330,12 @@ impl Decision<'_> {
                 released.push(format!("{} on {}", m.machine, m.to));
             }
             if !released.is_empty() {
+                plan.batches = batch;
                 let text = format!("batch {batch} of {}: {}", plan.id, released.join(", "));
                 self.say("release", Some(&plan.id), None, text);
             }
             self.records.plans[at] = plan;
         }
-    }
-
-    /// Batches that are over, as the journal's machines tell: those that run or failed were in one.
-    fn batches(&self, plan: &Plan) -> u32 {
-        let done = plan.moves.iter().filter(|m| matches!(m.progress, Progress::Runs | Progress::Failed { .. })).count();
-        u32::try_from(done.div_ceil((*self.policy.rules().batch.get_ref() as usize).max(1))).unwrap_or(u32::MAX)
     }
 }
 
