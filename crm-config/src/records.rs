@@ -11,7 +11,7 @@
 //! A change is one patch of the CIB that fails if anything else has changed since it was read ([`crate::live::apply_if_unchanged`]):
 //! records, scores and events change together or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -218,7 +218,7 @@ pub struct Order {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum What {
-    /// Carry it out, past what held it. (Never past quorum, links, maintenance and fencing.)
+    /// Carry it out, past what held it. (Never past quorum, maintenance mode and fencing.)
     Release,
     /// Leave the machines where they are.
     Cancel,
@@ -332,14 +332,18 @@ pub fn property<'a>(cib: &'a Element, name: &str) -> Option<&'a str> {
 fn pairs(cib: &Element) -> impl Iterator<Item = (&str, &str)> {
     let config = cib.child("configuration").and_then(|c| c.child("crm_config"));
     let sets = config.map(|c| c.children.as_slice()).unwrap_or_default();
-    let ours = sets.iter().filter(|s| s.id() == SET).flat_map(|s| &s.children);
+    let ours = sets.iter().find(|s| s.id() == SET).into_iter().flat_map(|s| &s.children);
     ours.filter_map(|p| Some((p.attribute("name")?, p.attribute("value")?)))
 }
 
-/// Read all records; what is not there is empty.
+/// Read all records; what is not there is empty. Of two of the same name the first counts, as for Pacemaker.
 pub fn read(cib: &Element) -> Result<Records, BadRecord> {
     let mut records = Records::default();
+    let mut seen = BTreeSet::new();
     for (name, value) in pairs(cib) {
+        if !seen.insert(name) {
+            continue;
+        }
         let bad = |e: serde_json::Error| BadRecord { name: name.into(), why: e.to_string() };
         if name == STATE {
             records.state = serde_json::from_str(value).map_err(bad)?;
@@ -348,15 +352,13 @@ pub fn read(cib: &Element) -> Result<Records, BadRecord> {
             if plan.id != id {
                 return Err(BadRecord { name: name.into(), why: format!("it says that it is plan {:?}", plan.id) });
             }
-            if records.plans.iter().any(|p| p.id == plan.id) {
-                return Err(BadRecord { name: name.into(), why: "it is there twice".into() });
-            }
             records.plans.push(plan);
         } else if let Some(id) = name.strip_prefix(ORDER) {
             records.orders.insert(id.into(), serde_json::from_str(value).map_err(bad)?);
         }
     }
-    records.plans.sort_by_key(|p| (p.made, p.id.len(), p.id.clone()));
+    // By number, not by time: clocks go back, and the next controller has another.
+    records.plans.sort_by_key(|p| (p.id.len(), p.id.clone()));
     Ok(records)
 }
 
@@ -371,7 +373,11 @@ pub fn write(cib: &mut Element, records: &Records) {
     wanted.extend(records.orders.iter().map(|(id, o)| (format!("{ORDER}{id}"), text(serde_json::to_string(o)))));
     let is_ours = |name: &str| name == STATE || name.starts_with(PLAN) || name.starts_with(ORDER);
     let set = set_in(cib);
-    set.children.retain(|p| p.attribute("name").is_none_or(|n| !is_ours(n) || wanted.contains_key(n)));
+    let mut seen = BTreeSet::new();
+    set.children.retain(|p| {
+        let ours = p.attribute("name").filter(|n| is_ours(n));
+        ours.is_none_or(|n| wanted.contains_key(n) && seen.insert(n.to_owned()))
+    });
     for (name, value) in wanted {
         put(set, &name, &value);
     }
@@ -410,7 +416,7 @@ pub fn wishes<'a>(cib: &'a Element, machine: &str) -> Vec<(&'a str, i32)> {
         let pair = sets.filter(|p| p.attribute("name") == Some(&name)).find_map(|p| p.attribute("value"))?;
         Some((node.attribute("uname")?, pair.parse().ok()?))
     };
-    nodes.unwrap_or_default().iter().filter_map(score).collect()
+    nodes.unwrap_or_default().iter().filter(|n| n.name == "node").filter_map(score).collect()
 }
 
 /// Give the machine exactly these scores.
@@ -473,6 +479,14 @@ mod tests {
         let again = Element::parse(&cib.to_string()).unwrap();
         assert_eq!(read(&again).unwrap(), records);
         assert_eq!(property(&again, "understudy-approval-p1"), Some("{}"));
+        // Somebody's second one neither counts nor stays.
+        let set = set_in(&mut cib);
+        set.children.push(Element::new("nvpair").with("name", STATE).with("value", "{}"));
+        assert_eq!(read(&cib).unwrap(), records);
+        let more = Records { state: State { plans: 2, ..State::default() }, ..records };
+        write(&mut cib, &more);
+        assert_eq!(read(&cib).unwrap(), more);
+        assert_eq!(cib.to_string().matches(STATE).count(), 2, "once in its id, once as its name");
         write(&mut cib, &Records::default());
         assert_eq!(read(&cib).unwrap(), Records::default());
         assert_eq!(property(&cib, "understudy-approval-p1"), Some("{}"));

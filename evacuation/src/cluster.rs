@@ -280,7 +280,11 @@ pub fn links(text: &str) -> Option<(usize, usize)> {
         if line.starts_with("LINK ID") {
             reaching += usize::from(std::mem::take(&mut reaches));
             all += 1;
-        } else if line.starts_with("nodeid") && line.ends_with("connected") && !line.ends_with("disconnected") {
+        } else if all > 0
+            && line.starts_with("nodeid")
+            && line.ends_with("connected")
+            && !line.ends_with("disconnected")
+        {
             reaches = true;
         }
     }

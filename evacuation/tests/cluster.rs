@@ -218,5 +218,6 @@ fn links_are_counted_as_corosyncs_tool_prints_them() {
         \t\tnodeid:          1:\tlocalhost\n\t\tnodeid:          2:\tconnected\n\t\tnodeid:          3:\tdisconnected\n\
         LINK ID 1 udp\n\taddr\t= 10.0.1.1\n\tstatus:\n\t\tnodeid:          1:\tlocalhost\n\t\tnodeid:          2:\tdisconnected\n";
     assert_eq!(links(text), Some((1, 2)));
+    assert_eq!(links("nodeid: 2: connected\nLINK ID 0 udp\n"), Some((0, 1)), "no more than there are");
     assert_eq!((links(""), links("Could not initialize corosync configuration API error 2")), (None, None));
 }

@@ -139,6 +139,27 @@ pub const TARGETS: &[Target] = &[
         about: "the queue of alerts after a crash; the alert agent's environment",
         run: targets::alerts::spool,
     },
+    Target {
+        name: "heartbeat",
+        about: "datagrams at a monitor's port, with the cluster's key and without",
+        run: targets::estate::heartbeat,
+    },
+    Target { name: "members", about: "the membership as crm_mon prints it", run: targets::estate::members },
+    Target { name: "matrix", about: "rows of the fault matrix", run: targets::estate::matrix },
+    Target { name: "simulate", about: "what crm_simulate prints", run: targets::estate::simulate },
+    Target { name: "import", about: "a cluster that somebody else has configured", run: targets::estate::import },
+    Target { name: "records", about: "the evacuation controller's records", run: targets::estate::records },
+    Target { name: "links", about: "what corosync-cfgtool prints", run: targets::estate::links },
+    Target {
+        name: "snapshot",
+        about: "a cluster as the evacuation controller reads it, and what it does about it",
+        run: targets::estate::snapshot,
+    },
+    Target {
+        name: "controller",
+        about: "clusters that no cluster would ever be, one after the other, for the evacuation controller",
+        run: targets::estate::controller,
+    },
     Target { name: "journal", about: "a board's journal after a crash", run: targets::cluster::journal },
 ];
 

@@ -6,9 +6,14 @@ use understudy_alerts::approval::{Record as Question, Request, digest};
 use understudy_alerts::repeat::Repeats;
 use understudy_alerts::settings::{Delivery, Kind, Recipient};
 use understudy_alerts::spool::Item;
+use understudy_crm::estate::Automation;
+use understudy_crm::records::{self, Hold, Move, Order, Plan, Progress, Records, State, What};
+use understudy_crm::xml::Element;
 use understudy_disk::Tag;
 use understudy_disk::mirror::SliceLabel;
 use understudy_disk::{Format, Identity, Ownership};
+use understudy_monitor::matrix::{Guest, Machine, Matrix, line};
+use understudy_monitor::wire::{Heartbeat, MachineSeen, Plane};
 use understudy_protocol::board::{Attach, Message as Board};
 use understudy_protocol::control::{PromoteFrom, ReplicatorRequest, VmmRequest, encode_line};
 use understudy_protocol::frame::{self, Header};
@@ -37,6 +42,7 @@ pub fn seeds() -> Vec<Seed> {
     seeds.extend(cluster());
     seeds.extend(alerts());
     seeds.extend(disks());
+    seeds.extend(estates());
     seeds
 }
 
@@ -387,5 +393,88 @@ fn cluster() -> Vec<Seed> {
         ("policy", "demo", include_str!("../../tests/demo/policy.toml").into()),
         ("environment", "notify", environment.into()),
         ("journal", "dirty", journal),
+    ]
+}
+
+fn estates() -> Vec<Seed> {
+    let seen = MachineSeen { name: "m1".into(), machine: Machine::Running, guest: Guest::Unwatched };
+    let beat = |node: &str, number, plane| Heartbeat {
+        node: node.into(),
+        began: 1,
+        number,
+        plane,
+        hears: vec!["n1".into(), "n2".into()],
+        machines: vec![seen.clone()],
+        left_out: 0,
+    };
+    let said = [beat("n2", 1, Plane::Production), beat("n2", 1, Plane::Management), beat("n3", 1, Plane::Production)];
+    // Texts and numbers.
+    let body = |beat: &Heartbeat| serde_json::to_vec(beat).expect("plain data");
+    let bodies: Vec<Vec<u8>> = said.iter().chain(&[beat("n2", 2, Plane::Production)]).map(body).collect();
+    let members = "<pacemaker-result api-version=\"2.25\"><nodes><node name=\"n1\" online=\"true\" unclean=\"false\" type=\"member\">\
+        <resource id=\"x\"><node name=\"no\" online=\"true\"/></resource></node><node name=\"n2\" online=\"false\" unclean=\"true\" type=\"member\"/>\
+        <node name=\"b1\" online=\"true\" type=\"remote\"/></nodes></pacemaker-result>";
+    // A table that every run reads.
+    let matrix = Matrix::standard().expect("the default rows");
+    let rows: Vec<_> = matrix.rows().map(|(row, _)| row.clone()).collect();
+    let own = "matrix = [{ name = 'ours', management = 'down', bmc = ['on', 'unknown'], production = 'up', verdict = 'alarm' },\n\
+        { name = 'management-only', machine = 'running', management = 'down', production = 'up', why = 'x', verdict = 'freeze' }]";
+    let links = "Local node ID 1, transport knet\nLINK ID 0 udp\n\taddr\t= 10.0.0.1\n\tstatus:\n\t\tnodeid:          1:\tlocalhost\n\
+        \t\tnodeid:          2:\tconnected\nLINK ID 1 udp\n\tstatus:\n\t\tnodeid:          2:\tdisconnected\n";
+    let progress = [
+        Progress::Waiting,
+        Progress::Ready { by_person: true },
+        Progress::Released { at: 7, batch: 1 },
+        Progress::Failed { why: "\"why\" <&>".into() },
+    ];
+    let moves = progress.into_iter().enumerate().map(|(i, progress)| Move {
+        machine: format!("m{i}"),
+        from: "n1".into(),
+        to: "n2".into(),
+        progress,
+    });
+    let plan = Plan {
+        id: "p1".into(),
+        automation: Automation::Semi,
+        made: 7,
+        lost: vec!["n1".into()],
+        moves: moves.collect(),
+        batches: 1,
+        held: Some(Hold::Brake { why: "too many".into() }),
+        decided: None,
+        closed: None,
+    };
+    let order = Order { plan: "p1".into(), what: What::Release, machines: vec!["m0".into()], by: "root".into() };
+    let state = State { plans: 1, idle: [("m0".to_owned(), 5)].into(), ..State::default() };
+    let mut cib = Element::new("cib");
+    records::write(&mut cib, &Records { state, plans: vec![plan], orders: [("1".to_owned(), order)].into() });
+    // Host a dies; time passes; m1 is released, m2 approved; m3 runs on b, which is lost then.
+    let life = [
+        [0, 0, 4],
+        [6, 0, 20],
+        [6, 0, 20],
+        [8, 0, 1],
+        [9, 0, 2],
+        [2, 2, 2],
+        [6, 0, 1],
+        [0, 1, 3],
+        [6, 0, 30],
+        [0, 1, 4],
+        [6, 0, 30],
+        [6, 0, 30],
+        [0, 0, 0],
+        [6, 0, 30],
+        [8, 2, 3],
+        [6, 0, 30],
+    ];
+    vec![
+        ("heartbeat", "two-planes", bodies.join(&b'\n')),
+        ("heartbeat", "sealed", said[0].seal(&[7; 32])),
+        ("members", "lost-and-remote", members.into()),
+        ("matrix", "default-rows", line(&rows).into_bytes()),
+        ("matrix", "own-rows", own.into()),
+        ("links", "one-of-two", links.into()),
+        ("records", "plan-and-order", cib.to_string().into_bytes()),
+        ("controller", "a-host-dies", life.concat()),
     ]
 }

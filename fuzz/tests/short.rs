@@ -1,6 +1,7 @@
 //! The corpus, and what a moment of random changes makes of it: seconds in every run of the tests. The long way is `make fuzz`.
 //!
-//! `UNDERSTUDY_FUZZ_SECONDS=N` gives every target N seconds, `UNDERSTUDY_FUZZ_SEED=N` other random changes.
+//! `UNDERSTUDY_FUZZ_SECONDS=N` gives every target N seconds, `UNDERSTUDY_FUZZ_SEED=N` other random changes; `UNDERSTUDY_FUZZ_TARGETS=a,b`
+//! changes the inputs of these targets only.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -55,7 +56,9 @@ fn no_input_of_the_corpus_breaks_anything() {
 fn nothing_that_a_moment_of_random_changes_makes_breaks_anything() {
     let each = setting("UNDERSTUDY_FUZZ_SECONDS").map_or(Duration::from_millis(150), Duration::from_secs);
     let seed = setting("UNDERSTUDY_FUZZ_SEED").unwrap_or(1);
-    for target in TARGETS {
+    let only = std::env::var("UNDERSTUDY_FUZZ_TARGETS").ok();
+    let meant = |t: &&Target| only.as_ref().is_none_or(|names| names.split(',').any(|name| name == t.name));
+    for target in TARGETS.iter().filter(meant) {
         let inputs: Vec<_> = inputs(target).into_iter().map(|(_, bytes)| bytes).collect();
         let mut random = Random::new(seed);
         let (began, mut tried) = (Instant::now(), 0u64);

@@ -3,6 +3,7 @@
 pub mod alerts;
 pub mod cluster;
 pub mod disk;
+pub mod estate;
 pub mod machine;
 pub mod net;
 pub mod paths;
