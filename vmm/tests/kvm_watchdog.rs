@@ -173,8 +173,14 @@ fn what_was_left_is_left_after_a_pause_and_after_a_takeover_and_a_guest_that_han
     let event = second.events.recv_timeout(Duration::from_secs(60)).unwrap();
     assert_eq!(event, Event::Reset);
     second.expires();
+    // Paused before anybody got to it: it is asked for again, and given once.
+    second.machine.pause().unwrap();
+    second.machine.reset().unwrap();
+    second.machine.resume().unwrap();
+    assert_eq!(second.events.recv_timeout(Duration::from_secs(60)).unwrap(), Event::Reset);
     // As the supervisor does. The guest begins anew, and arms it again.
     second.feeds(true);
+    second.machine.reset().unwrap();
     second.machine.reset().unwrap();
     second.is_fed_on();
     assert_eq!((second.machine.status().resets, second.status().expirations), (1, 1));

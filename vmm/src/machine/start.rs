@@ -197,7 +197,8 @@ impl Machine {
     /// The guest asked for a reset: power-on state, boot program loaded again. Clocks go on.
     pub fn reset(&self) -> Result<()> {
         let mut life = self.settled_life();
-        if life.state != VmmState::Running {
+        // Where the machine was paused in between it is asked for twice, and given once.
+        if life.state != VmmState::Running || self.core.hardware().asked != Some(Asked::Reset) {
             return Ok(());
         }
         self.vcpus.stop_all();
