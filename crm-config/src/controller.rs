@@ -196,7 +196,7 @@ fn machine_record(policy: &Policy, m: &Machine) -> Value {
         put(&mut out, name, value.as_ref().map(|v| json!(v.get_ref())));
     }
     put(&mut out, "standby", m.standby.as_ref().map(|s| json!(s.get_ref().names())));
-    put(&mut out, "migrate", m.migrates().then(|| json!(true)));
+    put(&mut out, "migrate", m.migrates().then_some(json!(true)));
     put(&mut out, "performance", m.high_performance_need().then(|| json!("high")));
     put(&mut out, "priority", m.priority.as_ref().map(|p| json!(p.get_ref())));
     Value::Object(out)

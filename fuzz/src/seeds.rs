@@ -12,7 +12,7 @@ use understudy_crm::xml::Element;
 use understudy_disk::Tag;
 use understudy_disk::mirror::SliceLabel;
 use understudy_disk::{Format, Identity, Ownership};
-use understudy_monitor::matrix::{Guest, Machine, Matrix, line};
+use understudy_monitor::matrix::{Bmc, Guest, Machine, Matrix, line};
 use understudy_monitor::wire::{Heartbeat, MachineSeen, Plane};
 use understudy_protocol::board::{Attach, Message as Board};
 use understudy_protocol::control::{PromoteFrom, ReplicatorRequest, VmmRequest, encode_line};
@@ -406,6 +406,7 @@ fn estates() -> Vec<Seed> {
         hears: vec!["n1".into(), "n2".into()],
         machines: vec![seen.clone()],
         left_out: 0,
+        bmc: [("n4".to_owned(), Bmc::Off)].into(),
     };
     let said = [beat("n2", 1, Plane::Production), beat("n2", 1, Plane::Management), beat("n3", 1, Plane::Production)];
     // Texts and numbers.
@@ -435,6 +436,7 @@ fn estates() -> Vec<Seed> {
     });
     let plan = Plan {
         id: "p1".into(),
+        kind: records::Kind::Drain,
         automation: Automation::Semi,
         made: 7,
         lost: vec!["n1".into()],

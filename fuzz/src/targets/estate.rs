@@ -207,7 +207,7 @@ pub fn controller(bytes: &[u8]) {
             2 => now.runs = nodes(value).first().copied(),
             3 => now.failed = nodes(value),
             4 => now.wishes = nodes(value).into_iter().map(|n| (n, i32::from(value))).collect(),
-            5 => now.wanted = value % 2 > 0,
+            5 => now.wanted = !value.is_multiple_of(2),
             6 => seen.now = seen.now.saturating_add_signed(i64::from(value as i8) * 4),
             7 => seen.load[n] = Some(u32::from(value)),
             8 => {
@@ -221,7 +221,7 @@ pub fn controller(bytes: &[u8]) {
                 let answers = [ApprovalState::Approved { by: by.clone() }, ApprovalState::Refused { by }];
                 seen.approvals.insert(plan, answers.get(m).cloned().unwrap_or(ApprovalState::Expired));
             }
-            10 => (seen.quorum, seen.maintenance) = (value % 2 > 0, value % 3 > 1),
+            10 => (seen.quorum, seen.maintenance) = (!value.is_multiple_of(2), value % 3 > 1),
             _ => seen.links = Some((usize::from(value) % 4, m)),
         }
         let round = decide(&policy, &seen);

@@ -127,7 +127,7 @@ fn run(intervals_ms: Option<(u64, u64)>, time: Duration) -> Result<(f64, String)
         ..Setup::new(MEMORY_MIB)
     };
     let mut sides = [Side::new(at, "a")?, Side::new(at, "b")?];
-    let nic = |name: &str| format!("name=net0,tap=tap-{name},bridge={BRIDGE},mac={GUEST}{}", std::env::var("XH").unwrap_or_default()).parse();
+    let nic = |name: &str| format!("name=net0,tap=tap-{name},bridge={BRIDGE},mac={GUEST}").parse();
     if intervals_ms.is_none() {
         setup.nic = Some(nic("a").context("naming the card")?);
         sides[0].start_vmm(at, "a", &setup, false)?;

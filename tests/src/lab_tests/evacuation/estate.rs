@@ -70,6 +70,9 @@ pub struct Estate {
     pub fence_delay: u32,
 }
 
+/// A plan's id, and the names of its machines and how far each has come.
+pub type OpenPlan = (String, Vec<(String, String)>);
+
 impl Estate {
     /// Bring four nodes and a mail server up, with nothing configured.
     pub fn up(one_link: bool) -> Result<Self> {
@@ -233,8 +236,8 @@ impl Estate {
         wait_for(what, BOUND, || Ok(self.journal(last)?.into_iter().find(|event| is(event))))
     }
 
-    /// The plans that are not over: (id, names of machines and how far each has come).
-    pub fn open_plans(&self) -> Result<Vec<(String, Vec<(String, String)>)>> {
+    /// The plans that are not over.
+    pub fn open_plans(&self) -> Result<Vec<OpenPlan>> {
         let text = self.lab.run(HOSTS[0], &["understudy-evacuator", "plans", "--json"])?;
         let plans: Vec<serde_json::Value> = serde_json::from_str(&text).context("reading the plans")?;
         let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
