@@ -9,8 +9,7 @@ use understudy_monitor::report::Report;
 
 use crate::core::model::{ApprovalState, Finding, Host, MachineNow, Round, Snapshot};
 
-/// A node's attribute with its load: percent of its processors, a whole number. Transient; whoever measures it writes it.
-pub const LOAD: &str = "understudy-load";
+pub use understudy_monitor::load::ATTRIBUTE as LOAD;
 
 /// What is known besides the CIB.
 #[derive(Debug, Clone, Default)]
