@@ -55,6 +55,9 @@ pub struct Event {
     pub text: String,
 }
 
+/// A plan's machines, and how far each has come.
+pub type Moves = Vec<(String, String)>;
+
 /// The lab, its machines, and who looks at them.
 #[derive(Debug)]
 pub struct Estate {
@@ -69,9 +72,6 @@ pub struct Estate {
     /// Seconds that fencing waits, from the next [`Self::configure`] on: there is time to see what is before it.
     pub fence_delay: u32,
 }
-
-/// A plan's id, and the names of its machines and how far each has come.
-pub type OpenPlan = (String, Vec<(String, String)>);
 
 impl Estate {
     /// Bring four nodes and a mail server up, with nothing configured.
@@ -236,8 +236,8 @@ impl Estate {
         wait_for(what, BOUND, || Ok(self.journal(last)?.into_iter().find(|event| is(event))))
     }
 
-    /// The plans that are not over.
-    pub fn open_plans(&self) -> Result<Vec<OpenPlan>> {
+    /// The plans that are not over, by id.
+    pub fn open_plans(&self) -> Result<Vec<(String, Moves)>> {
         let text = self.lab.run(HOSTS[0], &["understudy-evacuator", "plans", "--json"])?;
         let plans: Vec<serde_json::Value> = serde_json::from_str(&text).context("reading the plans")?;
         let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
