@@ -45,7 +45,12 @@ impl Decision<'_> {
         }
         let hosts = 0..self.policy.nodes.len();
         let load = hosts.clone().map(|n| self.records.state.load.get(self.node(n)).copied()).collect();
-        Situation { runs, beside, usable: hosts.map(|n| self.host(n) == Host::Up).collect(), load }
+        Situation {
+            runs,
+            beside,
+            usable: hosts.map(|n| self.host(n) == Host::Up && !self.snapshot.is_left(n)).collect(),
+            load,
+        }
     }
 
     /// Machines that have lost their host, that it is the controller's to bring elsewhere, and that nobody is seeing to.

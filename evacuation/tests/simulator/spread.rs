@@ -82,7 +82,12 @@ pub fn check(policy: &Policy, snapshot: &Snapshot, round: &Round) -> Result<(), 
         .iter()
         .map(|&m| {
             let now = &snapshot.machines[m];
-            let up = |n: &usize| snapshot.hosts[*n] == Host::Up && !now.failed.contains(n) && now.home() != Some(*n);
+            let up = |n: &usize| {
+                snapshot.hosts[*n] == Host::Up
+                    && !snapshot.is_left(*n)
+                    && !now.failed.contains(n)
+                    && now.home() != Some(*n)
+            };
             permitted(policy, &policy.machines[m]).into_iter().filter(up).collect()
         })
         .collect();
