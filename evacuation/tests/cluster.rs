@@ -23,7 +23,11 @@ evacuation = { settle = 0 }
 "#;
 
 fn cib() -> Element {
-    let policy = understudy_crm::policy::Policy::parse(POLICY).unwrap();
+    cib_of(POLICY)
+}
+
+fn cib_of(policy: &str) -> Element {
+    let policy = understudy_crm::policy::Policy::parse(policy).unwrap();
     understudy_crm::cib::document(&policy, &understudy_crm::compile::compile(&policy))
 }
 
@@ -220,4 +224,27 @@ fn links_are_counted_as_corosyncs_tool_prints_them() {
     assert_eq!(links(text), Some((1, 2)));
     assert_eq!(links("nodeid: 2: connected\nLINK ID 0 udp\n"), Some((0, 1)), "no more than there are");
     assert_eq!((links(""), links("Could not initialize corosync configuration API error 2")), (None, None));
+}
+
+/// A policy that was applied in between may say that the machine is at home where nobody knows whether it runs.
+#[test]
+fn a_machine_whose_home_has_become_a_lost_host_is_not_started_by_an_older_plan() {
+    // Nothing else is to hold it.
+    let cib = cib_of(&POLICY.replace("settle = 0", "settle = 0, max_down = 100"));
+    let policy = policy(&cib).unwrap().unwrap();
+    let round = |cib: &Element, nodes: &str, now| {
+        let beside = Beside { now, ..Beside::default() };
+        let snapshot = read(&policy, cib, &status(nodes, &vm("vm-a", "Stopped", "", "")), beside).unwrap();
+        let round = decide(&policy, &snapshot);
+        (wanted(&policy, cib, &snapshot, &round).unwrap_or_else(|| cib.clone()), round)
+    };
+    let up = format!("{DEAD}{}{}", node("n2", ""), node("n3", ""));
+    let (planned, _) = round(&cib, &up, 100);
+    let plans = records::read(&planned).unwrap().plans;
+    assert_eq!((plans.len(), plans[0].moves[0].to.as_str()), (1, "n2"));
+    assert_eq!(round(&planned, &up, 101).1.scores.len(), 1, "as it was planned");
+    let mut moved = planned;
+    records::set_wishes(&mut moved, "a", &[("n3".into(), 1000)]);
+    let unsure = format!("{DEAD}{}{}", node("n2", ""), LOST.replace("n1", "n3"));
+    assert_eq!(round(&moved, &unsure, 101).1.scores, []);
 }
