@@ -11,8 +11,11 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_void};
 use std::marker::PhantomData;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::OnceLock;
+
+use libloading::Library;
 
 use crate::Buffer;
 
@@ -50,7 +53,7 @@ macro_rules! functions {
         struct Functions {
             $($name: unsafe extern "C" fn($($arg),*) $(-> $ret)?,)*
             // The functions are its.
-            _library: libloading::Library,
+            _library: Library,
         }
         impl Functions {
             fn of(library: libloading::Library) -> Result<Self, libloading::Error> {
@@ -98,13 +101,36 @@ pub fn load_from(path: &str) {
     let _ = PATH.set(path.to_owned());
 }
 
+/// A library needs at most so many that the system has not, one below the other.
+const NEEDS: u32 = 8;
+
+/// A library; of one that was unpacked somewhere and not installed, what it needs and the system has not is taken from beside it.
+fn open(path: &Path, needs: u32) -> Result<Library, libloading::Error> {
+    // SAFETY: its initialisers are a C library's usual ones.
+    let load = || unsafe { Library::new(path) };
+    let mut result = load();
+    for _ in 0..needs {
+        let Err(error) = &result else { break };
+        // "libibverbs.so.1: cannot open shared object file: …" (dlerror(3))
+        let said = error.to_string();
+        let missing = said.split_once(": cannot open").and_then(|(name, _)| Path::new(name).file_name());
+        let beside = missing.and_then(|name| Some(path.parent()?.join(name)));
+        let Some(beside) = beside.filter(|beside| path.is_absolute() && beside != path && beside.exists()) else {
+            break;
+        };
+        // It stays: whoever needs it finds it by its name.
+        std::mem::forget(open(&beside, needs - 1)?);
+        result = load();
+    }
+    result
+}
+
 fn load() -> Result<Functions, String> {
     let own = PATH.get().cloned().or_else(|| std::env::var(ENV_LIBRARY).ok());
     let names = own.iter().map(String::as_str).chain(NAMES.into_iter().filter(|_| own.is_none()));
     let mut why = String::new();
     for name in names {
-        // SAFETY: its initialisers are a C library's usual ones.
-        match unsafe { libloading::Library::new(name) }.and_then(Functions::of) {
+        match open(Path::new(name), NEEDS).and_then(Functions::of) {
             Ok(functions) => return Ok(functions),
             Err(e) if why.is_empty() => why = e.to_string(),
             Err(_) => {}
