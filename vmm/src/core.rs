@@ -231,9 +231,8 @@ impl Core {
             self.timer.notify_all();
         }
     }
-}
 
-impl Core {
+    /// An exit is over: who has to be woken for it wakes without the lock.
     fn after_exit(&self, mut hardware: MutexGuard<'_, Hardware>) {
         self.arm(&mut hardware);
         let wakes = hardware.late_wakes();
