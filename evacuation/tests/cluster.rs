@@ -1,6 +1,7 @@
 //! What the cluster says, as the controller reads it; what the controller wants, as the cluster gets it.
 
-use understudy_crm::records::{self, EVACUATED, Progress, Records};
+use understudy_crm::estate::Automation;
+use understudy_crm::records::{self, EVACUATED, Plan, Progress, Records};
 use understudy_crm::xml::Element;
 use understudy_evacuation::cluster::{Beside, LOAD, links, policy, read, wanted};
 use understudy_evacuation::core::decide;
@@ -247,4 +248,29 @@ fn a_machine_whose_home_has_become_a_lost_host_is_not_started_by_an_older_plan()
     records::set_wishes(&mut moved, "a", &[("n3".into(), 1000)]);
     let unsure = format!("{DEAD}{}{}", node("n2", ""), LOST.replace("n1", "n3"));
     assert_eq!(round(&moved, &unsure, 101).1.scores, []);
+}
+
+#[test]
+fn the_twenty_newest_plans_that_are_over_are_kept() {
+    let mut cib = cib();
+    let policy = policy(&cib).unwrap().unwrap();
+    let plan = |n: u64| Plan {
+        id: format!("p{n}"),
+        kind: records::Kind::Lost,
+        automation: Automation::Automatic,
+        made: n,
+        lost: vec!["n1".into()],
+        moves: Vec::new(),
+        batches: 0,
+        held: None,
+        decided: None,
+        closed: Some("all run".into()),
+    };
+    let mut before = Records { plans: (1..=24).map(plan).collect(), ..Records::default() };
+    before.state.plans = 24;
+    records::write(&mut cib, &before);
+    let nodes = node("n1", "") + &node("n2", "") + &node("n3", "");
+    let snapshot = read(&policy, &cib, &status(&nodes, &vm("vm-a", "Started", "n1", "")), Beside::default()).unwrap();
+    let kept: Vec<u64> = decide(&policy, &snapshot).records.plans.iter().map(|p| p.made).collect();
+    assert_eq!(kept, (5..=24).collect::<Vec<_>>());
 }
