@@ -5,6 +5,7 @@ use std::fmt::Write;
 use crate::alerts::{AGENT, ALERT};
 use crate::cib::{DEFAULTS, PROPERTIES, TAG};
 use crate::model::{Agent, Configuration, Constraint, Pair, Primitive, Resource, Role};
+use crate::records;
 
 /// All of it but what [`nodes`] says. (No comments: crmsh would write them into the CIB.)
 pub fn text(configuration: &Configuration) -> String {
@@ -28,6 +29,9 @@ pub fn text(configuration: &Configuration) -> String {
     }
     line(&mut out, &format!("property {PROPERTIES}:"), &[pairs(&configuration.properties)]);
     line(&mut out, &format!("rsc_defaults {DEFAULTS}:"), &[pairs(&configuration.defaults)]);
+    if let Some(estate) = &configuration.estate {
+        line(&mut out, &format!("property {}:", records::SET), &[format!("{}={}", records::POLICY, quoted(estate))]);
+    }
     if let Some(alert) = &configuration.alerts {
         let mut parts = vec![section("attributes", &alert.attributes)];
         for recipient in &alert.recipients {

@@ -3,8 +3,9 @@
 use crate::alerts::{AGENT, ALERT};
 use crate::cib::{DEFAULTS, TAG};
 use crate::model::{Agent, Configuration, Constraint, Operation, Pair, Primitive, Resource, Role, Score};
+use crate::records;
 
-/// All of it, for an empty cluster; `pcs` stands for `pcs` or `pcs -f FILE`.
+/// All of it, for an empty cluster; `pcs` stands for `pcs` or `pcs -f FILE`, and then `crm_attribute` for one with `CIB_file=FILE`.
 pub fn script(configuration: &Configuration) -> String {
     let mut lines: Vec<String> = Vec::new();
     for node in &configuration.nodes {
@@ -32,6 +33,11 @@ pub fn script(configuration: &Configuration) -> String {
     }
     if !configuration.defaults.is_empty() {
         lines.push(format!("pcs resource defaults set create id={DEFAULTS} meta {}", pairs(&configuration.defaults)));
+    }
+    if let Some(estate) = &configuration.estate {
+        // pcs knows one set of properties; the controller's record is in a set of its own.
+        let (set, name, value) = (records::SET, records::POLICY, quoted(estate));
+        lines.push(format!("crm_attribute --type crm_config --set-name {set} --name {name} --update {value}"));
     }
     if let Some(alert) = &configuration.alerts {
         lines.push(format!("pcs alert create id={ALERT} path={AGENT} options {}", pairs(&alert.attributes)));

@@ -10,7 +10,8 @@ use std::process::{Command, Output};
 use understudy_crm::check;
 use understudy_crm::cib;
 use understudy_crm::compile::compile;
-use understudy_crm::merge::merge;
+use understudy_crm::merge::{Change, merge};
+use understudy_crm::records;
 use understudy_crm::xml::Element;
 use understudy_crm::{crm, pcs};
 
@@ -346,6 +347,32 @@ fn what_crm_and_pcs_load_is_what_apply_would_write() {
         let loaded = Element::parse(&std::fs::read_to_string(tools.path(file)).unwrap()).unwrap();
         let (_, changes) = merge(&loaded, &configuration);
         assert_eq!(changes, [], "{file}");
+    }
+}
+
+/// The record of the policy that the evacuation controller reads is a property in a set of its own.
+#[test]
+fn the_controllers_record_is_loaded_by_crm_and_pcs_as_well() {
+    let Some(tools) = Tools::new() else { return };
+    let (policy, _) =
+        check::read(&format!("{}\n[evacuation]\nsettle = 7\n", DEMO.replace("fence_lab", "fence_legacy")));
+    let configuration = compile(&policy.unwrap());
+    let record = configuration.estate.clone().unwrap();
+    let line =
+        |text: String, of: &str| text.lines().skip_while(|l| !l.contains(of)).take(2).collect::<Vec<_>>().join("\n");
+    tools.write("crm.txt", &line(crm::text(&configuration), "property understudy-evacuation:"));
+    tools.write("pcs.sh", &line(pcs::script(&configuration), "crm_attribute").lines().take(1).collect::<String>());
+    let empty = r#"<cib crm_feature_set="3.16.1" validate-with="pacemaker-3.9" epoch="1" num_updates="0" admin_epoch="0">
+        <configuration><crm_config/><nodes/><resources/><constraints/></configuration><status/></cib>"#;
+    let load = ["crm", "-F", "configure", "load", "update", "/mnt/crm.txt"];
+    for (by, command) in [("crm", &load[..]), ("pcs", &["sh", "-e", "/mnt/pcs.sh"])] {
+        tools.write("live.xml", empty);
+        tools.run(&[&["env", "CIB_file=/mnt/live.xml", "HOME=/mnt"], command].concat());
+        let live = Element::parse(&std::fs::read_to_string(tools.path("live.xml")).unwrap()).unwrap();
+        assert_eq!(records::property(&live, records::POLICY), Some(record.as_str()), "{by}");
+        let (_, changes) = merge(&live, &configuration);
+        let of_it = |change: &Change| format!("{change:?}").contains(records::POLICY);
+        assert!(!changes.iter().any(of_it), "apply would write it again after {by}");
     }
 }
 
