@@ -15,23 +15,40 @@ const TICK: Duration = Duration::from_millis(250);
 /// Watches until it is dropped.
 pub struct StallWatch {
     longest_ms: Arc<AtomicU64>,
+    total_ms: Arc<AtomicU64>,
     end: Arc<AtomicBool>,
 }
 
+/// Shorter than this it was busy.
+const STANDSTILL_MS: u64 = 5_000;
+
 impl StallWatch {
+    /// A standstill is known so long after its end.
+    pub const LATE: Duration = Duration::from_millis(600);
+
     /// Begin.
     pub fn start() -> Self {
         let (longest_ms, end) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let (longest, ended) = (longest_ms.clone(), end.clone());
+        let total_ms = Arc::new(AtomicU64::new(0));
+        let (longest, total, ended) = (longest_ms.clone(), total_ms.clone(), end.clone());
         thread::spawn(move || {
             let mut last = Instant::now();
             while !ended.load(Ordering::Relaxed) {
                 thread::sleep(TICK);
-                longest.fetch_max(beyond(last.elapsed()), Ordering::Relaxed);
+                let still = beyond(last.elapsed());
+                longest.fetch_max(still, Ordering::Relaxed);
+                if still >= STANDSTILL_MS {
+                    total.fetch_add(still, Ordering::Relaxed);
+                }
                 last = Instant::now();
             }
         });
-        Self { longest_ms, end }
+        Self { longest_ms, total_ms, end }
+    }
+
+    /// All standstills together, since the beginning.
+    pub fn total(&self) -> Duration {
+        Duration::from_millis(self.total_ms.load(Ordering::Relaxed))
     }
 
     /// The longest time since the last call that nothing ran.

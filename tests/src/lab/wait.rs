@@ -1,14 +1,23 @@
 //! Waiting for a condition, with a bound.
+//!
+//! Time in which the whole machine stood still ([`super::stall`]) does not count: nothing could happen in it.
 
+use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use super::stall::StallWatch;
+
+/// Since the first wait.
+static STOOD_STILL: LazyLock<StallWatch> = LazyLock::new(StallWatch::start);
+
 /// Ask `condition` until it gives a value; fail with `what` after `bound`. A condition's own error is kept for the
 /// message and asked again: a cluster in the middle of a takeover refuses many a question.
 pub fn wait_for<T>(what: &str, bound: Duration, mut condition: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + bound;
+    let (began, stood_still) = (Instant::now(), STOOD_STILL.total());
+    let over = || began.elapsed() >= bound + STOOD_STILL.total().saturating_sub(stood_still);
     let mut pause = Duration::from_millis(20);
     loop {
         let last = match condition() {
@@ -16,7 +25,11 @@ pub fn wait_for<T>(what: &str, bound: Duration, mut condition: impl FnMut() -> R
             Ok(None) => String::new(),
             Err(e) => format!(" (last answer: {e:#})"),
         };
-        if Instant::now() >= deadline {
+        if over() && !bound.is_zero() {
+            // Whoever just woke up with the whole machine: a standstill is known a moment later.
+            thread::sleep(StallWatch::LATE);
+        }
+        if over() {
             bail!("{what}: not within {} s{last}", bound.as_secs());
         }
         thread::sleep(pause);

@@ -24,15 +24,19 @@ pub fn target_dies(estate: &mut Estate) -> Result<()> {
         estate.lab.run(HOSTS[0], argv)?;
     }
     result?;
-    // Nothing orders a migration after the start of what receives it: one that is too early fails, and Pacemaker leaves the machine alone then.
+    wait_ready(estate)?;
+    // Nothing of it is left to go wrong: it can be moved the next time, and back.
+    moves(estate, MOVER.home, TARGET)?;
+    moves(estate, TARGET, MOVER.home)
+}
+
+/// Nothing orders a migration after the start of what receives it: one that is too early fails, and Pacemaker leaves the machine alone then.
+fn wait_ready(estate: &Estate) -> Result<()> {
     wait_until("the cluster to know of no failure, and to receive migrations everywhere", BOUND, || {
         let mon = estate.lab.crm_mon(HOSTS[0])?;
         ensure!(mon.failures.is_empty(), "{:?}", mon.failures);
         Ok(mon.active("understudy-migrations", "Started").count() == HOSTS.len())
-    })?;
-    // Nothing of it is left to go wrong: it can be moved the next time, and back.
-    moves(estate, MOVER.home, TARGET)?;
-    moves(estate, TARGET, MOVER.home)
+    })
 }
 
 /// As `crm resource move` does it.
@@ -41,6 +45,7 @@ fn order_move(estate: &Estate, to: &str) -> Result<()> {
 }
 
 fn dies(estate: &Estate) -> Result<()> {
+    wait_ready(estate)?;
     count_starts(estate)?;
     let fenced = fences(estate, TARGET)?;
     let before = estate.vmm(MOVER.name, MOVER.home)?;
